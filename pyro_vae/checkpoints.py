@@ -1,0 +1,100 @@
+"""Files that hold a model or a run: written whole or not at all, read without executing code.
+
+A file is what `torch.save` writes of nested plain values and tensors, so that
+`torch.load(path, weights_only=True)` reads it without this package. Reading here also verifies the
+check sums in the file, which `torch.load` does not.
+"""
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["CheckpointError", "fitting", "read", "write"]
+
+_VERSION = 1
+_Result = TypeVar("_Result")
+
+
+class CheckpointError(ValueError):
+    """A file that holds no usable checkpoint: missing, damaged, foreign, or of another model."""
+
+
+def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
+    """Write plain values and tensors to a file, atomically.
+
+    The content goes to a temporary file beside `path`, reaches the disk, and then takes the name
+    in one step: a kill or a full disk at any moment leaves the previous file or the new one, whole.
+
+    Args:
+        path: The file; its folder must exist.
+        kind: What the file holds, in a word; `read` asks for the same.
+        content: Nested dicts and lists of tensors, numbers, strings, booleans and None.
+
+    Raises:
+        OSError: If the file cannot be written; the message names it, and `path` is as it was before.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "example.pt"
+        >>> write(path, "example", {"weight": torch.ones(2)})
+        >>> read(path, "example")
+        {'weight': tensor([1., 1.])}
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save({"format": f"pyro_vae {kind}", "version": _VERSION, "content": content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = f"cannot write the checkpoint {path}: {error}. Free space or choose another folder"
+        raise OSError(f"{reason}; an earlier checkpoint of that name is untouched") from error
+
+
+def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read what `write` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged, holds anything but tensors and plain values, or is
+            not a file of this `kind`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        stored = None if damaged else torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged archive or pickle can fail in any way at all
+        raise CheckpointError(
+            f"{path} is no readable checkpoint: truncated, damaged, or not written by this library "
+            f"({type(error).__name__}); only tensors and plain values are read, never code"
+        ) from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: the check sum of its part {damaged!r} does not match")
+    if not (isinstance(stored, dict) and stored.get("format") == f"pyro_vae {kind}"):
+        found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
+        raise CheckpointError(f"{path} should hold a {kind!r} file of pyro_vae; found {found!r}")
+    if stored.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path} has format version {stored.get('version')!r}; this release reads version {_VERSION}"
+        )
+    return stored["content"]
+
+
+def fitting(path: str | os.PathLike[str], restore: Callable[[], _Result]) -> _Result:
+    """Call `restore`, which puts a checkpoint's content to use; report a misfit as `CheckpointError`."""
+    try:
+        return restore()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds another architecture or other settings: {error}") from error

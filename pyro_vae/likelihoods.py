@@ -1,0 +1,277 @@
+"""Likelihoods p(x|z): modules that take latent vectors z and return a Pyro distribution over data.
+
+Notation: z (*, K) with K = latent_dim, x (*, *event_shape); * is any batch shape. Every density is
+normalised, so that losses of different likelihoods, and published figures, can be compared.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import distributions
+from pyro_vae.networks import MLP, apply_batched, check_input, positive
+from pyro_vae.specs import rebuildable
+
+__all__ = [
+    "Bernoulli",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Likelihood",
+    "NegativeBinomial",
+    "Normal",
+    "Poisson",
+]
+
+
+class Likelihood(nn.Module, ABC):
+    """What the likelihoods share: a network from z to the parameters of p(x|z).
+
+    A subclass sets `num_parameters`, how many numbers an element of x needs from the network, and
+    implements `forward` by `outputs`. A likelihood of your own need not be a subclass: any module
+    from z to a distribution serves.
+
+    Args:
+        latent_dim: K, the number of latent dimensions.
+        event_shape: Shape of one datum.
+        hidden_features: Widths of the hidden layers of the default network, an `MLP`.
+        activation: Activation of the default network.
+        network: A module in place of the default, from (N, K) to num_parameters * prod(event_shape)
+            numbers a datum, in any shape; the parameters vary slowest, so that a convolutional
+            network returns (N, num_parameters * channels, height, width).
+
+    Raises:
+        ValueError: If `event_shape` or `latent_dim` has an entry below 1.
+    """
+
+    num_parameters: int = 1
+
+    def __init__(
+        self,
+        latent_dim: int,
+        event_shape: Sequence[int],
+        *,
+        hidden_features: Sequence[int] = (400,),
+        activation: str = "relu",
+        network: nn.Module | None = None,
+    ):
+        super().__init__()
+        if min([latent_dim, *event_shape]) < 1:
+            raise ValueError(
+                "event_shape and latent_dim need entries of at least 1; "
+                f"got {tuple(event_shape)} and {latent_dim}"
+            )
+        self.latent_dim = latent_dim
+        self.event_shape = tuple(event_shape)
+        self.network = network or MLP(
+            latent_dim,
+            self.num_parameters * math.prod(event_shape),
+            hidden_features=hidden_features,
+            activation=activation,
+        )
+
+    def outputs(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Run the network: z (*, K) to `num_parameters` tensors of shape (*, *event_shape).
+
+        Raises:
+            TypeError: If z is no floating-point tensor of the module's dtype.
+            ValueError: If z has another size or device, or the network another output size.
+        """
+        check_input(self, "z", z, (self.latent_dim,))
+        raw = apply_batched(self.network, z, 1)
+        batch_shape = z.shape[:-1]
+        expected = (*batch_shape, self.num_parameters, *self.event_shape)
+        if raw.shape[: len(batch_shape)] != batch_shape or raw.numel() != math.prod(expected):
+            raise ValueError(
+                f"{type(self).__name__}: for latent vectors of batch shape {tuple(batch_shape)} the network "
+                f"must return {self.num_parameters} x {self.event_shape} numbers each; got {tuple(raw.shape)}"
+            )
+        return raw.reshape(expected).unbind(len(batch_shape))
+
+    @abstractmethod
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+
+
+@rebuildable
+class Bernoulli(Likelihood):
+    """Bernoulli likelihood of binary data: log p(x|z) = Σ_d x_d η_d − log(1 + e^(η_d)), logits η = f(z).
+
+    Arguments as for `Likelihood`. Grey levels are not binary: binarise them, or take
+    `ContinuousBernoulli` or `DiscretizedLogistic`.
+
+    Example:
+        >>> p = Bernoulli(20, (1, 28, 28))(torch.zeros(5, 20))
+        >>> p.batch_shape, p.event_shape
+        (torch.Size([5]), torch.Size([1, 28, 28]))
+    """
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+        (logits,) = self.outputs(z)
+        return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
+
+
+@rebuildable
+class ContinuousBernoulli(Likelihood):
+    """Continuous Bernoulli likelihood of data in [0, 1]: log p(x|z) = Σ_d x_d η_d − log((e^(η_d) − 1)/η_d).
+
+    Arguments as for `Likelihood`.
+
+    Source: Loaiza-Ganem and Cunningham, 2019, The continuous Bernoulli, arXiv:1907.06845.
+
+    Example:
+        >>> p = ContinuousBernoulli(20, (784,))(torch.zeros(5, 20))
+        >>> p.log_prob(torch.rand(5, 784)).shape
+        torch.Size([5])
+    """
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+        (logits,) = self.outputs(z)
+        return distributions.ContinuousBernoulli(logits).to_event(len(self.event_shape))
+
+
+@rebuildable
+class Normal(Likelihood):
+    """Normal likelihood of real data, p(x|z) = N(f(z), c I) or N(f(z), diag c).
+
+    log p(x|z) = −C ‖x − f(z)‖² − (D/2) log(2πc) with C = 1/(2c) for one variance c.
+
+    Args:
+        latent_dim: As for `Likelihood`.
+        event_shape: As for `Likelihood`.
+        hidden_features: As for `Likelihood`.
+        activation: As for `Likelihood`.
+        network: As for `Likelihood`.
+        variance: c, a number for a fixed variance; "shared" to learn one for all elements;
+            "per_element" to learn one for each element of x. Learned variances start at 1.
+
+    Raises:
+        ValueError: If the variance is neither positive and finite nor one of the two words.
+
+    Example:
+        >>> p = Normal(2, (3,), variance=0.25)(torch.zeros(5, 2))
+        >>> p.stddev[0]
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        event_shape: Sequence[int],
+        *,
+        hidden_features: Sequence[int] = (400,),
+        activation: str = "relu",
+        network: nn.Module | None = None,
+        variance: float | str = 1.0,
+    ):
+        super().__init__(
+            latent_dim, event_shape, hidden_features=hidden_features, activation=activation, network=network
+        )
+        self.raw_scale: nn.Parameter | None = None
+        self.fixed_scale: Tensor
+        if isinstance(variance, str) and variance in ("shared", "per_element"):
+            shape = () if variance == "shared" else self.event_shape
+            start = math.log(math.expm1(1.0 - 1e-6))  # networks.positive maps it to 1
+            self.raw_scale = nn.Parameter(torch.full(shape, start))
+        elif isinstance(variance, int | float) and 0 < variance < math.inf:
+            self.register_buffer("fixed_scale", torch.tensor(math.sqrt(variance)), persistent=False)
+        else:
+            raise ValueError(
+                f"variance must be a positive number, 'shared' or 'per_element'; got {variance!r} "
+                "(it is a variance, not a standard deviation)"
+            )
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation √c, of shape () or `event_shape`."""
+        return positive(self.raw_scale) if self.raw_scale is not None else self.fixed_scale
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+        (loc,) = self.outputs(z)
+        return dist.Normal(loc, self.scale).to_event(len(self.event_shape))
+
+
+@rebuildable
+class DiscretizedLogistic(Likelihood):
+    """Discretised logistic likelihood of grey levels k/255: a probability for each 8-bit value.
+
+    See `distributions.DiscretizedLogistic` for the formula and the source. The network gives a
+    location and a scale for each element of x. Arguments as for `Likelihood`.
+
+    Example:
+        >>> p = DiscretizedLogistic(2, (1, 4, 4))(torch.zeros(5, 2))
+        >>> p.log_prob(torch.ones(5, 1, 4, 4)).shape
+        torch.Size([5])
+    """
+
+    num_parameters = 2
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+        loc, raw_scale = self.outputs(z)
+        # locations start in mid-grey, scales near a tenth of the range
+        return distributions.DiscretizedLogistic(loc + 0.5, positive(raw_scale - 2)).to_event(
+            len(self.event_shape)
+        )
+
+
+@rebuildable
+class Poisson(Likelihood):
+    """Poisson likelihood of counts: log p(x|z) = Σ_d x_d log λ_d − λ_d − log x_d!, rates λ = f(z).
+
+    Arguments as for `Likelihood`.
+
+    Example:
+        >>> p = Poisson(2, (6,))(torch.zeros(5, 2))
+        >>> p.event_shape
+        torch.Size([6])
+    """
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+        (raw_rate,) = self.outputs(z)
+        return dist.Poisson(positive(raw_rate)).to_event(len(self.event_shape))
+
+
+@rebuildable
+class NegativeBinomial(Likelihood):
+    """Negative binomial likelihood of overdispersed counts, with mean m = f(z) and variance m + m²/r.
+
+    log p(x|z) = Σ_d log Γ(x_d + r_d)/(Γ(r_d) x_d!) + r_d log(r_d/(r_d + m_d)) + x_d log(m_d/(r_d + m_d)).
+    The dispersion r is learned, one for each element of x; r → ∞ is the Poisson. Arguments as for
+    `Likelihood`.
+
+    Source: Lopez et al., 2018, Deep generative modeling for single-cell transcriptomics, Nature Methods.
+
+    Example:
+        >>> p = NegativeBinomial(2, (6,))(torch.zeros(5, 2))
+        >>> bool((p.variance > p.mean).all())
+        True
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        event_shape: Sequence[int],
+        *,
+        hidden_features: Sequence[int] = (400,),
+        activation: str = "relu",
+        network: nn.Module | None = None,
+    ):
+        super().__init__(
+            latent_dim, event_shape, hidden_features=hidden_features, activation=activation, network=network
+        )
+        self.raw_dispersion = nn.Parameter(torch.zeros(self.event_shape))
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+        (raw_mean,) = self.outputs(z)
+        dispersion = positive(self.raw_dispersion)
+        logits = torch.log(positive(raw_mean)) - torch.log(dispersion)
+        return dist.NegativeBinomial(dispersion, logits=logits).to_event(len(self.event_shape))

@@ -1,0 +1,226 @@
+"""Trunks: plain modules from tensor to tensor, with one leading batch dimension.
+
+Every function that stands here knows nothing of probability. The conditional distributions in
+`priors`, `likelihoods` and `guides` call a trunk through `apply_batched`, so a network written for
+inputs of shape (N, *event) also serves (S, N, *event), the shape of S particles of N data.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from pyro_vae.specs import rebuildable
+
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "apply_batched", "check_input", "positive"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {name!r}")
+    return _ACTIVATIONS[name]()
+
+
+@rebuildable
+class MLP(nn.Sequential):
+    """Multilayer perceptron: flatten, then linear layers with an activation between them.
+
+    Args:
+        in_features: Number of inputs; an input of shape (N, *event) is flattened to (N, in_features).
+        out_features: Number of outputs.
+        hidden_features: Width of each hidden layer; empty for one linear map.
+        activation: Name of the activation between the layers: elu, gelu, leaky_relu, relu, silu,
+            softplus or tanh.
+
+    Raises:
+        ValueError: For an unknown activation or a width below 1.
+
+    Example:
+        >>> import torch
+        >>> MLP(784, 40, hidden_features=(400,))(torch.zeros(3, 1, 28, 28)).shape
+        torch.Size([3, 40])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden_features: Sequence[int] = (400,),
+        activation: str = "relu",
+    ):
+        widths = [in_features, *hidden_features, out_features]
+        if min(widths) < 1:
+            raise ValueError(f"every layer needs at least 1 unit; got widths {widths}")
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in itertools.pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), _activation(activation)]
+        super().__init__(*layers[:-1])
+
+
+@rebuildable
+class ConvEncoder(nn.Sequential):
+    """Convolutional trunk for images: stride-2 convolutions that halve the picture, then a linear map.
+
+    Args:
+        event_shape: (channels, height, width) of one image.
+        out_features: Number of outputs.
+        channels: Output channels of each convolution; the picture is halved as often.
+        activation: As in `MLP`.
+
+    Raises:
+        ValueError: If the event is not an image, or too small to be halved so often.
+
+    Example:
+        >>> import torch
+        >>> ConvEncoder((1, 28, 28), 40)(torch.zeros(3, 1, 28, 28)).shape
+        torch.Size([3, 40])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        out_features: int,
+        *,
+        channels: Sequence[int] = (32, 64),
+        activation: str = "relu",
+    ):
+        fan_in, height, width = _image_shape(event_shape)
+        if min(height, width) < 2 ** len(channels):
+            raise ValueError(
+                f"{len(channels)} halvings need an image of at least {2 ** len(channels)} pixels a side; "
+                f"got {height} x {width}: pass fewer channels"
+            )
+        layers: list[nn.Module] = []
+        for fan_out in channels:
+            layers += [
+                nn.Conv2d(fan_in, fan_out, kernel_size=4, stride=2, padding=1),
+                _activation(activation),
+            ]
+            fan_in, height, width = fan_out, height // 2, width // 2
+        super().__init__(*layers, nn.Flatten(), nn.Linear(fan_in * height * width, out_features))
+
+
+@rebuildable
+class ConvDecoder(nn.Module):
+    """Convolutional trunk to images: a linear map, then transposed convolutions that double the picture.
+
+    Sizes that are no multiple of 2 to the number of doublings are reached by cropping.
+
+    Args:
+        in_features: Number of inputs.
+        out_shape: (channels, height, width) of the output. A likelihood with P parameters a pixel
+            (`Likelihood.num_parameters`) takes P times its event's channels.
+        channels: Input channels of each transposed convolution; the picture is doubled as often.
+        activation: As in `MLP`.
+
+    Raises:
+        ValueError: If the output is not an image.
+
+    Example:
+        >>> import torch
+        >>> ConvDecoder(20, (1, 28, 28))(torch.zeros(3, 20)).shape
+        torch.Size([3, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_shape: Sequence[int],
+        *,
+        channels: Sequence[int] = (64, 32),
+        activation: str = "relu",
+    ):
+        super().__init__()
+        out_channels, self.height, self.width = _image_shape(out_shape)
+        if not channels:
+            raise ValueError("channels must name at least one transposed convolution; got none")
+        shrink = 2 ** len(channels)
+        seed_shape = (channels[0], -(-self.height // shrink), -(-self.width // shrink))
+        widen = nn.Linear(in_features, math.prod(seed_shape))
+        self.stem = nn.Sequential(widen, _activation(activation), nn.Unflatten(1, seed_shape))
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in zip(channels, [*channels[1:], out_channels], strict=True):
+            convolution = nn.ConvTranspose2d(fan_in, fan_out, kernel_size=4, stride=2, padding=1)
+            layers += [convolution, _activation(activation)]
+        self.upsample = nn.Sequential(*layers[:-1])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map (N, in_features) to (N, *out_shape)."""
+        return self.upsample(self.stem(z))[..., : self.height, : self.width]
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            f"a convolutional network needs a shape (channels, height, width); got {tuple(shape)}"
+        )
+    return tuple(shape)  # type: ignore[return-value]
+
+
+def positive(raw: Tensor) -> Tensor:
+    """Map the real line to positive numbers without overflow: log(1 + e^raw) + 1e-6.
+
+    Grows linearly, where exp(raw) overflows float32 at 89; the floor keeps log and division finite.
+
+    Example:
+        >>> import torch
+        >>> positive(torch.tensor([-1e4, 0.0, 1e4]))
+        tensor([1.0000e-06, 6.9315e-01, 1.0000e+04])
+    """
+    return F.softplus(raw) + 1e-6
+
+
+def apply_batched(network: nn.Module, inputs: Tensor, event_dim: int) -> Tensor:
+    """Apply a network for (N, *event) to inputs (*batch, *event): flatten the batch, apply, restore it."""
+    batch_shape = inputs.shape[: inputs.dim() - event_dim]
+    if len(batch_shape) == 1:
+        return network(inputs)
+    event_shape = inputs.shape[inputs.dim() - event_dim :]
+    outputs = network(inputs.reshape(math.prod(batch_shape), *event_shape))
+    return outputs.reshape(*batch_shape, *outputs.shape[1:])
+
+
+def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequence[int]) -> None:
+    """Refuse an input whose type, event shape, dtype or device a module cannot take.
+
+    Raises:
+        TypeError: If the value is no floating-point tensor, or of another dtype than the module.
+        ValueError: If its trailing dimensions are not `event_shape`, or it lies on another device.
+    """
+    where = f"{type(module).__name__}: {name}"
+    shape = f"(*, {', '.join(map(str, event_shape))})"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where} must be a tensor of shape {shape}; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{where} must be floating point; got {value.dtype}. "
+            "Convert with .float() (pixels 0..255 also want / 255)"
+        )
+    if value.shape[max(0, value.dim() - len(event_shape)) :] != tuple(event_shape):
+        raise ValueError(f"{where} must have shape {shape}; got {tuple(value.shape)}")
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        return
+    if value.dtype != parameter.dtype:
+        raise TypeError(
+            f"{where} is {value.dtype}, the parameters are {parameter.dtype}: "
+            f"convert one of them ({name}.to({parameter.dtype}) or module.to({value.dtype}))"
+        )
+    if value.device != parameter.device:
+        raise ValueError(
+            f"{where} lies on {value.device}, the parameters on {parameter.device}: "
+            f"move one of them ({name}.to({str(parameter.device)!r}))"
+        )

@@ -1,0 +1,243 @@
+"""The variational autoencoder, as two Pyro functions.
+
+The generative model p(z) p(x|z) and the guide q(z|x) in full:
+
+    model(x):  plate("data") → z ~ prior() → x ~ likelihood(z), observed
+    guide(x):  plate("data") → z ~ posterior(x)
+
+Notation: x (N, *event_shape), z (N, K), N data in a batch, K latent dimensions.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae import checkpoints
+from pyro_vae.specs import rebuild, rebuildable, spec
+
+__all__ = ["VAE"]
+
+
+@rebuildable
+class VAE(nn.Module):
+    """Variational autoencoder: a model p(z) p(x|z) and a guide q(z|x) for `pyro.infer.SVI` or `pyro_vae.SVI`.
+
+    The ELBO of a datum, in nats: E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) ≤ log p(x).
+
+    Sites: latent "z", observed "x", plate "data" over the batch. The parameters belong to the
+    modules; Pyro's global parameter store is not used, so any number of VAEs, copies and pickles
+    train independently.
+
+    Args:
+        prior: Called with nothing, returns p(z) with event shape (K,). See `priors`.
+        likelihood: Called with z (*, K), returns p(x|z) with batch shape (*,). See `likelihoods`.
+        guide: Either a module called with x (N, *event_shape) that returns q(z|x) with batch
+            shape (N,) and event shape (K,), see `guides`; or a Pyro guide function of x with its
+            own plate and the sample site "z".
+
+    Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114.
+
+    Example:
+        >>> from pyro_vae import guides, likelihoods, priors
+        >>> vae = VAE(
+        ...     prior=priors.StandardNormal(20),
+        ...     likelihood=likelihoods.Bernoulli(20, (1, 28, 28)),
+        ...     guide=guides.DiagonalNormal((1, 28, 28), 20),
+        ... )
+        >>> x = torch.bernoulli(torch.full((5, 1, 28, 28), 0.3))
+        >>> svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(x)
+    """
+
+    def __init__(
+        self, *, prior: nn.Module, likelihood: nn.Module, guide: nn.Module | Callable[[Tensor], Any]
+    ):
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+        self.posterior = guide  # q(z|x), which approximates p(z|x)
+
+    def model(self, x: Tensor) -> Tensor:
+        """p(z) p(x|z): the generative model, with x (N, *event_shape) observed."""
+        _show_parameters(prior=self.prior, likelihood=self.likelihood)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", _covering(self.likelihood(z), x), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """q(z|x): the guide, the variational family for the latent vectors of x (N, *event_shape)."""
+        _show_parameters(posterior=self.posterior)
+        q = self.posterior(x)
+        if not isinstance(q, dist.Distribution):
+            return q  # a Pyro guide function: it has sampled its own sites
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", q)
+
+    def encode(self, x: Tensor) -> dist.Distribution:
+        """Return q(z|x), of batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
+        with poutine.block():
+            return poutine.trace(self.guide).get_trace(x).nodes["z"]["fn"]
+
+    def decode(self, z: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`, for z (*, K)."""
+        return self.likelihood(z)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """Draw new data from the model: z ~ p(z), then x ~ p(x|z).
+
+        Args:
+            num_samples: How many, N.
+            mean: Return E[x|z] in place of the draw of x, as pictures usually show.
+
+        Returns:
+            Tensor (N, *event_shape).
+
+        Raises:
+            ValueError: If `num_samples` is below 1.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        p = self.decode(self.prior().sample((num_samples,)))
+        return p.mean if mean else p.sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return E[x|z] at the mean z of q(z|x), or at one draw where q has no mean in closed form.
+
+        Args:
+            x: Data (N, *event_shape).
+        """
+        q = self.encode(x)
+        try:
+            z = q.mean
+        except NotImplementedError:
+            z = q.sample()
+        return self.decode(z).mean
+
+    def with_guide(self, guide: nn.Module | Callable[[Tensor], Any]) -> "VAE":
+        """Return a VAE with another q(z|x) that shares this one's prior and likelihood, not copies."""
+        return VAE(prior=self.prior, likelihood=self.likelihood, guide=guide)
+
+    def check_data(self, x: Tensor) -> None:
+        """Refuse data that the likelihood cannot have produced.
+
+        Raises:
+            TypeError: If x is no floating-point tensor.
+            ValueError: If x is empty, has another event shape, or holds a value outside the
+                support; the message names the first such value and its index.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point; got {x.dtype}. Convert with .float()")
+        with torch.no_grad():
+            p = self.decode(self.prior().sample((1,)))
+        _covering(p, x)
+        support = p.support
+        while hasattr(support, "base_constraint"):
+            support = support.base_constraint
+        inside = support.check(x) & torch.isfinite(x)
+        if inside.all():
+            return
+        index = tuple((~inside).nonzero()[0].tolist())
+        message = (
+            f"x{list(index)} = {x[index].item():.6g} lies outside the support of "
+            f"{type(self.likelihood).__name__}, {support}; so do {(~inside).sum().item()} of {x.numel()} values"
+        )
+        if isinstance(support, type(dist.constraints.boolean)) and ((x >= 0) & (x <= 1)).all():
+            message += (
+                '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold"), '
+                "or choose a likelihood for grey levels, such as ContinuousBernoulli"
+            )
+        raise ValueError(message)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the parameters, and what is needed to rebuild the VAE, to a file.
+
+        A VAE made of this library's parts is rebuilt by `VAE.load(path)`; one with modules of your
+        own by `VAE.load(path, into=vae)`, which fills a VAE that you have built.
+
+        Raises:
+            OSError: If the file cannot be written; an earlier file of that name stays whole.
+        """
+        checkpoints.write(path, "VAE", {"spec": spec(self), "state": self.state_dict()})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, into: "VAE | None" = None, device: str | torch.device = "cpu"
+    ) -> "VAE":
+        """Read a VAE that `save` wrote. Never executes code from the file.
+
+        Args:
+            path: The file.
+            into: A VAE of the same architecture to fill and return, where modules of your own are
+                part of it.
+            device: Where the VAE is put when it is rebuilt.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If the file is damaged or foreign, needs `into`, or does not fit it.
+        """
+        content = checkpoints.read(path, "VAE", device=device)
+        state = content["state"]
+        if into is None and content["spec"] is None:
+            raise checkpoints.CheckpointError(
+                f"{path} holds a VAE with modules of your own, which a file cannot rebuild: "
+                "build it as before and call VAE.load(path, into=vae)"
+            )
+
+        def restore() -> VAE:
+            vae = into
+            if vae is None:
+                dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+                vae = cast(VAE, rebuild(content["spec"])).to(device=device, dtype=dtype)
+            vae.load_state_dict(state)
+            return vae
+
+        return checkpoints.fitting(path, restore)
+
+
+def _covering(p: dist.Distribution, x: Tensor) -> dist.Distribution:
+    """Return p unchanged if it is a distribution of data shaped like x; else raise."""
+    if not isinstance(p, dist.Distribution):
+        raise TypeError(f"the likelihood must return a Pyro distribution; got {type(p).__name__}")
+    if x.shape[1:] != p.event_shape:
+        raise ValueError(
+            f"x must have shape (N, {', '.join(map(str, p.event_shape))}), as the likelihood has; "
+            f"got {tuple(x.shape)}"
+        )
+    if len(x) == 0:
+        raise ValueError("x is empty: there must be at least one datum")
+    return p
+
+
+def _show_parameters(**modules: Any) -> None:
+    """Emit a Pyro "param" site for each parameter, so that Pyro's SVI finds what it trains.
+
+    `pyro.module` would enter them in the global store by name, where a second VAE or a copy would
+    be given the first one's parameters and never train. A PyroModule shows its own parameters.
+    """
+    for prefix, module in modules.items():
+        if isinstance(module, nn.Module) and not isinstance(module, PyroModule):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    _param(parameter, name=f"{prefix}.{name}")
+
+
+def _alias(parameter: nn.Parameter) -> Tensor:
+    # Pyro asks the site's value for its `unconstrained` tensor. The attribute goes on an alias,
+    # because on the parameter itself it would break copying and pickling.
+    alias = parameter.detach()
+    alias.unconstrained = lambda: parameter  # type: ignore[attr-defined]
+    return alias
+
+
+_param = poutine.runtime.effectful(_alias, type="param")
