@@ -53,32 +53,43 @@ def _tensors(**arguments: Tensor | float) -> list[Tensor]:
             raise TypeError(f"{name}: expected a torch.Tensor or a number, found {type(value).__name__}")
         if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"{name}: expected a float32 or float64 tensor, found {value.dtype}: convert it by .double()"
+                f"{name}: expected float32 or float64, found {value.dtype}; convert it by .double()"
             )
-    dtype, device = torch.float64, None
-    if given:
-        dtype, device = max((t.dtype for t in given), key=lambda dtype: dtype.itemsize), given[0].device
+    dtype = max((tensor.dtype for tensor in given), key=lambda dtype: dtype.itemsize, default=torch.float64)
+    device = given[0].device if given else None
     tensors = [
         value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device=device)
         for value in arguments.values()
     ]
     for name, tensor in zip(arguments, tensors, strict=True):
-        _require(name, tensor, "finite", torch.isfinite(tensor))
+        _require(name, tensor, torch.isfinite(tensor), "finite values")
     return tensors
 
 
-def _require(name: str, tensor: Tensor, expected: str, holds: Tensor) -> None:
+def _elementwise(**arguments: Tensor | float) -> list[Tensor]:
+    """Returns the arguments as tensors which broadcast against each other."""
+    tensors = _tensors(**arguments)
+    _require_broadcast(**{name: tensor.shape for name, tensor in zip(arguments, tensors, strict=True)})
+    return tensors
+
+
+def _require(name: str, tensor: Tensor, holds: Tensor, expected: str) -> None:
     """Raises a ValueError which names the first entry of the tensor where ``holds`` is false."""
     if not holds.all():
         where = tuple((~holds).nonzero()[0].tolist())
-        found = tensor.detach()[where]
         at = f" at index {where}" if where else ""
-        raise ValueError(f"{name}: expected {expected} values, found {found.item()}{at}")
+        raise ValueError(f"{name}: expected {expected}, found {tensor.detach()[where].item():.6g}{at}")
 
 
 def _require_positive(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        _require(name, tensor, "positive", tensor > 0)
+        _require(name, tensor, tensor > 0, "positive values")
+
+
+def _require_distribution(name: str, probabilities: Tensor) -> None:
+    _require(name, probabilities, probabilities >= 0, "probabilities of at least zero")
+    total = probabilities.detach().sum(-1)
+    _require(name, total, (total - 1).abs() <= _rounding(total), "probabilities which sum to one")
 
 
 def _require_broadcast(**shapes: torch.Size) -> None:
@@ -89,13 +100,6 @@ def _require_broadcast(**shapes: torch.Size) -> None:
         raise ValueError(f"expected shapes that broadcast, found {listed}") from None
 
 
-def _elementwise(**arguments: Tensor | float) -> list[Tensor]:
-    """Returns the arguments as tensors which broadcast against each other."""
-    tensors = _tensors(**arguments)
-    _require_broadcast(**{name: tensor.shape for name, tensor in zip(arguments, tensors, strict=True)})
-    return tensors
-
-
 def _require_last(name: str, tensor: Tensor, *sizes: int) -> None:
     """Raises a ValueError unless the last dimensions have these sizes: here nothing may broadcast."""
     if tensor.shape[-len(sizes) :] != sizes:
@@ -103,30 +107,24 @@ def _require_last(name: str, tensor: Tensor, *sizes: int) -> None:
         raise ValueError(f"{name}: expected shape (..., {expected}), found {tuple(tensor.shape)}")
 
 
-def _require_scale_tril(name: str, tensor: Tensor) -> None:
-    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2]:
-        raise ValueError(f"{name}: expected square matrices (..., K, K), found shape {tuple(tensor.shape)}")
-    _require(
-        name, tensor, "zero above the diagonal (a Cholesky factor, not a covariance):", tensor.triu(1) == 0
-    )
-    _require(
-        name,
-        tensor.diagonal(dim1=-2, dim2=-1),
-        "a diagonal of positive",
-        tensor.diagonal(dim1=-2, dim2=-1) > 0,
-    )
+def _require_square(name: str, matrices: Tensor) -> None:
+    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2]:
+        raise ValueError(f"{name}: expected shape (..., K, K), found {tuple(matrices.shape)}")
+
+
+def _require_scale_tril(name: str, factor: Tensor) -> None:
+    _require_square(name, factor)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    _require(name, factor, factor.triu(1) == 0, "a Cholesky factor, which is zero above its diagonal")
+    _require(name, diagonal, diagonal > 0, "a Cholesky factor, whose diagonal is positive")
 
 
 def _cholesky(name: str, covariance: Tensor) -> Tensor:
     """Returns L, lower triangular, with L Lᵀ = covariance."""
-    if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2]:
-        raise ValueError(
-            f"{name}: expected square matrices (..., K, K), found shape {tuple(covariance.shape)}"
-        )
-    tolerance = math.sqrt(torch.finfo(covariance.dtype).eps) * covariance.detach().abs().amax(
-        (-2, -1), keepdim=True
-    )
-    _require(name, covariance, "symmetric matrices:", (covariance - covariance.mT).abs() <= tolerance)
+    _require_square(name, covariance)
+    size = covariance.detach().abs().amax((-2, -1), keepdim=True)
+    symmetric = (covariance - covariance.mT).abs() <= _rounding(covariance) * size
+    _require(name, covariance, symmetric, "symmetric matrices")
     factor, info = torch.linalg.cholesky_ex(covariance)
     if info.any():
         smallest = torch.linalg.eigvalsh(covariance.detach()).min().item()
@@ -134,6 +132,11 @@ def _cholesky(name: str, covariance: Tensor) -> Tensor:
             f"{name}: expected positive definite matrices, found an eigenvalue of {smallest:.3g}"
         )
     return factor
+
+
+def _rounding(tensor: Tensor) -> float:
+    """What rounding may amount to, relatively, in a value that was computed elsewhere."""
+    return math.sqrt(torch.finfo(tensor.dtype).eps)
 
 
 # Gaussians --------------------------------------------------------------------------------------------------
@@ -394,7 +397,7 @@ def bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
         tensor(1.3863)
     """
     x, logits = _elementwise(x=x, logits=logits)
-    _require("x", x, "Bernoulli data in [0, 1]:", (x >= 0) & (x <= 1))
+    _require("x", x, (x >= 0) & (x <= 1), "values in [0, 1]")
     return -(x * logsigmoid(logits) + (1 - x) * logsigmoid(-logits)).sum(-1)
 
 
@@ -622,7 +625,8 @@ class MultivariateNormal:
 
     def entropy(self) -> Tensor:
         """Entropy ½ log |2πe Σ|, in nats, (...,)."""
-        return 0.5 * self.loc.shape[-1] * (_LOG_2PI + 1) + self._log_volume().expand(self.loc.shape[:-1])
+        batch_shape = torch.broadcast_shapes(self.loc.shape[:-1], self.scale_tril.shape[:-2])
+        return 0.5 * self.loc.shape[-1] * (_LOG_2PI + 1) + self._log_volume().expand(batch_shape)
 
     def _log_volume(self) -> Tensor:
         """Half the log determinant of the covariance."""
@@ -631,7 +635,7 @@ class MultivariateNormal:
 
 @dataclass(frozen=True)
 class ElboGradient:
-    """Exact gradient of each datum's ELBO in the parameters of the model and of the guide.
+    """Exact gradient of each datum's ELBO in the parameters of the model and of its guide.
 
     Attributes:
         W: (..., D, K).
@@ -686,8 +690,8 @@ class LinearGaussian:
 
     def __init__(self, W: Tensor, b: Tensor, noise_variance: Tensor | float) -> None:
         W, b, noise_variance = _tensors(W=W, b=b, noise_variance=noise_variance)
-        if W.ndim != 2:
-            raise ValueError(f"W: expected shape (D, K), found {tuple(W.shape)}")
+        if W.ndim != 2 or 0 in W.shape:
+            raise ValueError(f"W: expected shape (D, K) with D, K ≥ 1, found {tuple(W.shape)}")
         if b.shape != W.shape[:1]:
             raise ValueError(
                 f"b: expected shape ({len(W)},) beside W {tuple(W.shape)}, found {tuple(b.shape)}"
@@ -770,6 +774,9 @@ class LinearGaussian:
     def elbo_gradient(self, x: Tensor, loc: Tensor, covariance: Tensor) -> ElboGradient:
         """Exact gradient of the ELBO, by hand; at the exact posterior, in W, b and c, that of log p(x)."""
         factor = self._check_guide(x, loc, covariance)
+        batch_shape = torch.broadcast_shapes(x.shape[:-1], loc.shape[:-1], covariance.shape[:-2])
+        loc = loc.expand(*batch_shape, -1)
+        precision = torch.cholesky_inverse(factor).expand(*batch_shape, -1, -1)
         W, c = self.W, self.noise_variance
         residual = x - loc @ W.mT - self.b
         squared_error = residual.square().sum(-1) + (W.mT @ W * covariance).sum((-2, -1))
@@ -778,7 +785,7 @@ class LinearGaussian:
             b=residual / c,
             noise_variance=(squared_error / c - len(W)) / (2 * c),
             loc=residual @ W / c - loc,
-            covariance=0.5 * (torch.cholesky_inverse(factor) - self._posterior_precision()),
+            covariance=0.5 * (precision - self._posterior_precision()),
         )
 
     # What a diagonal guide cannot reach
@@ -790,7 +797,7 @@ class LinearGaussian:
         return MultivariateNormal(loc, scale.diag().expand(*loc.shape[:-1], -1, -1))
 
     def diagonal_gap(self) -> Tensor:
-        """The gap the best diagonal guide leaves, ½ (Σ log M_kk − log |M|) ≥ 0, the same at every x: shape ()."""
+        """The gap the best diagonal guide leaves, ½ (Σ log M_kk − log |M|) ≥ 0, alike at all x: shape ()."""
         log_volume = self._posterior_factor().diagonal().log().sum()  # ½ log |cM⁻¹|
         return 0.5 * self._posterior_precision().diagonal().log().sum() + log_volume
 
@@ -800,12 +807,12 @@ class LinearGaussian:
         r"""Log of the number S of draws with which the naive estimate of p(x) has a relative error of one.
 
         :math:`S = E[p(x|z)^2] / p(x)^2 - 1` over the prior, exact because :math:`\mathcal N(x; m, cI)^2 =
-        (4\pi c)^{-D/2} \mathcal N(x; m, \tfrac c2 I)`. A relative standard error of r takes S / r²
-        draws in :func:`naive_log_evidence`.
+        (4\pi c)^{-D/2} \mathcal N(x; m, \tfrac c2 I)`. For a relative standard error of r,
+        :func:`naive_log_evidence` takes S / r² draws. Where W = 0 every draw is right, and the result is −∞.
         """
         sharper = LinearGaussian(self.W, self.b, self.noise_variance / 2)
         log_factor = -0.5 * len(self.W) * (4 * math.pi * self.noise_variance).log()
-        log_ratio = log_factor + sharper.log_evidence(x) - 2 * self.log_evidence(x)
+        log_ratio = (log_factor + sharper.log_evidence(x) - 2 * self.log_evidence(x)).clamp(min=0)
         return log_ratio + (-torch.expm1(-log_ratio)).log()
 
     # Parts
@@ -819,13 +826,13 @@ class LinearGaussian:
 
     def _posterior_factor(self) -> Tensor:
         """The lower Cholesky factor of the posterior covariance cM⁻¹, (K, K)."""
-        # Let the precision be U Uᵀ with U upper triangular, which is a Cholesky factor with rows and columns in
-        # reverse. Then U⁻ᵀ is lower triangular, and it factorises the inverse.
+        # Let the precision be U Uᵀ with U upper triangular: a Cholesky factor with rows and columns in reverse.
+        # Then U⁻ᵀ is lower triangular, and it factorises the inverse.
         reverse, info = torch.linalg.cholesky_ex(self._posterior_precision().flip(-2, -1))
         if info:
             raise ValueError(
-                f"noise_variance: {self.noise_variance.item():.3g} is so small beside WᵀW that M = WᵀW + cI "
-                f"is not positive definite in {self.W.dtype}; use float64, or linearly independent columns"
+                f"noise_variance: {self.noise_variance.item():.3g} is too small beside WᵀW for "
+                f"{self.W.dtype}: WᵀW + cI is not positive definite as computed; use float64, or more noise"
             )
         return torch.linalg.solve_triangular(reverse.flip(-2, -1).mT, self._identity(), upper=False)
 
@@ -920,12 +927,5 @@ class GaussianMixture:
         x, q = _tensors(x=x, probabilities=probabilities)
         _require_last("probabilities", q, len(self.weights))
         _require_broadcast(x=x.shape[:-1], probabilities=q.shape[:-1])
-        _require("probabilities", q, "non-negative", q >= 0)
         _require_distribution("probabilities", q)
         return q
-
-
-def _require_distribution(name: str, probabilities: Tensor) -> None:
-    total = probabilities.detach().sum(-1)
-    tolerance = math.sqrt(torch.finfo(total.dtype).eps)
-    _require(name, total, "a sum over the last dimension of one, not other", (total - 1).abs() <= tolerance)
