@@ -67,7 +67,7 @@ class VAE(nn.Module):
     def model(self, x: Tensor) -> Tensor:
         """p(z) p(x|z): the generative model, with x (N, *event_shape) observed."""
         _show_parameters(prior=self.prior, likelihood=self.likelihood)
-        with pyro.plate("data", len(x)):
+        with _data_plate(x):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", _covering(self.likelihood(z), x), obs=x)
 
@@ -77,7 +77,7 @@ class VAE(nn.Module):
         q = self.posterior(x)
         if not isinstance(q, dist.Distribution):
             return q  # a Pyro guide function: it has sampled its own sites
-        with pyro.plate("data", len(x)):
+        with _data_plate(x):
             return pyro.sample("z", q)
 
     def encode(self, x: Tensor) -> dist.Distribution:
@@ -150,7 +150,7 @@ class VAE(nn.Module):
         index = tuple((~inside).nonzero()[0].tolist())
         message = (
             f"x{list(index)} = {x[index].item():.6g} lies outside the support of "
-            f"{type(self.likelihood).__name__}, {support}; so do {(~inside).sum().item()} of {x.numel()} values"
+            f"{type(self.likelihood).__name__}, {support}; so do {(~inside).sum()} of {x.numel()} values"
         )
         if isinstance(support, type(dist.constraints.boolean)) and ((x >= 0) & (x <= 1)).all():
             message += (
@@ -203,6 +203,12 @@ class VAE(nn.Module):
             return vae
 
         return checkpoints.fitting(path, restore)
+
+
+def _data_plate(x: Tensor) -> pyro.plate:
+    if len(x) == 0:
+        raise ValueError("x is empty: there must be at least one datum")
+    return pyro.plate("data", len(x))
 
 
 def _covering(p: dist.Distribution, x: Tensor) -> dist.Distribution:

@@ -1,0 +1,138 @@
+"""Stochastic variational inference: one step of gradient descent on the negative ELBO.
+
+`SVI` has the interface of `pyro.infer.SVI`. It differs in that one torch optimiser holds all the
+parameters, so that a learning-rate schedule, a global gradient norm and a checkpoint are plain
+torch; and in that a loss that is not finite stops training before it reaches the parameters.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+
+__all__ = ["SVI", "NonFiniteError"]
+
+
+class NonFiniteError(ValueError):
+    """A loss, gradient or parameter became infinite or NaN."""
+
+
+class SVI:
+    """Fit a guide to a model by stochastic gradients of an ELBO estimator.
+
+    Each step minimises the loss of `estimator`, for Pyro's own the negative ELBO summed over the
+    batch, in nats.
+
+    Args:
+        model: A Pyro model function; for a VAE, `vae.model`.
+        guide: A Pyro guide function of the same arguments; for a VAE, `vae.guide`.
+        optimizer: A torch optimiser that holds the parameters to train.
+        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's.
+        clip_norm: Largest Euclidean norm of the gradient of all parameters together; longer
+            gradients are scaled down to it.
+
+    Raises:
+        TypeError: If the optimiser is not a torch one, or the loss no `pyro.infer.ELBO`.
+        ValueError: If `clip_norm` is not positive.
+
+    Example:
+        >>> from pyro.infer import TraceMeanField_ELBO
+        >>> from pyro_vae import VAE, guides, likelihoods, priors
+        >>> vae = VAE(
+        ...     prior=priors.StandardNormal(2),
+        ...     likelihood=likelihoods.Normal(2, (6,)),
+        ...     guide=guides.DiagonalNormal((6,), 2),
+        ... )
+        >>> svi = SVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters(), 1e-3), TraceMeanField_ELBO())
+        >>> loss = svi.step(torch.zeros(5, 6))
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optimizer: torch.optim.Optimizer,
+        loss: ELBO,
+        *,
+        clip_norm: float | None = None,
+    ):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "optimizer must be a torch.optim.Optimizer, such as torch.optim.Adam(vae.parameters()); "
+                f"got {type(optimizer).__name__}. Pyro's optimisers go with pyro.infer.SVI"
+            )
+        if not isinstance(loss, ELBO):
+            got = loss.__name__ + " itself: call it" if isinstance(loss, type) else type(loss).__name__
+            raise TypeError(f"loss must be a pyro.infer.ELBO, such as Trace_ELBO(); got {got}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive; got {clip_norm}")
+        self.model = model
+        self.guide = guide
+        self.optimizer = optimizer
+        self.loss = loss
+        self.clip_norm = clip_norm
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take one gradient step and return the loss, as the estimator defines it: Pyro's sum over the batch.
+
+        Args and kwargs go to the model and the guide.
+
+        Raises:
+            NonFiniteError: If the loss is infinite or NaN, naming the site; the parameters are untouched.
+        """
+        self.optimizer.zero_grad()
+        loss = self._loss_and_gradients(*args, **kwargs)
+        if self.clip_norm is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimizer.step()
+        return loss
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Return the loss without taking a step. Like Pyro's, it draws from torch's global generator."""
+        with torch.no_grad():
+            return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
+
+    def _loss_and_gradients(self, *args: Any, **kwargs: Any) -> float:
+        try:
+            if hasattr(self.loss, "differentiable_loss"):
+                loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                value = float(loss.detach())
+                if math.isfinite(value):
+                    loss.backward()
+            else:  # such as TraceGraph_ELBO
+                value = float(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
+        except ValueError as error:  # what Pyro's validation raises, among others, for NaN parameters
+            reason = _non_finite_site(self.model, self.guide, *args, **kwargs)
+            if reason is None:
+                raise
+            raise NonFiniteError(f"the loss cannot be computed: {reason}") from error
+        if not math.isfinite(value):
+            reason = _non_finite_site(self.model, self.guide, *args, **kwargs)
+            raise NonFiniteError(f"the loss is {value}: {reason or 'on another draw every site is finite'}")
+        return value
+
+
+def _non_finite_site(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> str | None:
+    """Run the pair once more and describe the first thing in it that is not finite."""
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        for trace in (guide_trace, model_trace):
+            trace.compute_log_prob()
+            for name, site in trace.nodes.items():
+                if site["type"] == "param" and not torch.isfinite(site["value"]).all():
+                    return f"parameter {name!r} is not finite: try a smaller learning rate or clip_norm"
+                if site["type"] != "sample":
+                    continue
+                for what in ("value", "log_prob"):
+                    tensor = site[what]
+                    if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+                        index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+                        found = tensor[tuple(index)].item()
+                        return f"site {name!r} has {what.replace('_', ' ')} {found} at index {index}"
+    return None

@@ -1,0 +1,28 @@
+"""What every test runs under: random numbers of its own, and a guard on process-wide state."""
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def isolation() -> Iterator[None]:
+    """Seed torch's generator, and fail a test that leaves anything process-wide changed."""
+
+    def state() -> dict[str, object]:
+        return {
+            "default dtype": torch.get_default_dtype(),
+            "gradient mode": torch.is_grad_enabled(),
+            "argument validation": torch.distributions.Distribution._validate_args,
+            "Pyro validation": pyro.infer.util.is_validation_enabled(),
+            "parameter store": sorted(pyro.get_param_store().keys()),
+            "effect handlers": len(pyro.poutine.runtime._PYRO_STACK),
+        }
+
+    before = state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    assert state() == before

@@ -1,0 +1,98 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate
+
+from pyro_vae.distributions import ContinuousBernoulli, DiscretizedLogistic
+
+LOGITS = [-800.0, -40.0, -3.0, -0.21, -0.19, -1e-4, 0.0, 1e-9, 0.05, 0.2, 1.0, 17.0, 300.0]
+
+
+@pytest.mark.parametrize("logit", LOGITS)
+def test_continuous_bernoulli_integrates_to_one_with_the_stated_mean(logit):
+    p = ContinuousBernoulli(torch.tensor(logit, dtype=torch.float64))
+
+    def density(x):
+        return p.log_prob(torch.tensor(x, dtype=torch.float64)).exp().item()
+
+    # the mass of a steep density lies at one end, within some multiples of 1 / |logit|
+    ends = [0.0, *[point for point in (30 / abs(logit or 1), 1 - 30 / abs(logit or 1)) if 0 < point < 1], 1.0]
+    pieces = list(zip(sorted(ends)[:-1], sorted(ends)[1:], strict=True))
+    mass = sum(integrate.quad(density, a, b, epsabs=1e-13)[0] for a, b in pieces)
+    mean = sum(integrate.quad(lambda x: x * density(x), a, b, epsabs=1e-13)[0] for a, b in pieces)
+    assert mass == pytest.approx(1, abs=1e-10)
+    assert p.mean.item() == pytest.approx(mean, abs=1e-10)
+
+
+def test_continuous_bernoulli_gradient_is_x_minus_the_mean():
+    logits = torch.tensor(LOGITS, dtype=torch.float64, requires_grad=True)
+    x = torch.linspace(0, 1, len(LOGITS), dtype=torch.float64)
+    p = ContinuousBernoulli(logits)
+    (gradient,) = torch.autograd.grad(p.log_prob(x).sum(), logits)
+    torch.testing.assert_close(gradient, (x - p.mean).detach(), rtol=0, atol=1e-10)
+
+
+def test_continuous_bernoulli_is_exact_where_torch_clamps():
+    logit = torch.tensor(40.0)  # log((e^40 − 1) / 40) = 40 − log 40
+    ours = ContinuousBernoulli(logit).log_prob(torch.tensor(1.0)).item()
+    theirs = torch.distributions.ContinuousBernoulli(logits=logit).log_prob(torch.tensor(1.0)).item()
+    assert ours == pytest.approx(math.log(40), abs=1e-6)
+    assert abs(theirs - math.log(40)) > 0.5
+
+
+@pytest.mark.parametrize("logit", [-30.0, -0.5, 0.0, 5e-4, 2.0, 80.0])
+def test_continuous_bernoulli_samples_have_the_stated_mean(logit):
+    p = ContinuousBernoulli(torch.tensor(logit, dtype=torch.float64))
+    draws = p.sample((40_000,))
+    assert ((draws >= 0) & (draws <= 1)).all()
+    assert abs(draws.mean() - p.mean) < 5 * draws.std() / math.sqrt(len(draws))
+
+
+def test_continuous_bernoulli_samples_follow_the_distribution_function():
+    p = ContinuousBernoulli(torch.tensor(-2.0, dtype=torch.float64))
+    draws = p.sample((40_000,))
+    for x in (0.1, 0.5, 0.8):
+        below = math.expm1(-2 * x) / math.expm1(-2)
+        assert abs((draws < x).double().mean() - below) < 5 * math.sqrt(below * (1 - below) / len(draws))
+
+
+@pytest.mark.parametrize("levels", [2, 5, 256])
+@pytest.mark.parametrize(("loc", "scale"), [(0.3, 0.07), (-2.0, 1e-3), (0.999, 1e-5), (0.5, 30.0)])
+def test_discretized_logistic_sums_to_one_with_the_stated_mean(levels, loc, scale):
+    values = torch.arange(levels, dtype=torch.float64) / (levels - 1)
+    p = DiscretizedLogistic(torch.tensor(loc).double(), torch.tensor(scale).double(), levels=levels)
+    probabilities = p.expand((levels,)).log_prob(values).exp()
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+    assert p.mean.item() == pytest.approx((values * probabilities).sum().item(), abs=1e-12)
+
+
+def test_discretized_logistic_keeps_its_tails():
+    loc, scale = torch.tensor(0.0, requires_grad=True), torch.tensor(1e-3, requires_grad=True)
+    log_prob = DiscretizedLogistic(loc, scale).log_prob(torch.tensor(200 / 255))
+    # σ(b) − σ(a) for a, b ≫ 0 is e^(−a) − e^(−b)
+    a, b = (199.5 / 255) / 1e-3, (200.5 / 255) / 1e-3
+    assert log_prob.item() == pytest.approx(-a + np.log1p(-np.exp(a - b)), rel=1e-5)
+    log_prob.backward()
+    assert torch.isfinite(loc.grad)
+    assert torch.isfinite(scale.grad)
+
+
+def test_discretized_logistic_draws_grey_levels_as_often_as_it_says():
+    p = DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.2), levels=4)
+    draws = p.sample((30_000,))
+    assert p.support.check(draws).all()
+    for value in (0.0, 1 / 3, 2 / 3, 1.0):
+        expected = p.log_prob(torch.tensor(value)).exp().item()
+        found = ((draws - value).abs() < 1e-6).double().mean().item()
+        assert abs(found - expected) < 5 * math.sqrt(expected * (1 - expected) / len(draws))
+
+
+def test_values_outside_the_support_are_refused():
+    with pytest.raises(ValueError, match="multiples of 1/255"):
+        DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.2)).log_prob(torch.tensor(0.3))
+    with pytest.raises(ValueError, match="support"):
+        ContinuousBernoulli(torch.tensor(0.4)).log_prob(torch.tensor(1.2))
+    with pytest.raises(ValueError, match="levels must be at least 2"):
+        DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.2), levels=1)

@@ -1,0 +1,276 @@
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+import pyro_vae as pv
+
+EVENT, K, N, S = (2, 3), 4, 5, 7
+
+LIKELIHOODS = {
+    "Bernoulli": (pv.likelihoods.Bernoulli, {}, lambda: torch.bernoulli(torch.full((N, *EVENT), 0.4))),
+    "ContinuousBernoulli": (pv.likelihoods.ContinuousBernoulli, {}, lambda: torch.rand(N, *EVENT)),
+    "Normal": (pv.likelihoods.Normal, {"variance": 0.3}, lambda: torch.randn(N, *EVENT)),
+    "Normal-shared": (pv.likelihoods.Normal, {"variance": "shared"}, lambda: torch.randn(N, *EVENT)),
+    "Normal-per_element": (
+        pv.likelihoods.Normal,
+        {"variance": "per_element"},
+        lambda: torch.randn(N, *EVENT),
+    ),
+    "DiscretizedLogistic": (
+        pv.likelihoods.DiscretizedLogistic,
+        {},
+        lambda: torch.randint(0, 256, (N, *EVENT)) / 255,
+    ),
+    "Poisson": (pv.likelihoods.Poisson, {}, lambda: torch.poisson(torch.full((N, *EVENT), 3.0))),
+    "NegativeBinomial": (
+        pv.likelihoods.NegativeBinomial,
+        {},
+        lambda: torch.poisson(torch.full((N, *EVENT), 3.0)),
+    ),
+}
+
+
+def make(name="Bernoulli"):
+    likelihood, arguments, _ = LIKELIHOODS[name]
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=likelihood(K, EVENT, hidden_features=(6,), **arguments),
+        guide=pv.guides.DiagonalNormal(EVENT, K, hidden_features=(8,)),
+    )
+
+
+def data(name="Bernoulli"):
+    return LIKELIHOODS[name][2]()
+
+
+def upstream(vae, estimator=None):
+    return SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), estimator or Trace_ELBO())
+
+
+def parameters(vae):
+    return torch.cat([p.detach().flatten() for p in vae.parameters()])
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Trace_ELBO(),
+        TraceMeanField_ELBO(num_particles=S, vectorize_particles=True, max_plate_nesting=1),
+        TraceGraph_ELBO(num_particles=2),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_every_likelihood_trains_under_upstream_svi(name, estimator):
+    vae, x = make(name), data(name)
+    svi = upstream(vae, estimator)
+    torch.manual_seed(3)
+    before = sum(svi.evaluate_loss(x) for _ in range(20))
+    old = [p.detach().clone() for p in vae.parameters()]
+    for _ in range(60):
+        svi.step(x)
+    assert sum(svi.evaluate_loss(x) for _ in range(20)) < before
+    assert all((p != q).any() for p, q in zip(vae.parameters(), old, strict=True))
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_every_likelihood_gives_distributions_of_the_stated_shapes(name):
+    vae, x = make(name), data(name)
+    vae.check_data(x)
+    q = vae.encode(x)
+    assert (q.batch_shape, q.event_shape) == ((N,), (K,))
+    p = vae.decode(q.rsample((S,)))
+    assert (p.batch_shape, p.event_shape) == ((S, N), EVENT)
+    assert p.log_prob(x).shape == (S, N)
+    assert vae.reconstruct(x).shape == (N, *EVENT)
+    drawn = vae.sample(3)
+    vae.check_data(drawn)
+    assert drawn.shape == vae.sample(3, mean=True).shape == (3, *EVENT)
+
+
+def test_the_loss_is_the_negative_elbo_of_the_two_functions():
+    vae, x = make("Normal").double(), data("Normal").double()
+    q = vae.encode(x)
+    torch.manual_seed(5)
+    loss = Trace_ELBO().loss(vae.model, vae.guide, x)
+    torch.manual_seed(5)
+    z = q.rsample()
+    elbo = vae.decode(z).log_prob(x) + vae.prior().log_prob(z) - q.log_prob(z)
+    assert loss == pytest.approx(-elbo.sum().item(), rel=1e-10)
+
+
+def test_two_vaes_and_their_copies_train_independently():
+    first, second = make(), make()
+    x = data()
+    svi = upstream(first)
+    svi.step(x)
+    twin, pickled = copy.deepcopy(first), pickle.loads(pickle.dumps(first))
+    models = [first, second, twin, pickled]
+    start = [parameters(vae) for vae in models]
+    assert torch.equal(start[0], start[2])
+    assert torch.equal(start[0], start[3])
+    for trained in models:
+        others = [(vae, parameters(vae)) for vae in models if vae is not trained]
+        old = parameters(trained)
+        upstream(trained).step(x)
+        assert not torch.equal(parameters(trained), old)
+        assert all(torch.equal(parameters(vae), kept) for vae, kept in others)
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_frozen_parameters_stay():
+    vae, x = make(), data()
+    vae.likelihood.requires_grad_(False)
+    frozen = parameters(vae.likelihood)
+    svi = upstream(vae)
+    for _ in range(3):
+        svi.step(x)
+    assert torch.equal(parameters(vae.likelihood), frozen)
+
+
+def test_double_precision_and_state_dict():
+    vae = make("NegativeBinomial").double()
+    assert vae.sample(2).dtype == torch.float64
+    other = make("NegativeBinomial").double()
+    other.load_state_dict(vae.state_dict())
+    assert torch.equal(parameters(vae), parameters(other))
+
+
+def test_with_guide_shares_model_and_leaves_the_first_guide():
+    vae, x = make(), data()
+
+    def guide(batch):
+        with pyro.plate("data", len(batch)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(batch), K), 0.5).to_event(1))
+
+    swapped = vae.with_guide(guide)
+    assert swapped.likelihood is vae.likelihood
+    assert swapped.prior is vae.prior
+    assert swapped.encode(x).mean.shape == (N, K)
+    assert vae.encode(x).stddev[0, 0] != 0.5
+    before = parameters(vae.likelihood)
+    upstream(swapped).step(x)
+    assert not torch.equal(parameters(vae.likelihood), before)
+
+
+class OwnGuide(nn.Module):
+    """A user's module that samples its own site and knows nothing of this library."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 2 * K)
+
+    def forward(self, x):
+        loc, log_scale = self.linear(x.flatten(1)).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def test_a_users_guide_module_trains_under_upstream_svi():
+    vae, x = make().with_guide(OwnGuide()), data()
+    old = vae.posterior.linear.bias.detach().clone()
+    upstream(vae, TraceMeanField_ELBO()).step(x)
+    assert (vae.posterior.linear.bias != old).all()
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_saved_vae_is_rebuilt_from_the_file_alone(name, tmp_path):
+    vae = make(name).double()
+    vae.save(tmp_path / "vae.pt")
+    loaded = pv.VAE.load(tmp_path / "vae.pt")
+    x = data(name).double()
+    assert torch.equal(vae.reconstruct(x), loaded.reconstruct(x))
+    z = torch.ones(N, K).double()
+    assert torch.equal(vae.decode(z).log_prob(x), loaded.decode(z).log_prob(x))
+
+
+def test_convolutional_networks_are_rebuilt_too(tmp_path):
+    image = (1, 9, 10)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=pv.likelihoods.DiscretizedLogistic(
+            K, image, network=pv.networks.ConvDecoder(K, (2, 9, 10), channels=(4, 3))
+        ),
+        guide=pv.guides.DiagonalNormal(
+            image, K, network=pv.networks.ConvEncoder(image, 2 * K, channels=(3, 4), activation="tanh")
+        ),
+    )
+    vae.save(tmp_path / "vae.pt")
+    x = torch.zeros(2, *image)
+    assert torch.equal(pv.VAE.load(tmp_path / "vae.pt").reconstruct(x), vae.reconstruct(x))
+
+
+def test_a_vae_with_a_users_module_is_loaded_into_a_built_one(tmp_path):
+    vae = make().with_guide(OwnGuide())
+    vae.save(tmp_path / "vae.pt")
+    with pytest.raises(pv.CheckpointError, match=r"VAE.load\(path, into=vae\)"):
+        pv.VAE.load(tmp_path / "vae.pt")
+    other = make().with_guide(OwnGuide())
+    assert pv.VAE.load(tmp_path / "vae.pt", into=other) is other
+    assert torch.equal(parameters(other), parameters(vae))
+    with pytest.raises(pv.CheckpointError, match="another architecture"):
+        pv.VAE.load(tmp_path / "vae.pt", into=make())
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "error", "message"),
+    [
+        ("Bernoulli", lambda x: x * 0.5, ValueError, r"x\[\d, \d, \d\] = 0.5 lies outside.*binarize="),
+        ("Poisson", lambda x: -1 - x, ValueError, r"x\[0, 0, 0\] = -\d+ lies outside the support of Poisson"),
+        (
+            "Normal",
+            lambda x: x.index_fill(0, torch.tensor([3]), float("nan")),
+            ValueError,
+            r"x\[3, 0, 0\] = nan",
+        ),
+        ("Normal", lambda x: x / 0, ValueError, "inf lies outside"),
+        ("Normal", lambda x: x[:0], ValueError, "empty"),
+        ("Normal", lambda x: x.flatten(1), ValueError, r"shape \(N, 2, 3\).*got \(5, 6\)"),
+        ("Normal", lambda x: x.int(), TypeError, "floating point; got torch.int32"),
+        ("Normal", lambda x: x.tolist(), TypeError, "must be a tensor; got list"),
+    ],
+)
+def test_unfit_data_are_refused_by_name_and_index(name, spoil, error, message):
+    with pytest.raises(error, match=message):
+        make(name).check_data(spoil(data(name)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda x: x.flatten(1), ValueError, r"x must have shape \(\*, 2, 3\); got \(5, 6\)"),
+        (lambda x: x.double(), TypeError, r"x is torch.float64, the parameters are torch.float32"),
+        (lambda x: x.bool(), TypeError, "x must be floating point; got torch.bool"),
+        (lambda x: x.to("meta"), ValueError, "x lies on meta, the parameters on cpu"),
+        (lambda x: x[:0], ValueError, "empty"),
+    ],
+)
+def test_a_batch_that_the_networks_cannot_take_is_refused(spoil, error, message):
+    vae = make()
+    with pytest.raises(error, match=message):
+        upstream(vae).step(spoil(data()))
+
+
+def test_wrong_networks_and_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"the network must return shape \(5, 8\).*got \(5, 7\)"):
+        pv.guides.DiagonalNormal(EVENT, K, network=nn.Sequential(nn.Flatten(), nn.Linear(6, 7)))(data())
+    with pytest.raises(ValueError, match=r"must return 1 x \(2, 3\) numbers each; got \(5, 7\)"):
+        pv.likelihoods.Bernoulli(K, EVENT, network=nn.Linear(K, 7))(torch.zeros(N, K))
+    with pytest.raises(ValueError, match=r"z must have shape \(\*, 4\); got \(5, 3\)"):
+        make().decode(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match=r"variance must be a positive number.*got -1"):
+        pv.likelihoods.Normal(K, EVENT, variance=-1)
+    with pytest.raises(ValueError, match="latent_dim must be at least 1; got 0"):
+        pv.priors.StandardNormal(0)
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        make().sample(0)
+    with pytest.raises(TypeError, match="the likelihood must return a Pyro distribution; got Tensor"):
+        pv.VAE(prior=pv.priors.StandardNormal(K), likelihood=nn.Linear(K, 6), guide=make().posterior).model(
+            data()
+        )
