@@ -826,13 +826,16 @@ class LinearGaussian:
 
     def _posterior_factor(self) -> Tensor:
         """The lower Cholesky factor of the posterior covariance cM⁻¹, (K, K)."""
-        # Let the precision be U Uᵀ with U upper triangular: a Cholesky factor with rows and columns in reverse.
+        # Let the precision be U Uᵀ with U upper triangular: a Cholesky factor, rows and columns reversed.
         # Then U⁻ᵀ is lower triangular, and it factorises the inverse.
-        reverse, info = torch.linalg.cholesky_ex(self._posterior_precision().flip(-2, -1))
-        if info:
+        precision = self._posterior_precision()
+        reverse, info = torch.linalg.cholesky_ex(precision.flip(-2, -1))
+        # Every eigenvalue is at least 1, which rounding may bury under the largest.
+        lost = torch.finfo(precision.dtype).eps * precision.diagonal().max() / reverse.diagonal().min() ** 2
+        if info or lost > _rounding(precision):
             raise ValueError(
-                f"noise_variance: {self.noise_variance.item():.3g} is too small beside WᵀW for "
-                f"{self.W.dtype}: WᵀW + cI is not positive definite as computed; use float64, or more noise"
+                f"noise_variance: {self.noise_variance.item():.3g} is too small beside W in {self.W.dtype}: "
+                "half the digits of the posterior are lost; use float64, or a W with independent columns"
             )
         return torch.linalg.solve_triangular(reverse.flip(-2, -1).mT, self._identity(), upper=False)
 
