@@ -36,6 +36,7 @@ def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> N
         content: Nested dicts and lists of tensors, numbers, strings, booleans and None.
 
     Raises:
+        TypeError: If the content holds anything else; the message names the place.
         OSError: If the file cannot be written; the message names it, and `path` is as it was before.
 
     Example:
@@ -45,6 +46,7 @@ def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> N
         >>> read(path, "example")
         {'weight': tensor([1., 1.])}
     """
+    _check_plain(content, "content")
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -58,6 +60,20 @@ def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> N
             partial.unlink(missing_ok=True)
         reason = f"cannot write the checkpoint {path}: {error}. Free space or choose another folder"
         raise OSError(f"{reason}; an earlier checkpoint of that name is untouched") from error
+
+
+def _check_plain(value: Any, place: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(item, f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{place}[{index}]")
+    elif not (value is None or isinstance(value, torch.Tensor | bool | int | float | str)):
+        raise TypeError(
+            f"{place} is a {type(value).__name__}; a checkpoint holds only tensors and plain values "
+            "(numbers, strings, booleans, None, and dicts, lists and tuples of these)"
+        )
 
 
 def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae import checkpoints
+from pyro_vae.randomness import isolated_generators
 from pyro_vae.specs import rebuild, rebuildable, spec
 
 __all__ = ["VAE"]
@@ -138,7 +139,7 @@ class VAE(nn.Module):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point; got {x.dtype}. Convert with .float()")
-        with torch.no_grad():
+        with torch.no_grad(), isolated_generators(x.device, seed=0):
             p = self.decode(self.prior().sample((1,)))
         _covering(p, x)
         support = p.support
