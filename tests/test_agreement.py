@@ -1,0 +1,326 @@
+"""Pyro's ELBO of every likelihood and guide of the package against the loss derived by hand.
+
+    uv run python tests/test_agreement.py
+
+prints the table: case, library value, hand value, and the relative differences of value and gradient.
+A new likelihood or guide costs one line in `LIKELIHOODS` or `GUIDES`; without it a test fails.
+"""
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyro_vae import VAE, closed_form, guides, likelihoods, priors
+from pyro_vae.networks import positive
+
+PARTICLES, DATA, LATENT, EVENT = 2, 5, 3, (2, 4)
+
+
+# What is judged: densities and divergences by hand, of what the networks return
+
+
+class LikelihoodCase(NamedTuple):
+    make: Callable[..., nn.Module]
+    data: Callable[[Tensor], Tensor]  # from uniform random numbers
+    nll: Callable[..., Tensor]  # (likelihood, x (N, D), each of the network's outputs (N, D)) -> (N,)
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+def binary(u: Tensor) -> Tensor:
+    return (u > 0.5).to(u)
+
+
+def grey(u: Tensor) -> Tensor:
+    return (u * 255).round() / 255
+
+
+def counts(u: Tensor) -> Tensor:
+    return (u * 9).floor()
+
+
+def real(u: Tensor) -> Tensor:
+    return 3 * u - 1
+
+
+def learned_normal_nll(p: nn.Module, x: Tensor, mean: Tensor) -> Tensor:
+    return closed_form.gaussian_nll(x, mean, positive(p.raw_scale).flatten() ** 2)
+
+
+def poisson_nll(p: nn.Module, x: Tensor, raw: Tensor) -> Tensor:
+    rate = positive(raw)
+    return (rate - x * rate.log() + (x + 1).lgamma()).sum(-1)
+
+
+def negative_binomial_nll(p: nn.Module, x: Tensor, raw: Tensor) -> Tensor:
+    m, r = positive(raw), positive(p.raw_dispersion).flatten()
+    log_choices = (x + r).lgamma() - r.lgamma() - (x + 1).lgamma()
+    return -(log_choices + r * (r / (r + m)).log() + x * (m / (r + m)).log()).sum(-1)
+
+
+def discretized_logistic_nll(p: nn.Module, x: Tensor, raw_loc: Tensor, raw_scale: Tensor) -> Tensor:
+    loc, scale, half = raw_loc + 0.5, positive(raw_scale - 2), 1 / 510
+    below = torch.where(x < half, 0.0, ((x - half - loc) / scale).sigmoid())
+    up_to = torch.where(x > 1 - half, 1.0, ((x + half - loc) / scale).sigmoid())
+    return -(up_to - below).log().sum(-1)
+
+
+LIKELIHOODS = {
+    "Bernoulli": LikelihoodCase(
+        likelihoods.Bernoulli, binary, lambda p, x, logits: closed_form.bernoulli_nll(x, logits)
+    ),
+    "ContinuousBernoulli": LikelihoodCase(
+        likelihoods.ContinuousBernoulli,
+        grey,
+        lambda p, x, logits: closed_form.continuous_bernoulli_nll(x, logits),
+    ),
+    "Normal": LikelihoodCase(
+        likelihoods.Normal,
+        real,
+        lambda p, x, mean: closed_form.gaussian_nll(x, mean, 0.25),
+        {"variance": 0.25},
+    ),
+    "Normal, shared variance": LikelihoodCase(
+        likelihoods.Normal, real, learned_normal_nll, {"variance": "shared"}
+    ),
+    "Normal, variance per element": LikelihoodCase(
+        likelihoods.Normal, real, learned_normal_nll, {"variance": "per_element"}
+    ),
+    "DiscretizedLogistic": LikelihoodCase(likelihoods.DiscretizedLogistic, grey, discretized_logistic_nll),
+    "Poisson": LikelihoodCase(likelihoods.Poisson, counts, poisson_nll),
+    "NegativeBinomial": LikelihoodCase(likelihoods.NegativeBinomial, counts, negative_binomial_nll),
+}
+
+
+class Draw(NamedTuple):
+    """A draw of z (N, K) from q(z|x), log q(z|x) there (N,), and KL(q ‖ N(0, I)) (N,) where it is known."""
+
+    z: Tensor
+    log_q: Tensor
+    kl: Tensor | None
+
+
+def diagonal_normal(q: nn.Module, x: Tensor) -> Draw:
+    loc, raw_scale = q.outputs(x)
+    scale = positive(raw_scale)
+    z = loc + scale * torch.randn_like(loc)
+    return Draw(z, -closed_form.gaussian_nll(z, loc, scale**2), closed_form.standard_normal_kl(loc, scale))
+
+
+class FullCovariance(nn.Module):
+    """A guide of a user's own."""
+
+    def __init__(self, event_shape, latent_dim, *, hidden_features=(), network=None):
+        super().__init__()
+        self.latent_dim, size = latent_dim, latent_dim + latent_dim**2
+        self.network = network or nn.Linear(math.prod(event_shape), size)
+
+    def parameters_of_q(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        K, raw = self.latent_dim, self.network(x.flatten(1))
+        square = raw[:, K:].unflatten(-1, (K, K))
+        return raw[:, :K], square.tril(-1) + positive(square.diagonal(dim1=-2, dim2=-1)).diag_embed()
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        loc, scale_tril = self.parameters_of_q(x)
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+def full_covariance(q: nn.Module, x: Tensor) -> Draw:
+    loc, scale_tril = q.parameters_of_q(x)
+    z = loc + (scale_tril @ torch.randn_like(loc).unsqueeze(-1)).squeeze(-1)
+    # TraceMeanField_ELBO knows no divergence from a full covariance to a diagonal one, and samples it
+    return Draw(z, closed_form.MultivariateNormal(loc, scale_tril).log_prob(z), None)
+
+
+GUIDES = {
+    "DiagonalNormal": (guides.DiagonalNormal, diagonal_normal),
+    "a user's full covariance": (FullCovariance, full_covariance),
+}
+
+
+# The comparison
+
+
+class Row(NamedTuple):
+    case: str
+    library: float
+    hand: float
+    value_difference: float
+    gradient_difference: float
+
+
+def build(likelihood: str, guide: str) -> tuple[VAE, Tensor]:
+    case = LIKELIHOODS[likelihood]
+    vae = VAE(
+        prior=priors.StandardNormal(LATENT),
+        likelihood=case.make(LATENT, EVENT, hidden_features=(7,), **case.options),
+        guide=GUIDES[guide][0](EVENT, LATENT, hidden_features=(6,)),
+    ).double()
+    return vae, case.data(torch.rand(DATA, *EVENT, dtype=torch.float64))
+
+
+def hand_loss(vae: VAE, x: Tensor, likelihood: str, guide: str, *, analytic: bool) -> Tensor:
+    """The negative ELBO, summed over data, by hand; each particle draws its noise in the order Pyro does."""
+
+    def one_particle() -> Tensor:
+        z, log_q, kl = GUIDES[guide][1](vae.posterior, x)
+        outputs = [output.flatten(1) for output in vae.likelihood.outputs(z)]
+        nll = LIKELIHOODS[likelihood].nll(vae.likelihood, x.flatten(1), *outputs)
+        if analytic and kl is not None:
+            return (nll + kl).sum()
+        log_prior = -closed_form.gaussian_nll(z, torch.zeros_like(z), 1.0)
+        return (nll - log_prior + log_q).sum()
+
+    return torch.stack([one_particle() for _ in range(PARTICLES)]).mean()
+
+
+def gradients(loss: Tensor, vae: VAE) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(vae.parameters())))
+
+
+ESTIMATORS: dict[str, tuple[type[ELBO], bool]] = {
+    "Trace_ELBO": (Trace_ELBO, False),
+    "TraceMeanField_ELBO": (TraceMeanField_ELBO, True),
+}
+
+
+def compare(likelihood: str, guide: str, estimator: str) -> Row:
+    torch.manual_seed(0)
+    vae, x = build(likelihood, guide)
+    make, analytic = ESTIMATORS[estimator]
+    torch.manual_seed(1)
+    library = make(num_particles=PARTICLES).differentiable_loss(vae.model, vae.guide, x)
+    torch.manual_seed(1)
+    hand = hand_loss(vae, x, likelihood, guide, analytic=analytic)
+    gradient_difference = max(
+        ((found - expected).norm() / expected.norm()).item()
+        for found, expected in zip(gradients(library, vae), gradients(hand, vae), strict=True)
+    )
+    return Row(
+        f"{likelihood} · {guide} · {estimator}",
+        library.item(),
+        hand.item(),
+        abs(library.item() - hand.item()) / abs(hand.item()),
+        gradient_difference,
+    )
+
+
+CASES = list(itertools.product(LIKELIHOODS, GUIDES, ESTIMATORS))
+
+
+@pytest.mark.parametrize(("likelihood", "guide", "estimator"), CASES)
+def test_library_and_hand_agree_on_the_same_noise(likelihood, guide, estimator):
+    row = compare(likelihood, guide, estimator)
+    assert row.value_difference < 1e-10
+    assert row.gradient_difference < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "table"),
+    [
+        (likelihoods, likelihoods.Likelihood, [case.make for case in LIKELIHOODS.values()]),
+        (guides, guides.Guide, [make for make, _ in GUIDES.values()]),
+    ],
+)
+def test_every_class_of_the_package_is_in_the_table(module, base, table):
+    public = {getattr(module, name) for name in module.__all__}
+    assert {c for c in public if issubclass(c, base) and not inspect.isabstract(c)} <= set(table)
+
+
+def test_the_usual_vae_loss_is_the_library_loss_without_its_constant():
+    vae, x = build("Normal", "DiagonalNormal")
+    torch.manual_seed(1)
+    library = TraceMeanField_ELBO().differentiable_loss(vae.model, vae.guide, x)
+    torch.manual_seed(1)
+    loc, raw_scale = vae.posterior.outputs(x)
+    z = loc + positive(raw_scale) * torch.randn_like(loc)
+    (x_hat,) = vae.likelihood.outputs(z)
+    usual = closed_form.vae_loss(
+        x.flatten(1), x_hat.flatten(1), loc, positive(raw_scale) ** 2, weight=1 / (2 * 0.25)
+    )
+    constant = DATA * math.prod(EVENT) / 2 * math.log(2 * math.pi * 0.25)
+    assert (library - usual.sum()).item() == pytest.approx(constant, rel=1e-10)
+    for one, other in zip(gradients(library, vae), gradients(usual.sum(), vae), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+# In expectation, where the ELBO is known exactly
+
+
+def linear_vae(guide: type[nn.Module], seed: int) -> tuple[VAE, Tensor]:
+    """A VAE with a linear-Gaussian likelihood, with random W, b, c and guide; and data of its own."""
+    torch.manual_seed(seed)
+    D = 4
+    parameters_of_q = {guides.DiagonalNormal: 2 * LATENT, FullCovariance: LATENT + LATENT**2}
+    vae = VAE(
+        prior=priors.StandardNormal(LATENT),
+        likelihood=likelihoods.Normal(LATENT, (D,), network=nn.Linear(LATENT, D), variance="shared"),
+        guide=guide((D,), LATENT, network=nn.Linear(D, parameters_of_q[guide])),
+    ).double()
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return vae, exact_model(vae).sample(DATA).detach()
+
+
+def exact_model(vae: VAE) -> closed_form.LinearGaussian:
+    linear = vae.likelihood.network
+    return closed_form.LinearGaussian(linear.weight, linear.bias, positive(vae.likelihood.raw_scale) ** 2)
+
+
+def exact_elbo(vae: VAE, x: Tensor) -> Tensor:
+    q = vae.encode(x)
+    covariance = q.covariance_matrix if hasattr(q, "covariance_matrix") else q.variance.diag_embed()
+    return exact_model(vae).elbo(x, q.mean, covariance)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("guide", [guides.DiagonalNormal, FullCovariance])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_and_gradient_are_right_in_expectation(estimator, guide, seed):
+    vae, x = linear_vae(guide, seed)
+    loss = ESTIMATORS[estimator][0]()
+    exact = -exact_elbo(vae, x).sum()
+    draws = []
+    for _ in range(300):
+        draw = loss.differentiable_loss(vae.model, vae.guide, x)
+        draws.append(torch.cat([draw.detach().reshape(1), *(g.flatten() for g in gradients(draw, vae))]))
+    expected = torch.cat([exact.detach().reshape(1), *(g.flatten() for g in gradients(exact, vae))])
+    found = torch.stack(draws)
+    error = found.std(0) / math.sqrt(len(found))
+    assert ((found.mean(0) - expected).abs() <= 5 * error + 1e-10).all()
+    assert error[0] < 0.05 * exact.abs()  # so that the bound above means something
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_at_the_exact_posterior_every_draw_of_the_sampled_form_is_the_evidence(estimator):
+    vae, x = linear_vae(FullCovariance, seed=2)
+    posterior = exact_model(vae).posterior(x)
+
+    def exact_guide(x: Tensor) -> dist.Distribution:
+        return dist.MultivariateNormal(posterior.loc, scale_tril=posterior.scale_tril)
+
+    exact = vae.with_guide(exact_guide)
+    loss = ESTIMATORS[estimator][0](num_particles=3).loss(exact.model, exact.guide, x)
+    assert loss == pytest.approx(-exact_model(vae).log_evidence(x).sum().item(), rel=1e-10)
+
+
+def main() -> None:
+    """Prints the table."""
+    print(f"{'case':76} {'library':>14} {'hand':>14} {'value':>9} {'gradient':>9}")
+    for case in CASES:
+        row = compare(*case)
+        print(
+            f"{row.case:76} {row.library:14.8f} {row.hand:14.8f} "
+            f"{row.value_difference:9.1e} {row.gradient_difference:9.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()
