@@ -48,9 +48,13 @@ class History(list[Epoch]):
         """Return one field of every epoch, such as "validation_elbo"."""
         return [getattr(epoch, name) for epoch in self]
 
+    def columns(self) -> dict[str, list[float]]:
+        """Return all fields, each as a column, as `plots.training_curves` takes them."""
+        return {field.name: self.column(field.name) for field in dataclasses.fields(Epoch)}
+
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a table with a header and one row an epoch."""
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(field.name for field in dataclasses.fields(Epoch))
+            writer.writerow(self.columns())
             writer.writerows(dataclasses.astuple(epoch) for epoch in self)
