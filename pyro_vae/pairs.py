@@ -1,0 +1,224 @@
+"""A (model, guide) pair as a Pyro program: its sample sites, and what must hold between them.
+
+A site is what Pyro records of one `pyro.sample`: its distribution, value, mask, scale and plates.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer.inspect import get_dependencies
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+__all__ = [
+    "Program",
+    "Site",
+    "Sites",
+    "analytic_kl",
+    "check_mean_field",
+    "check_sites",
+    "data_plate",
+    "run",
+    "sample_sites",
+    "shared_scale",
+    "site_family",
+]
+
+Program = Callable[..., Any]  # a Pyro model or guide
+Site = dict[str, Any]
+Sites = dict[str, Site]
+
+
+def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) -> None:
+    """Refuse a pair for which `pyro.infer.TraceMeanField_ELBO` is wrong.
+
+    That estimator adds up the KLs of single sites. This is right if, for every latent site z, none of the
+    sites that the model draws z from depends on z in the guide; and its gradient is right if every draw of
+    the guide is reparameterised. Pyro warns of the first, and only while its validation is on. Sites drawn
+    in the same order in both need no closer look. Otherwise their dependencies are tracked through one more
+    run of each; writing draws into a tensor in place (`buffer[..., 0] = z`) escapes that tracking.
+
+    Random numbers are left as they were. Arguments as for `terms`.
+
+    Raises:
+        ValueError: If the estimator is wrong for the pair; names the sites, and what to use instead.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> def top_down(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z1 = pyro.sample("z1", dist.Normal(0, 1))
+        ...         z2 = pyro.sample("z2", dist.Normal(z1, 1))
+        ...         pyro.sample("x", dist.Normal(z2, 1), obs=x)
+        >>> def bottom_up(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z2 = pyro.sample("z2", dist.Normal(x / 2, 1))
+        ...         pyro.sample("z1", dist.Normal(z2 / 2, 1))
+        >>> check_mean_field(top_down, bottom_up, torch.zeros(3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: TraceMeanField_ELBO is wrong here: the model draws 'z2' given 'z1', ...
+    """
+    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        guide_trace = run(guide, data, kwargs)
+        model_trace = run(poutine.replay(model, trace=guide_trace), data, kwargs)
+        guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
+        for name, site in guide_sites.items():
+            if not is_identically_zero(site["fn"].score_parts(site["value"]).score_function):
+                raise ValueError(
+                    f"TraceMeanField_ELBO is wrong here: the guide's site {name!r}, a {site_family(site)}, "
+                    "is not reparameterised, so its gradient would be lost; use Trace_ELBO, or VIMCO"
+                )
+        latent = [name for name, site in model_sites.items() if not site["is_observed"]]
+        if latent == [name for name in guide_sites if name in latent]:
+            return
+        model_parents = get_dependencies(model, data, kwargs)["prior_dependencies"]
+        guide_parents = get_dependencies(guide, data, kwargs)["prior_dependencies"]
+    for name in latent:
+        for parent in model_parents.get(name, ()):
+            if parent != name and name in _ancestors(parent, guide_parents):
+                raise ValueError(
+                    f"TraceMeanField_ELBO is wrong here: the model draws {name!r} given {parent!r}, but the "
+                    f"guide draws {parent!r} given {name!r}. Use Trace_ELBO, or a guide that draws its "
+                    "sites in the model's order"
+                )
+
+
+def run(program: Program, data: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
+    """Run a model or guide and record its sites."""
+    try:
+        return poutine.trace(program).get_trace(*data, **kwargs)
+    except ZeroDivisionError as error:
+        if str(error) != "size cannot be zero":
+            raise
+        raise ValueError("a plate has size 0: the batch must hold at least one datum") from error
+
+
+def sample_sites(trace: poutine.Trace) -> Sites:
+    """Give the sample sites of a trace in order, but for the plates' own and the deterministic ones."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic", False)
+    }
+
+
+def site_family(site: Site) -> str:
+    """Name the family of a site's distribution."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def analytic_kl(guide_site: Site, model_site: Site) -> Tensor | None:
+    """KL of a latent site's two distributions, masked, in their batch shape; None where it is not known."""
+    if guide_site["mask"] is not model_site["mask"]:
+        return None
+    try:
+        kl = kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:
+        return None
+    return scale_and_mask(torch.as_tensor(kl), 1.0, guide_site["mask"])
+
+
+def check_sites(latent: Sites, observed: Sites, guide_sites: Sites) -> None:
+    """Refuse a pair whose sample sites do not match."""
+    if not observed:
+        raise ValueError("the model observes nothing: give a site the data, by obs=...")
+    if not latent:
+        raise ValueError("the model has no latent site: there is nothing to infer")
+    for name in latent:
+        if name not in guide_sites:
+            raise ValueError(
+                f"the model draws {name!r}, which the guide does not: add the site to the guide, or observe "
+                "it by obs=... (a site to be enumerated in the model goes with TraceEnum_ELBO)"
+            )
+    for name, site in guide_sites.items():
+        if name in observed:
+            raise ValueError(f"the guide has the site {name!r}, which the model observes: remove it there")
+        if name not in latent and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"the guide draws {name!r}, which the model does not: remove it, or mark it by "
+                'infer={"is_auxiliary": True} if it is part of how the guide draws'
+            )
+
+
+def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int, ignore: str) -> Any:
+    """Find the plate that all sites lie in, the rightmost of several; `ignore` names the particles'."""
+    frames = {
+        where: {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != ignore}
+        for where, site in _labelled(guide_sites, model_sites)
+    }
+    for where, plates in frames.items():
+        for frame in plates.values():
+            if frame.dim < -max_plate_nesting:
+                raise ValueError(
+                    f"{where} lies in the plate {frame.name!r} at dim={frame.dim}; give "
+                    f"max_plate_nesting={-frame.dim}, so that the particles stay left of it"
+                )
+    everywhere = set.intersection(*(set(plates) for plates in frames.values()))
+    if everywhere:
+        shared = [frame for name, frame in next(iter(frames.values())).items() if name in everywhere]
+        return max(shared, key=lambda frame: frame.dim)
+
+    counts = {name: sum(name in plates for plates in frames.values()) for p in frames.values() for name in p}
+    if not counts:
+        raise ValueError(
+            "no site lies in a plate, so nothing tells one datum from the next: run the model's and the "
+            'guide\'s sites inside `with pyro.plate("data", len(x)):`'
+        )
+    plate = max(counts, key=counts.__getitem__)
+    outside = [where for where, plates in frames.items() if plate not in plates]
+    raise ValueError(
+        f"{outside[0]} lies outside the data plate {plate!r}: all data would share it, and have no terms of "
+        "their own. Draw it inside the plate, or use pyro.infer.Trace_ELBO"
+    )
+
+
+def shared_scale(guide_sites: Sites, model_sites: Sites, num_data: int) -> float | Tensor:
+    """Find the factor that all sites' log-probabilities carry: a number, or one a datum, (N,)."""
+    (first, site), *others = _labelled(guide_sites, model_sites)
+    scale = site["scale"]
+    for where, other in others:
+        if not _equal(scale, other["scale"]):
+            raise ValueError(
+                f"{first} is scaled by {scale} and {where} by {other['scale']}: together they are no "
+                "log-density. Scale the pair as a whole, weigh the KL by KLWeighted, and subsample no plate "
+                "but the data's"
+            )
+    if isinstance(scale, Tensor) and scale.numel() > 1 and scale.shape != (num_data,):
+        raise ValueError(f"a scale must be a number, or of shape ({num_data},); got {tuple(scale.shape)}")
+    return scale
+
+
+def _labelled(guide_sites: Sites, model_sites: Sites) -> list[tuple[str, Site]]:
+    return [(f"the guide's site {name!r}", site) for name, site in guide_sites.items()] + [
+        (f"the model's site {name!r}", site) for name, site in model_sites.items()
+    ]
+
+
+def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    return math.isclose(a, b)  # a plate multiplies and divides by its size, which may round
+
+
+def _ancestors(name: str, parents: dict[str, dict[str, Any]]) -> set[str]:
+    """Whatever `name` depends on, directly or through others."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for parent in parents.get(waiting.pop(), {}):
+            if parent not in found and parent != name:
+                found.add(parent)
+                waiting.append(parent)
+    return found
