@@ -12,19 +12,50 @@ The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
     history = pv.fit(vae, pv.data.load("mnist"), binarize="dynamic", epochs=10)
 """
 
-from pyro_vae import data, guides, likelihoods, networks, priors
+from pyro_vae import data, guides, likelihoods, networks, plots, priors
 from pyro_vae.checkpoints import CheckpointError
+from pyro_vae.estimators import (
+    CIWAE,
+    IWAE,
+    PIWAE,
+    STL,
+    VIMCO,
+    DReG,
+    KLWeighted,
+    Renyi,
+    Terms,
+    check_mean_field,
+    terms,
+)
+from pyro_vae.history import Epoch, History
 from pyro_vae.svi import SVI, NonFiniteError
+from pyro_vae.training import TensorBoard, fit
 from pyro_vae.vae import VAE
 
 __all__ = [
+    "CIWAE",
+    "IWAE",
+    "PIWAE",
+    "STL",
     "SVI",
     "VAE",
+    "VIMCO",
     "CheckpointError",
+    "DReG",
+    "Epoch",
+    "History",
+    "KLWeighted",
     "NonFiniteError",
+    "Renyi",
+    "TensorBoard",
+    "Terms",
+    "check_mean_field",
     "data",
+    "fit",
     "guides",
     "likelihoods",
     "networks",
+    "plots",
     "priors",
+    "terms",
 ]

@@ -1,0 +1,229 @@
+"""Train a variational autoencoder on handwritten digits by stochastic variational inference.
+
+    uv run examples/mnist_svi.py                      # MNIST, binarised afresh at each pass
+    uv run examples/mnist_svi.py --conv --epochs 50   # convolutional networks
+    uv run examples/mnist_svi.py --likelihood discretized-logistic --latent-dim 2
+    uv run examples/mnist_svi.py --resume             # continue after Ctrl-C
+
+The folder given by --output receives the trained model, its numbers and pictures.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from tqdm import tqdm
+
+import pyro_vae as pv
+from pyro_vae import plots
+
+LIKELIHOODS = {
+    "bernoulli": pv.likelihoods.Bernoulli,
+    "continuous-bernoulli": pv.likelihoods.ContinuousBernoulli,
+    "normal": pv.likelihoods.Normal,
+    "discretized-logistic": pv.likelihoods.DiscretizedLogistic,
+}
+ESTIMATORS = {"trace": Trace_ELBO, "trace-mean-field": TraceMeanField_ELBO}
+
+
+def build_vae(args: argparse.Namespace, image: tuple[int, int, int]) -> pv.VAE:
+    """p(z) p(x|z) and q(z|x): three distributions, two of them given by networks."""
+    K = args.latent_dim
+    likelihood, guide = LIKELIHOODS[args.likelihood], pv.guides.DiagonalNormal
+    if args.conv:
+        channels, height, width = image
+        decoder = pv.networks.ConvDecoder(K, (likelihood.num_parameters * channels, height, width))
+        encoder = pv.networks.ConvEncoder(image, guide.num_parameters * K)
+        decoder_options, encoder_options = {"network": decoder}, {"network": encoder}
+    else:
+        decoder_options = {"hidden_features": args.hidden[::-1]}
+        encoder_options = {"hidden_features": args.hidden}
+    if args.likelihood == "normal":
+        decoder_options["variance"] = "shared"
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=likelihood(K, image, **decoder_options),
+        guide=guide(image, K, **encoder_options),
+    )
+
+
+def main() -> None:
+    """Load, train, report, draw."""
+    args = parse_arguments()
+    load = {"root": args.data_root, "binarize": args.binarize, "seed": args.seed}
+    train = pv.data.load(args.dataset, split="train", **load)
+    test = pv.data.load(args.dataset, split="test", **load)
+    epochs = args.epochs or (20 if len(train) > 10_000 else 100)  # some thousand steps either way
+    dimensions = math.prod(train.shape[1:])
+
+    torch.manual_seed(args.seed)  # the networks' first weights
+    vae = build_vae(args, tuple(train.shape[1:])).to(args.device)
+    parameters = sum(p.numel() for p in vae.parameters())
+    print(f"{train.name}: {len(train):,} to train, {len(test):,} to test; {parameters:,} parameters")
+    print(
+        "ELBO in nats per image, higher is better, ± one standard error; bits per dimension, lower is better"
+    )
+    print(f"{'epoch':>5}  {'train ELBO':>17}  {'test ELBO':>17}  {'bits/dim':>8}  {'seconds':>7}")
+
+    def report(_: pv.VAE, epoch: pv.Epoch) -> None:
+        tqdm.write(
+            f"{epoch.epoch:>5}  {epoch.train_bound:>9.2f} ± {epoch.train_bound_se:<5.2f}"
+            f"  {epoch.validation_elbo:>9.2f} ± {epoch.validation_elbo_se:<5.2f}"
+            f"  {-epoch.validation_elbo / dimensions / math.log(2):>8.4f}  {epoch.seconds:>7.1f}"
+        )
+
+    started = time.perf_counter()
+    history = pv.fit(
+        vae,
+        train,
+        estimator=ESTIMATORS[args.estimator](
+            num_particles=args.particles, vectorize_particles=args.particles > 1, max_plate_nesting=1
+        ),
+        epochs=epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.lr,
+        seed=args.seed,
+        validation=test,
+        callbacks=[report],
+        checkpoint_dir=args.output,
+        resume=args.resume,
+    )
+    seconds = time.perf_counter() - started
+
+    last = history[-1]
+    vae.save(args.output / "vae.pt")
+    history.write_csv(args.output / "history.csv")
+    metrics = {
+        "data": test.name,
+        "binarize": test.binarize,
+        "test_elbo": last.validation_elbo,
+        "test_elbo_se": last.validation_elbo_se,
+        "bits_per_dimension": -last.validation_elbo / dimensions / math.log(2),
+        "train_elbo": last.train_bound,
+        "epochs": len(history),
+        "parameters": parameters,
+        "training_images_per_second": len(train) * len(history) / sum(history.column("seconds")),
+        "settings": {name: str(value) for name, value in vars(args).items()},
+        "versions": {"torch": torch.__version__, "pyro": pyro.__version__},
+    }
+    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    draw(vae, test, history, args.output)
+    rate = metrics["training_images_per_second"]
+    print(f"\n{len(history)} epochs, {seconds:.0f} s, {rate:,.0f} images a second")
+    print(
+        f"test ELBO {last.validation_elbo:.2f} ± {last.validation_elbo_se:.2f} nats per image, "
+        f"{metrics['bits_per_dimension']:.4f} bits per dimension ({test.name}, {len(test):,} images)"
+    )
+    print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+
+
+def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -> None:
+    """Write the pictures: what training did, and what the model makes of images it has not seen."""
+    vae.eval()
+    torch.manual_seed(0)  # the pictures of one model are always the same
+    device = next(vae.parameters()).device
+    with torch.no_grad():
+        shown = test[:10].to(device)
+        sample = vae.sample(64, mean=True)
+        codes = torch.cat([vae.encode(x.to(device)).mean for x in test[:].split(1000)])
+        pictures = {
+            "elbo": plots.training_curves(history.columns()),
+            "reconstructions": plots.reconstructions(shown, vae.reconstruct(shown).clamp(0, 1)),
+            "samples": plots.image_grid(sample.clamp(0, 1), title="E[x|z] for z drawn from the prior"),
+            "latent": plots.latent_scatter(codes, test.labels),
+        }
+        if codes.shape[1] == 2:
+            axis = torch.linspace(-3, 3, 20, device=device)
+            z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
+            pictures["manifold"] = plots.manifold(vae.decode(z).mean.clamp(0, 1), (-3, 3, -3, 3))
+    for name, axes in pictures.items():
+        plots.save(axes, folder / f"{name}.png")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--dataset",
+        default="mnist",
+        metavar="NAME",
+        help="mnist, fashion-mnist, kmnist, emnist-letters, digits, or a path to a .npy, a .npz or a folder "
+        "of pictures (default: %(default)s; where it cannot be had, 5,000 digits that come in a package)",
+    )
+    add("--data-root", type=Path, metavar="DIR", help="folder with a local copy, as torchvision lays it out")
+    add(
+        "--binarize",
+        choices=("dynamic", "fixed", "threshold", "none"),
+        help="how grey levels become black and white: drawn at each pass, drawn once, or cut at one half "
+        "(default: dynamic for the Bernoulli likelihood, none for the others)",
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--likelihood", choices=LIKELIHOODS, default="bernoulli", help="p(x|z) (default: %(default)s)")
+    add("--latent-dim", type=int, default=20, metavar="K", help="dimensions of z (default: %(default)s)")
+    add(
+        "--hidden",
+        type=int,
+        nargs="+",
+        default=[400],
+        metavar="UNITS",
+        help="hidden layers of the encoder; the decoder mirrors them (default: 400)",
+    )
+    add("--conv", action="store_true", help="convolutional networks in place of the hidden layers")
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--estimator",
+        choices=ESTIMATORS,
+        default="trace-mean-field",
+        help="the ELBO with its KL drawn (trace) or in closed form (default: %(default)s)",
+    )
+    add(
+        "--particles",
+        type=int,
+        default=1,
+        metavar="S",
+        help="draws of z for each image (default: %(default)s)",
+    )
+    add("--epochs", type=int, help="passes over the data (default: 20, or 100 for small sets)")
+    add("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
+    add("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/mnist_svi"),
+        metavar="DIR",
+        help="folder for the model, its numbers and pictures (default: %(default)s)",
+    )
+    add("--resume", action="store_true", help="continue the run in the output folder, with the same options")
+    args = parser.parse_args()
+    if args.binarize is None:
+        args.binarize = "dynamic" if args.likelihood == "bernoulli" else "none"
+    args.binarize = None if args.binarize == "none" else args.binarize
+    for name in ("latent_dim", "particles", "epochs", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt as interrupt:
+        again = " ".join(["uv run", *(word for word in sys.argv if word != "--resume"), "--resume"])
+        sys.exit(f"\n{interrupt or 'interrupted'}\nto continue: {again}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

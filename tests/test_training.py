@@ -1,0 +1,424 @@
+import contextlib
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from training_run import make_data, make_vae, train
+
+import pyro_vae as pv
+from pyro_vae import checkpoints
+
+SCRIPT = Path(__file__).with_name("training_run.py")
+
+
+def state_of(vae):
+    return {name: value.clone() for name, value in vae.state_dict().items()}
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def normal_vae():
+    torch.manual_seed(1)
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (4,), hidden_features=(6,)),
+        guide=pv.guides.DiagonalNormal((4,), 2, hidden_features=(5,)),
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    vae = make_vae()
+    history = train(vae, None)
+    return state_of(vae), history
+
+
+def test_a_run_is_a_function_of_its_seed_and_leaves_the_generator(uninterrupted):
+    state, history = uninterrupted
+    torch.manual_seed(99)
+    generator = torch.get_rng_state()
+    vae = make_vae()
+    torch.set_rng_state(generator)
+    again = train(vae, None)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert_same_state(state_of(vae), state)
+    assert again.column("validation_elbo") == history.column("validation_elbo")
+    other = make_vae()
+    train(other, None, seed=4)
+    assert not torch.equal(
+        state_of(other)["likelihood.network.1.weight"], state["likelihood.network.1.weight"]
+    )
+
+
+def test_validation_and_progress_do_not_change_training():
+    states = []
+    for options in (
+        {"validation": None},
+        {"validation": make_data()[:7]},
+        {"validation": None, "progress": True},
+    ):
+        vae = make_vae()
+        train(vae, None, epochs=2, **options, patience=None)
+        states.append(state_of(vae))
+    assert_same_state(states[0], states[1])
+    assert_same_state(states[0], states[2])
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 11])
+def test_a_run_stopped_between_epochs_resumes_to_the_bit(tmp_path, uninterrupted, stop_after):
+    state, history = uninterrupted
+
+    def stop(_, epoch):
+        if epoch.epoch == stop_after:
+            raise StoppedError
+
+    with contextlib.suppress(StoppedError):
+        train(make_vae(), tmp_path, callbacks=[stop])
+    vae = make_vae()
+    resumed = train(vae, tmp_path, resume=True)
+    assert_same_state(state_of(vae), state)
+    for name in ("train_bound", "train_bound_se", "validation_elbo", "beta", "learning_rate"):
+        assert resumed.column(name) == history.column(name)
+    best = max(range(len(history)), key=history.column("validation_elbo").__getitem__)
+    assert len(history) == 12
+    assert_same_state(pv.VAE.load(tmp_path / "best.pt", into=make_vae()).state_dict(), state)
+    assert history[best].validation_elbo == max(history.column("validation_elbo"))
+
+
+@pytest.mark.parametrize("steps", [1, 9, 23])
+def test_ctrl_c_finishes_the_step_and_the_run_resumes_to_the_bit(tmp_path, uninterrupted, monkeypatch, steps):
+    state, history = uninterrupted
+    taken = []
+    step = pv.SVI.step
+
+    def step_and_press(self, *args):
+        taken.append(1)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGINT)  # lands in the middle of the step
+        return step(self, *args)
+
+    monkeypatch.setattr(pv.SVI, "step", step_and_press)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+        train(make_vae(), tmp_path)
+    assert len(taken) == steps
+    assert signal.getsignal(signal.SIGINT) is handler
+    vae = make_vae()
+    resumed = train(vae, tmp_path, resume=True)
+    assert_same_state(state_of(vae), state)
+    assert resumed.column("train_bound") == history.column("train_bound")
+
+
+def run_with_kills(folder, kills, rng):
+    """Run the script to its end, killing it at random moments on the way."""
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder)], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if (folder / "last.pt").exists():
+            checkpoints.read(folder / "last.pt", "run")
+        if (folder / "best.pt").exists():
+            pv.VAE.load(folder / "best.pt", into=make_vae())
+    subprocess.run([sys.executable, str(SCRIPT), str(folder)], check=True, stdout=subprocess.PIPE)
+    return pv.VAE.load(folder / "final.pt", into=make_vae()).state_dict()
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    return run_with_kills(tmp_path_factory.mktemp("never_killed"), 0, random.Random(0))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_bit(tmp_path, never_killed, kills):
+    assert_same_state(run_with_kills(tmp_path, kills, random.Random(kills)), never_killed)
+
+
+def test_history_reports_the_elbo_per_datum():
+    vae, x = normal_vae(), torch.randn(203, 4)
+    history = pv.fit(
+        vae, x[:150], validation=x[150:], epochs=2, batch_size=40, learning_rate=0.0, progress=False
+    )
+    draws = torch.stack(
+        [
+            -TraceMeanField_ELBO().differentiable_loss(vae.model, vae.guide, x[150:]).detach() / 53
+            for _ in range(400)
+        ]
+    )
+    last = history[-1]
+    assert abs(last.validation_elbo - draws.mean()) < 5 * draws.std()
+    assert last.validation_elbo_se == pytest.approx(history[0].validation_elbo_se)
+    train_draws = torch.stack(
+        [
+            -TraceMeanField_ELBO().differentiable_loss(vae.model, vae.guide, x[:150]).detach() / 150
+            for _ in range(400)
+        ]
+    )
+    assert abs(last.train_bound - train_draws.mean()) < 5 * train_draws.std()
+    assert 0 < last.train_bound_se < 1
+    assert (last.beta, last.learning_rate, last.epoch) == (1.0, 0.0, 2)
+
+
+def test_standard_error_of_the_validation_elbo_is_that_of_a_mean_over_data():
+    vae, x = normal_vae(), torch.randn(4000, 4)
+    small, large = (
+        pv.fit(vae, x[:10], validation=part, epochs=1, learning_rate=0.0, progress=False)[
+            0
+        ].validation_elbo_se
+        for part in (x[:1000], x)
+    )
+    assert small / large == pytest.approx(2, rel=0.2)
+
+
+@pytest.mark.parametrize("estimator", [Trace_ELBO(), TraceMeanField_ELBO()], ids=lambda e: type(e).__name__)
+def test_kl_warmup_weighs_the_kl_and_reports_the_elbo(estimator):
+    def run(kl_warmup):
+        vae = normal_vae().double()
+        x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
+        return pv.fit(
+            vae,
+            x,
+            estimator=estimator,
+            epochs=3,
+            batch_size=60,
+            kl_warmup=kl_warmup,
+            learning_rate=1e-9,
+            progress=False,
+        )
+
+    plain, warm = run(0), run(2)
+    assert warm.column("beta") == [0.5, 1.0, 1.0]
+    assert plain.column("beta") == [1.0] * 3
+    # the parameters stay, so that what is reported must not depend on the weight
+    torch.testing.assert_close(
+        torch.tensor(warm.column("train_bound")), torch.tensor(plain.column("train_bound")), rtol=1e-6, atol=0
+    )
+
+
+def test_patience_stops_and_returns_to_the_best():
+    vae = normal_vae()
+    x = torch.randn(40, 4)
+    states = {}
+    history = pv.fit(
+        vae,
+        x[:30],
+        validation=x[30:],
+        epochs=500,
+        learning_rate=0.05,
+        patience=4,
+        progress=False,
+        callbacks=[lambda vae, epoch: states.__setitem__(epoch.epoch, state_of(vae))],
+    )
+    best = max(history, key=lambda epoch: epoch.validation_elbo).epoch
+    assert len(history) == best + 4 < 500
+    assert_same_state(state_of(vae), states[best])
+
+
+def test_callbacks_see_each_epoch_and_can_stop(tmp_path):
+    seen = []
+    history = pv.fit(
+        normal_vae(),
+        torch.randn(9, 4),
+        epochs=9,
+        progress=False,
+        callbacks=[lambda _, epoch: epoch.epoch == 3, lambda _, epoch: seen.append(epoch)],
+    )
+    assert seen == list(history)
+    assert len(history) == 3
+    history.write_csv(tmp_path / "history.csv")
+    lines = (tmp_path / "history.csv").read_text().splitlines()
+    assert lines[0].split(",")[:3] == ["epoch", "train_bound", "train_bound_se"]
+    assert float(lines[3].split(",")[1]) == history[2].train_bound
+    assert len(lines) == 4
+
+
+def test_schedules_drive_the_learning_rate():
+    make_schedules = {
+        "step": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        "plateau": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, threshold=9.0
+        ),
+    }
+    for make_schedule in make_schedules.values():
+        history = pv.fit(
+            normal_vae(),
+            torch.randn(9, 4),
+            epochs=3,
+            learning_rate=0.1,
+            schedule=make_schedule,
+            progress=False,
+        )
+        rates = history.column("learning_rate")
+        assert rates[0] == 0.1
+        assert rates[2] < 0.1
+
+
+def test_the_optimizer_is_the_users():
+    vae = normal_vae()
+    made = []
+
+    def make(parameters):
+        made.append(torch.optim.SGD(parameters, 1e-3))
+        return made[0]
+
+    pv.fit(vae, torch.randn(9, 4), epochs=1, optimizer=make, progress=False)
+    assert {id(p) for group in made[0].param_groups for p in group["params"]} == {
+        id(p) for p in vae.parameters()
+    }
+
+
+def test_tensorboard_logs_what_is_reported(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with contextlib.closing(pv.TensorBoard(tmp_path).writer) as writer:
+        board = pv.TensorBoard.__new__(pv.TensorBoard)
+        board.writer = writer
+        history = pv.fit(normal_vae(), torch.randn(9, 4), epochs=2, callbacks=[board], progress=False)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("train_bound")]
+    assert logged == pytest.approx(history.column("train_bound"))
+    assert "validation_elbo" not in events.Tags()["scalars"]  # there was none
+
+
+def test_a_loss_that_is_not_finite_names_the_place_and_keeps_the_checkpoint(tmp_path):
+    vae, x = normal_vae(), torch.randn(30, 4)
+    good = []
+
+    def spoil(vae, epoch):
+        good.append(state_of(vae))
+        if epoch.epoch == 2:
+            vae.likelihood.network[-1].bias.data[1] = float("nan")
+
+    with pytest.raises(
+        pv.NonFiniteError, match=r"epoch 3, step 1 of 3: .*likelihood.network.3.bias.*last.pt is kept"
+    ):
+        pv.fit(vae, x, epochs=5, batch_size=10, checkpoint_dir=tmp_path, callbacks=[spoil], progress=False)
+    kept = checkpoints.read(tmp_path / "last.pt", "run")
+    assert len(kept["history"]) == 2
+    assert_same_state(kept["model"], good[1])
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    vae, x = normal_vae(), torch.randn(30, 4)
+    step = pv.SVI.step
+
+    def spoil(self, batch):
+        loss = step(self, batch)
+        vae.likelihood.network[-1].bias.data[1] = float("inf")
+        return loss
+
+    monkeypatch.setattr(pv.SVI, "step", spoil)
+    with pytest.raises(
+        pv.NonFiniteError, match="parameter 'likelihood.network.3.bias' is not finite after a step"
+    ):
+        pv.fit(vae, x, epochs=1, batch_size=30, checkpoint_dir=tmp_path, progress=False)
+    assert checkpoints.read(tmp_path / "last.pt", "run")["history"] == []
+
+
+def test_a_run_with_other_settings_or_data_is_not_resumed(tmp_path):
+    x = torch.randn(20, 4)
+    pv.fit(normal_vae(), x, epochs=1, checkpoint_dir=tmp_path, progress=False)
+
+    def resume(data=x, vae=None, **options):
+        pv.fit(
+            vae or normal_vae(),
+            data,
+            epochs=2,
+            checkpoint_dir=tmp_path,
+            resume=True,
+            progress=False,
+            **options,
+        )
+
+    with pytest.raises(pv.CheckpointError, match="seed was 0, is 7"):
+        resume(seed=7)
+    with pytest.raises(pv.CheckpointError, match="estimator was TraceMeanField_ELBO.*is Trace_ELBO"):
+        resume(estimator=Trace_ELBO())
+    with pytest.raises(pv.CheckpointError, match="data was .*checksum"):
+        resume(data=x + 1)
+    wider = normal_vae()
+    wider.likelihood = pv.likelihoods.Normal(2, (4,), hidden_features=(9,))
+    with pytest.raises(pv.CheckpointError, match="another architecture"):
+        resume(vae=wider)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
+    with pytest.raises(pv.CheckpointError, match="no readable checkpoint"):
+        resume()
+
+
+def test_a_fresh_run_replaces_the_one_in_the_folder(tmp_path):
+    x = torch.randn(20, 4)
+    pv.fit(normal_vae(), x, epochs=3, checkpoint_dir=tmp_path, progress=False)
+    assert len(pv.fit(normal_vae(), x, epochs=2, checkpoint_dir=tmp_path, progress=False)) == 2
+    assert len(checkpoints.read(tmp_path / "last.pt", "run")["history"]) == 2
+
+
+def test_training_works_beside_the_main_thread():
+    histories = []
+    thread = threading.Thread(
+        target=lambda: histories.append(pv.fit(normal_vae(), torch.randn(9, 4), epochs=1, progress=False))
+    )
+    thread.start()
+    thread.join()
+    assert len(histories[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs and batch_size must be at least 1; got 0 and"),
+        ({"batch_size": 0}, ValueError, "at least 1; got 1 and 0"),
+        ({"seed": -1}, ValueError, "seed must be a non-negative integer; got -1"),
+        ({"kl_warmup": -1}, ValueError, "kl_warmup"),
+        ({"patience": 0}, ValueError, "patience"),
+        ({"resume": True}, ValueError, "resume=True needs checkpoint_dir"),
+        ({"validation": 0.001}, ValueError, "a validation fraction of 0.001 of 20 data leaves 0"),
+        ({"validation": 1.0}, ValueError, "0 for training"),
+        ({"validation": torch.randn(3, 5)}, ValueError, r"shape \(N, 4\)"),
+        ({"binarize": "dynamic"}, ValueError, r"needs grey levels in \[0, 1\]"),
+        ({"data": torch.randn(0, 4)}, ValueError, "empty"),
+        ({"data": torch.full((20, 4), math.nan)}, ValueError, r"x\[0, 0\] = nan"),
+        ({"data": torch.zeros(20, 4, dtype=torch.int64)}, TypeError, "floating point; got torch.int64"),
+        ({"data": [[1.0]]}, TypeError, "got list: convert with torch.as_tensor"),
+        ({"estimator": "elbo"}, TypeError, "pyro.infer.ELBO.*got str"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, message):
+    arguments = {"data": torch.randn(20, 4), "epochs": 1, "progress": False} | options
+    with pytest.raises(error, match=message):
+        pv.fit(normal_vae(), **arguments)
+
+
+def test_a_batch_larger_than_the_data_is_all_of_them():
+    history = pv.fit(normal_vae(), torch.randn(7, 4), epochs=1, batch_size=100, progress=False)
+    assert math.isnan(history[0].train_bound_se)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot make the folder .*file/run"):
+        pv.fit(
+            normal_vae(),
+            torch.randn(7, 4),
+            epochs=1,
+            checkpoint_dir=tmp_path / "file" / "run",
+            progress=False,
+        )

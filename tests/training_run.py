@@ -1,0 +1,54 @@
+"""One small run of `fit`, for tests that kill it: python training_run.py FOLDER."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import pyro_vae as pv
+
+
+def make_vae() -> pv.VAE:
+    """A VAE with dropout and batch normalisation, so that noise and statistics are part of the state."""
+    torch.manual_seed(5)
+    encoder = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(30, 8),
+        torch.nn.BatchNorm1d(8),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(8, 6),
+    )
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(3),
+        likelihood=pv.likelihoods.Bernoulli(3, (1, 6, 5), hidden_features=(7,)),
+        guide=pv.guides.DiagonalNormal((1, 6, 5), 3, network=encoder),
+    )
+
+
+def make_data() -> torch.Tensor:
+    """Grey levels (103, 1, 6, 5); the last batch of an epoch is a smaller one."""
+    return torch.rand(103, 1, 6, 5, generator=torch.Generator().manual_seed(9))
+
+
+def train(vae: pv.VAE, folder: Path | None, *, epochs: int = 12, **options) -> pv.History:
+    """Fit with everything that has state: a schedule, KL warm-up, dynamic binarisation, patience."""
+    defaults = {
+        "batch_size": 16,
+        "seed": 3,
+        "validation": 0.2,
+        "binarize": "dynamic",
+        "kl_warmup": 2.5,
+        "patience": 50,
+        "clip_norm": 10.0,
+        "schedule": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.7),
+        "progress": False,
+    }
+    return pv.fit(vae, make_data(), epochs=epochs, checkpoint_dir=folder, **(defaults | options))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    vae = make_vae()
+    print("ready", flush=True)
+    train(vae, Path(sys.argv[1]), resume=True)
+    vae.save(Path(sys.argv[1]) / "final.pt")
