@@ -109,10 +109,10 @@ def main() -> None:
         "epochs": len(history),
         "parameters": parameters,
         "training_images_per_second": len(train) * len(history) / sum(history.column("seconds")),
-        "settings": {name: str(value) for name, value in vars(args).items()},
+        "settings": vars(args),
         "versions": {"torch": torch.__version__, "pyro": pyro.__version__},
     }
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
     draw(vae, test, history, args.output)
     rate = metrics["training_images_per_second"]
     print(f"\n{len(history)} epochs, {seconds:.0f} s, {rate:,.0f} images a second")
@@ -132,8 +132,12 @@ def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -
         shown = test[:10].to(device)
         sample = vae.sample(64, mean=True)
         codes = torch.cat([vae.encode(x.to(device)).mean for x in test[:].split(1000)])
+        curves = {
+            name.replace("train_bound", "train_elbo").replace("validation", "test"): column
+            for name, column in history.columns().items()
+        }
         pictures = {
-            "elbo": plots.training_curves(history.columns()),
+            "elbo": plots.training_curves(curves),
             "reconstructions": plots.reconstructions(shown, vae.reconstruct(shown).clamp(0, 1)),
             "samples": plots.image_grid(sample.clamp(0, 1), title="E[x|z] for z drawn from the prior"),
             "latent": plots.latent_scatter(codes, test.labels),

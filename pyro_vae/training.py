@@ -6,6 +6,7 @@ Reported values are in nats per datum, higher is better; only the loss inside is
 import contextlib
 import copy
 import dataclasses
+import logging
 import math
 import os
 import signal
@@ -32,6 +33,8 @@ from pyro_vae.svi import SVI, NonFiniteError
 from pyro_vae.vae import VAE
 
 __all__ = ["Callback", "TensorBoard", "fit"]
+
+logger = logging.getLogger(__name__)
 
 _NOISE, _EVALUATION = 20, 21  # streams of random numbers
 
@@ -104,7 +107,7 @@ def fit(
         data: Training data (N, *event_shape) in the support of the likelihood.
         estimator: A `pyro.infer.ELBO`; default `TraceMeanField_ELBO()`.
         epochs: Passes over the data, those before a resume included.
-        batch_size: Data a step; the last batch may be smaller. More than N means N.
+        batch_size: Data a step; the last batch may be smaller. More than N means N, with a warning.
         seed: Non-negative integer from which every random number of the run is derived.
         learning_rate: Of the default optimiser, Adam.
         optimizer: Makes another optimiser from the parameters, as in
@@ -236,6 +239,10 @@ class _Run:
         self.optimizer = optimizer(parameters)
         self.schedule = schedule(self.optimizer) if schedule else None
         self.batch_size, self.seed, self.directory = batch_size, seed, directory
+        if batch_size > len(train):
+            logger.warning(
+                "batch_size %d is more than the %d data: each step takes them all", batch_size, len(train)
+            )
         self.steps_per_epoch = math.ceil(len(train) / batch_size)
         estimator_label = _label(estimator)
         if kl_warmup:

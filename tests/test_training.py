@@ -407,9 +407,10 @@ def test_bad_arguments_are_refused(options, error, message):
         pv.fit(normal_vae(), **arguments)
 
 
-def test_a_batch_larger_than_the_data_is_all_of_them():
+def test_a_batch_larger_than_the_data_is_all_of_them(caplog):
     history = pv.fit(normal_vae(), torch.randn(7, 4), epochs=1, batch_size=100, progress=False)
     assert math.isnan(history[0].train_bound_se)
+    assert "batch_size 100 is more than the 7 data" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
