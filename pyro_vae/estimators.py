@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.losses import Estimator, KLWeighted
 from pyro_vae.pairs import check_mean_field
-from pyro_vae.terms import Terms, require_count, terms
+from pyro_vae.particles import Terms, require_count, terms
 
 __all__ = [
     "CIWAE",

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from pyro_vae.pairs import Program, Site, Sites, analytic_kl, site_family
-from pyro_vae.terms import Terms, require_count, terms
+from pyro_vae.particles import Terms, require_count, terms
 
 __all__ = ["Estimator", "KLWeighted"]
 
