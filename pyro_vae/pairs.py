@@ -132,8 +132,6 @@ def analytic_kl(guide_site: Site, model_site: Site) -> Tensor | None:
 
 def check_sites(latent: Sites, observed: Sites, guide_sites: Sites) -> None:
     """Refuse a pair whose sample sites do not match."""
-    if not observed:
-        raise ValueError("the model observes nothing: give a site the data, by obs=...")
     if not latent:
         raise ValueError("the model has no latent site: there is nothing to infer")
     for name in latent:
@@ -142,6 +140,8 @@ def check_sites(latent: Sites, observed: Sites, guide_sites: Sites) -> None:
                 f"the model draws {name!r}, which the guide does not: add the site to the guide, or observe "
                 "it by obs=... (a site to be enumerated in the model goes with TraceEnum_ELBO)"
             )
+    if not observed:
+        raise ValueError("the model observes nothing: give a site the data, by obs=...")
     for name, site in guide_sites.items():
         if name in observed:
             raise ValueError(f"the guide has the site {name!r}, which the model observes: remove it there")
