@@ -27,6 +27,7 @@ from pyro_vae.estimators import (
     check_mean_field,
     terms,
 )
+from pyro_vae.evaluation import Evaluation, evaluate
 from pyro_vae.history import Epoch, History
 from pyro_vae.svi import SVI, NonFiniteError
 from pyro_vae.training import TensorBoard, fit
@@ -43,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "DReG",
     "Epoch",
+    "Evaluation",
     "History",
     "KLWeighted",
     "NonFiniteError",
@@ -51,6 +53,7 @@ __all__ = [
     "Terms",
     "check_mean_field",
     "data",
+    "evaluate",
     "fit",
     "guides",
     "likelihoods",
