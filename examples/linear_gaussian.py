@@ -132,6 +132,8 @@ def main() -> None:
         help="folder for the picture (default: %(default)s)",
     )
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error("--epochs must be at least 1")
 
     torch.manual_seed(args.seed)
     W = torch.randn(D, K) + torch.randn(D, 1)  # what the columns share, a diagonal guide cannot express

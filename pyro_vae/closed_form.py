@@ -582,7 +582,7 @@ def naive_log_evidence(log_likelihood: Tensor) -> Tensor:
 # Exactly solved models --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value
 class MultivariateNormal:
     """A batch of Gaussians N(loc, L Lᵀ): the names of ``torch.distributions``, by arithmetic of its own.
 
@@ -633,7 +633,7 @@ class MultivariateNormal:
         return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ElboGradient:
     """Exact gradient of each datum's ELBO in the parameters of the model and of its guide.
 
@@ -857,7 +857,7 @@ class LinearGaussian:
         return _cholesky("covariance", covariance)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianMixture:
     r"""A mixture of Gaussians: one categorical latent, so evidence and posterior are finite sums.
 
