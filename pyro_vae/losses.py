@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
@@ -158,7 +159,8 @@ class KLWeighted(_Loss):
         free_bits: float = 0.0,
         per: Literal["dimension", "total"] = "dimension",
     ):
-        if not isinstance(estimator, Estimator | Trace_ELBO):
+        # Not their subclasses: the surrogate of some is not affine in β, and Pyro's Jit classes would fix it.
+        if not isinstance(estimator, Estimator) and type(estimator) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise TypeError(
                 "KLWeighted takes one of this library's estimators, Trace_ELBO or TraceMeanField_ELBO; got "
                 f"{estimator!r}"
@@ -217,12 +219,16 @@ class KLWeighted(_Loss):
             value = total_loss(terms, self.estimator.bound(terms))
             runs, particles = [(terms.sites.guide, terms.sites.latent)], terms.sites.num_particles
         else:
+            if isinstance(poutine.unwrap(guide), Messenger):
+                raise TypeError("KLWeighted takes no GuideMessenger: give a guide that is a function")
             weighing = _WeighLatents(beta)
             with weighing:
                 objective = self.estimator.differentiable_loss(
                     weighing.model(model), weighing.guide(guide), *args, **kwargs
                 )
             runs = [run for run in weighing.runs if run[0]]
+            if not runs:
+                raise ValueError("the guide has no sample site: there is no KL to weigh")
             particles = self.num_particles // len(runs)
             value = objective.detach() + (1 - beta) * self._kl(runs) / self.num_particles
         if self.free_bits:

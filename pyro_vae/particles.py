@@ -97,7 +97,7 @@ class Terms:
 
         Raises:
             ValueError: If a site can score no other values than those it has just drawn, as with a
-                transform that has no inverse.
+                transform that has no inverse, or is a Delta or factor with a density of its own.
         """
         return self.sites.log_score()
 
@@ -275,6 +275,12 @@ class PairSites:
                     f"the guide's site {name!r}, a {site_family(site)}, cannot score a value that it has not "
                     "just drawn (its transform has no inverse); use Trace_ELBO or IWAE"
                 ) from error
+            if site_family(site) in ("Delta", "Unit") and log_prob.requires_grad:
+                raise ValueError(
+                    f"the guide's site {name!r} carries a Jacobian that depends on parameters, which tells "
+                    "nothing of the density at fixed draws; draw from a TransformedDistribution, or use "
+                    "Trace_ELBO or IWAE"
+                )
             parts.append(scale_and_mask(log_prob, 1.0, site["mask"]))
         return self.sum(parts)
 

@@ -17,7 +17,8 @@ from cases import (
 )
 from numpy.polynomial.hermite_e import hermegauss
 from pyro import poutine
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -230,6 +231,36 @@ def test_dreg_leaves_the_gradient_of_the_model_alone():
     assert (dreg[4] - iwae[4]).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+@pytest.mark.parametrize("make", [STL, DReG])
+def test_path_gradients_are_those_of_a_guide_with_fixed_parameters(make, beta):
+    """On the same draws, written out: only z carries a gradient."""
+    x, _, pair = linear_gaussian(K=2, exact=False)
+    _, *found = loss_and_gradients(KLWeighted(make(4), beta), pair, x)
+    torch.manual_seed(0)
+    z = dist.MultivariateNormal(pair.loc, scale_tril=pair.tril).rsample((4,))
+    q = dist.MultivariateNormal(pair.loc.detach(), scale_tril=pair.tril.detach())
+    mean = (pair.W @ z.unsqueeze(-1)).squeeze(-1) + pair.b
+    log_likelihood = dist.Normal(mean, (pair.log_c / 2).exp().unsqueeze(-1)).log_prob(x).sum(-1)
+    log_weight = log_likelihood + beta * (dist.Normal(0.0, 1.0).log_prob(z).sum(-1) - q.log_prob(z))
+    weight = log_weight.detach().softmax(0) if make is DReG else torch.full_like(log_weight, 0.25)
+    path_weight = (1 - beta) * weight + beta * weight**2 if make is DReG else weight
+    expected = torch.autograd.grad(-(path_weight * log_weight).sum(), [pair.loc, pair.tril])
+    assert_same(found[3:], list(expected))
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_piwae_is_iwae_for_the_model_and_miwae_for_the_guide(spread):
+    """The same draws; also where a particle's weight underflows over all, but not within its group."""
+    x, _, pair = linear_gaussian(K=2, exact=False)
+    pair, x = pair.float(), spread * x.float()
+    log_weight = IWAE(8).terms(pair.model, pair.guide, x).log_weight
+    assert ((log_weight - log_weight.amax(0)).amin() < -104) == (spread > 1)  # exp(-104) is 0 in float32
+    piwae, iwae, miwae = (loss_and_gradients(e, pair, x) for e in (PIWAE(2, 4), IWAE(8), IWAE(2, 4)))
+    assert_same(piwae[:4], iwae[:4], tolerance=2e-3)
+    assert_same(piwae[4:], miwae[4:], tolerance=2e-3)
+
+
 def test_slopes_of_the_signal_to_noise_ratio():
     """Rainforth et al.'s toy: how the signal-to-noise ratios of gradients go with S, on logarithmic axes."""
     K, repeats, sizes = 20, 1000, torch.tensor([8.0, 32.0, 128.0])
@@ -331,6 +362,24 @@ def test_vimco_is_unbiased_for_discrete_and_mixed_sites():
     expected = torch.autograd.grad(pair.integral(x, 2).sum(), list(pair.parameters()))
     for gradient, exact in zip(samples, expected, strict=True):
         assert_within_standard_errors(-gradient.unflatten(0, (repeats, N)), exact)
+
+
+def test_vimcos_signal_is_what_a_particle_adds():
+    """Written as loops: the bound, less the bound with a particle's weight made the others' geometric mean."""
+    x, S = torch.tensor([0.4, -1.0, 2.5], dtype=torch.float64), 4
+    pair = DiscretePair()
+    terms = VIMCO(S).terms(pair.model, pair.guide, x)
+    weight = terms.log_weight.detach().exp()
+    surrogate = terms.log_weight.logsumexp(0)
+    for s in range(S):
+        others = torch.cat([weight[:s], weight[s + 1 :]])
+        without = (others.sum(0) + others.prod(0) ** (1 / (S - 1))) / S
+        surrogate = surrogate + (weight.mean(0).log() - without.log()) * terms.log_score_function[s]
+    found, expected = (
+        torch.autograd.grad(value.sum(), list(pair.parameters()), retain_graph=True)
+        for value in (VIMCO(S).surrogate(terms), surrogate)
+    )
+    assert_same(found, expected)
 
 
 def test_vimcos_baseline_lowers_the_variance():
@@ -453,6 +502,25 @@ def test_a_flow_without_an_inverse_is_refused_by_name():
         STL().differentiable_loss(pair.model, guide, x)
 
 
+@pytest.mark.parametrize("estimator", [STL(), DReG(2)], ids=repr)
+def test_a_jacobian_with_parameters_is_refused_by_name(estimator):
+    """z = s u with u ~ N(0, 1), its density carried by a Delta: fixing z says nothing of s there."""
+    x, _, pair = linear_gaussian(K=1, exact=True)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            noise = dist.Normal(torch.zeros_like(pair.loc), 1.0).to_event(1)
+            u = pyro.sample("u", noise, infer={"is_auxiliary": True})
+            scale = pair.tril[:, 0]
+            density = -scale.log().sum(-1)
+            pyro.sample("z", dist.Delta(pair.loc + scale * u, log_density=density, event_dim=1))
+
+    zero_noise = IWAE(2).loss(pair.model, guide, x)
+    assert zero_noise == pytest.approx(STL().loss(pair.model, pair.guide, x), abs=1e-10)
+    with pytest.raises(ValueError, match="'z' carries a Jacobian.*TransformedDistribution"):
+        estimator.differentiable_loss(pair.model, guide, x)
+
+
 # The weight on the KL ---------------------------------------------------------------------------------------
 
 
@@ -489,9 +557,17 @@ def test_weighted_pyro_estimators(make, vectorize):
         )
 
 
+def test_guides_that_hold_no_kl_to_weigh_are_refused():
+    x, _, pair = linear_gaussian(K=2, exact=False)
+    estimator = KLWeighted(Trace_ELBO(), 0.5)
+    with pytest.raises(TypeError, match="GuideMessenger"):
+        estimator.differentiable_loss(pair.model, AutoNormalMessenger(pair.model), x)
+    with pytest.raises(ValueError, match="no sample site"):
+        estimator.differentiable_loss(lambda x: None, lambda x: None, x)
+
+
 def test_weight_zero_leaves_the_reconstruction():
     x, _, pair = linear_gaussian(K=2, exact=False)
-    terms = IWAE(1).terms(pair.model, pair.guide, x)
     torch.manual_seed(0)
     objective = KLWeighted(IWAE(1), 0.0).objective(pair.model, pair.guide, x)
     torch.manual_seed(0)
@@ -703,6 +779,7 @@ def test_labels(estimator, label):
         (lambda: KLWeighted(IWAE(2), 1.0, free_bits=-1.0), ValueError, "free_bits must be finite"),
         (lambda: KLWeighted(IWAE(2), 1.0, per="datum"), ValueError, 'per must be "dimension" or "total"'),
         (lambda: KLWeighted(TraceEnum_ELBO(), 1.0), TypeError, "takes one of this library's estimators"),
+        (lambda: KLWeighted(JitTrace_ELBO(), 1.0), TypeError, "takes one of this library's estimators"),
         (lambda: KLWeighted(KLWeighted(IWAE(2), 1.0), 1.0), TypeError, "takes one of this library's"),
         (lambda: KLWeighted(IWAE, 1.0), TypeError, "takes one of this library's"),
     ],
