@@ -701,6 +701,38 @@ class LinearGaussian:
         _require_positive(noise_variance=noise_variance)
         self.W, self.b, self.noise_variance = W, b, noise_variance
 
+    @classmethod
+    def maximum_likelihood(cls, x: Tensor, latent_dim: int) -> "LinearGaussian":
+        r"""The model with the largest mean log-evidence of data x (N, D), among those of K = ``latent_dim``.
+
+        With λ and v the eigenvalues and eigenvectors of the data's covariance, the largest first: c is the
+        mean of the D − K smallest λ, and the k-th column of W is :math:`\sqrt{\lambda_k - c}\, v_k`. These
+        columns are orthogonal, so a diagonal guide leaves no gap, and a linear VAE can reach this value.
+
+        Raises:
+            ValueError: ``latent_dim`` is not below N and D, or the data vary in no more than K directions.
+
+        Source:
+            M. E. Tipping, C. M. Bishop (1999), as above; J. Lucas, G. Tucker, R. Grosse, M. Norouzi (2019),
+            Don't blame the ELBO! A linear VAE perspective on posterior collapse, arXiv:1911.02469.
+        """
+        (x,) = _tensors(x=x)
+        if x.ndim != 2 or not 1 <= latent_dim < min(x.shape):
+            raise ValueError(
+                f"latent_dim: expected 1 ≤ latent_dim < min(N, D) for x (N, D), "
+                f"found {latent_dim} for {tuple(x.shape)}"
+            )
+        b = x.mean(0)
+        _, singular, directions = torch.linalg.svd(x - b, full_matrices=False)
+        variances = singular**2 / len(x)  # along the directions, which are the rows
+        noise_variance = variances[latent_dim:].sum() / (x.shape[1] - latent_dim)
+        if noise_variance <= _rounding(x) ** 2 * variances[0]:
+            raise ValueError(
+                f"x: expected data which vary in more than {latent_dim} directions, found no more"
+            )
+        loadings = (variances[:latent_dim] - noise_variance).sqrt()
+        return cls(directions[:latent_dim].mT * loadings, b, noise_variance)
+
     # The model
 
     def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:

@@ -497,6 +497,24 @@ def test_linear_gaussian_at_extreme_noise_equals_arbitrary_precision(log_varianc
     assert relative(elbo, expected) < 1e-6
 
 
+def test_maximum_likelihood_is_where_the_evidence_is_stationary_and_a_diagonal_guide_enough():
+    truth, generator = random_model(24, D=6, K=3)
+    x = truth.sample(50, generator=generator)
+    best = LinearGaussian.maximum_likelihood(x, 2)  # fewer latent dimensions than the truth
+    posterior = best.posterior(x)
+    gradient = best.elbo_gradient(x, posterior.loc, posterior.covariance_matrix)
+    for slope in (gradient.W, gradient.b, gradient.noise_variance):
+        torch.testing.assert_close(slope.mean(0), torch.zeros_like(slope[0]), rtol=0, atol=1e-10)
+    assert best.diagonal_gap().item() == pytest.approx(0, abs=1e-10)
+
+    evidence = best.log_evidence(x).mean()
+    for _ in range(20):
+        shift = 0.1 * torch.randn(6, 2, generator=generator, dtype=torch.float64)
+        assert LinearGaussian(best.W + shift, best.b, best.noise_variance).log_evidence(x).mean() < evidence
+        noise_variance = best.noise_variance * shift[0, 0].exp()
+        assert LinearGaussian(best.W, best.b + shift[:, 0], noise_variance).log_evidence(x).mean() < evidence
+
+
 # Drawing from the prior
 
 
@@ -669,6 +687,18 @@ BAD_INPUT = {
         lambda: LinearGaussian(torch.ones(3, 2), torch.ones(3), 1e-12).log_evidence(X),
         ValueError,
         "noise_variance.*float64",
+    ),
+    "as many latent dimensions": (lambda: LinearGaussian.maximum_likelihood(X, 3), ValueError, "latent_dim"),
+    "fewer data than latent dimensions": (
+        lambda: LinearGaussian.maximum_likelihood(X[:2], 2),
+        ValueError,
+        "latent_dim",
+    ),
+    "no latent dimension": (lambda: LinearGaussian.maximum_likelihood(X, 0), ValueError, "latent_dim"),
+    "data in a plane": (
+        lambda: LinearGaussian.maximum_likelihood(torch.eye(3), 2),
+        ValueError,
+        "x.*more than 2 directions",
     ),
     "x that would broadcast": (lambda: MODEL.log_evidence(torch.zeros(4, 1)), ValueError, r"x.*\(..., 3\)"),
     "x NaN": (lambda: MODEL.log_evidence(X * math.nan), ValueError, "x"),
