@@ -1,12 +1,29 @@
-"""Priors p(z): modules that, called with nothing, return a Pyro distribution over one latent vector."""
+"""Priors p(z): modules that, called with nothing, return a Pyro distribution over one latent vector.
+
+Its batch shape is () and its event shape (K,), K = latent_dim.
+"""
+
+import math
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pyro_vae.flows import FlowDistribution, build_flow
+from pyro_vae.mixtures import NormalMixture
+from pyro_vae.networks import positive
 from pyro_vae.specs import rebuildable
 
-__all__ = ["StandardNormal"]
+__all__ = ["Flow", "LearnedNormal", "Mixture", "StandardNormal", "VampPrior"]
+
+_RAW_ONE = math.log(math.expm1(1.0 - 1e-6))  # networks.positive maps it to 1
+
+
+def _require_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
 
 
 @rebuildable
@@ -28,8 +45,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1; got {latent_dim}")
+        _require_sizes(latent_dim=latent_dim)
         self.latent_dim = latent_dim
         # buffers, so that the prior follows the module's device and dtype
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
@@ -38,3 +54,167 @@ class StandardNormal(nn.Module):
     def forward(self) -> dist.Distribution:
         """Return p(z)."""
         return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+@rebuildable
+class LearnedNormal(nn.Module):
+    """Normal prior with learned location and scale, p(z) = N(m, diag s²); it starts as N(0, I).
+
+    Args:
+        latent_dim: K, the number of latent dimensions.
+
+    Raises:
+        ValueError: If `latent_dim` is below 1.
+
+    Source: Hoffman and Johnson, 2016, ELBO surgery, section 2: the best prior is the average of q(z|x)
+    over the data, of which this matches the moments.
+
+    Example:
+        >>> [name for name, _ in LearnedNormal(20).named_parameters()]
+        ['loc', 'raw_scale']
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        _require_sizes(latent_dim=latent_dim)
+        self.latent_dim = latent_dim
+        self.loc = nn.Parameter(torch.zeros(latent_dim))
+        self.raw_scale = nn.Parameter(torch.full((latent_dim,), _RAW_ONE))
+
+    def forward(self) -> dist.Distribution:
+        """Return p(z)."""
+        return dist.Normal(self.loc, positive(self.raw_scale)).to_event(1)
+
+
+@rebuildable
+class Mixture(nn.Module):
+    """Mixture prior p(z) = Σ_c π_c N(m_c, diag s_c²), all of it learned.
+
+    It starts with equal weights, unit scales, and locations drawn from N(0, I).
+
+    Args:
+        latent_dim: K, the number of latent dimensions.
+        num_components: C.
+
+    Raises:
+        ValueError: If a number is below 1.
+
+    Source: Dilokthanakul et al., 2016, Deep unsupervised clustering with Gaussian mixture variational
+    autoencoders, arXiv:1611.02648; as a baseline in Tomczak and Welling, 2018, arXiv:1705.07120.
+
+    Example:
+        >>> Mixture(20, num_components=5)().sample((7,)).shape
+        torch.Size([7, 20])
+    """
+
+    def __init__(self, latent_dim: int, *, num_components: int = 10):
+        super().__init__()
+        _require_sizes(latent_dim=latent_dim, num_components=num_components)
+        self.latent_dim = latent_dim
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.loc = nn.Parameter(torch.randn(num_components, latent_dim))
+        self.raw_scale = nn.Parameter(torch.full((num_components, latent_dim), _RAW_ONE))
+
+    def forward(self) -> dist.Distribution:
+        """Return p(z)."""
+        components = dist.Normal(self.loc, positive(self.raw_scale)).to_event(1)
+        return NormalMixture(dist.Categorical(logits=self.logits), components)
+
+
+@rebuildable
+class VampPrior(nn.Module):
+    """Mixture of a guide's own posteriors, p(z) = Σ_c π_c q(z|u_c), at learned pseudo-inputs u_c.
+
+    It approximates the average of q(z|x) over the data, which is the prior of the best ELBO. Give it the
+    guide that the VAE has, not a copy: then both learn the same network.
+
+    Args:
+        guide: q(z|x), a module from x (C, *event_shape) to a distribution of batch shape (C,).
+        event_shape: Shape of one datum; by default the guide's.
+        num_components: C.
+
+    Raises:
+        ValueError: If a number is below 1, or neither the guide nor `event_shape` tells the shape of x.
+
+    Source: Tomczak and Welling, 2018, VAE with a VampPrior, arXiv:1705.07120.
+
+    Example:
+        >>> from pyro_vae.guides import DiagonalNormal
+        >>> guide = DiagonalNormal((1, 28, 28), 20)
+        >>> prior = VampPrior(guide, num_components=5)
+        >>> prior.set_pseudo_inputs(torch.rand(5, 1, 28, 28))
+        >>> prior().event_shape
+        torch.Size([20])
+    """
+
+    def __init__(
+        self, guide: nn.Module, *, event_shape: Sequence[int] | None = None, num_components: int = 100
+    ):
+        super().__init__()
+        _require_sizes(num_components=num_components)
+        event_shape = event_shape or getattr(guide, "event_shape", None)
+        if event_shape is None:
+            raise ValueError(
+                f"{type(guide).__name__} has no attribute event_shape: pass event_shape=, "
+                "the shape of one datum"
+            )
+        self.guide = guide
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.pseudo_inputs = nn.Parameter(torch.rand(num_components, *event_shape))
+
+    @torch.no_grad()
+    def set_pseudo_inputs(self, x: Tensor) -> None:
+        """Start from data x (C, *event_shape), in place of uniform noise in [0, 1].
+
+        Raises:
+            ValueError: If x has another shape.
+        """
+        if x.shape != self.pseudo_inputs.shape:
+            raise ValueError(f"x must have shape {tuple(self.pseudo_inputs.shape)}; got {tuple(x.shape)}")
+        self.pseudo_inputs.copy_(x)
+
+    def forward(self) -> dist.Distribution:
+        """Return p(z)."""
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), self.guide(self.pseudo_inputs))
+
+
+@rebuildable
+class Flow(nn.Module):
+    """Normalising flow as a prior, z = f⁻¹(u) with u ~ N(0, I) and f learned.
+
+    Args:
+        latent_dim: K, the number of latent dimensions.
+        flow: "maf", "nsf" or "iaf"; see `flows.build_flow`. "maf" and "nsf" score a given z, as training
+            does, in one pass; "nsf" bends only what lies in [-5, 5].
+        num_transforms: How many transforms in a row.
+        flow_features: Widths of the hidden layers of each transform's network.
+
+    Raises:
+        ValueError: If the flow is unknown, or a number is below 1.
+
+    Source: Chen et al., 2017, Variational lossy autoencoder, arXiv:1611.02731; Papamakarios, Pavlakou and
+    Murray, 2017, Masked autoregressive flow for density estimation, arXiv:1705.07057.
+
+    Example:
+        >>> Flow(20, num_transforms=2)().sample((7,)).shape
+        torch.Size([7, 20])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        flow: str = "maf",
+        num_transforms: int = 3,
+        flow_features: Sequence[int] = (64, 64),
+    ):
+        super().__init__()
+        _require_sizes(latent_dim=latent_dim)
+        self.latent_dim = latent_dim
+        self.flow = build_flow(
+            flow, latent_dim, num_transforms=num_transforms, hidden_features=tuple(flow_features)
+        )
+
+    def forward(self) -> dist.Distribution:
+        """Return p(z)."""
+        return FlowDistribution(self.flow())

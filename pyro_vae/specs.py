@@ -54,28 +54,36 @@ def rebuildable(cls: _Class) -> _Class:
 
 
 def spec(module: nn.Module) -> dict[str, Any] | None:
-    """Describe a module by nested plain values, or None where some part of it is not `rebuildable`."""
-    recorded = getattr(module, "_spec", None)
-    if recorded is None:
-        return None
+    """Describe a module by nested plain values, or None where some part of it is not `rebuildable`.
+
+    A part that stands in several places, such as a guide in a `VampPrior`, is described once, and
+    stays one part when it is rebuilt.
+    """
     try:
-        arguments = {name: _plain(value) for name, value in recorded["arguments"].items()}
+        return _describe(module, {})
     except TypeError:
         return None
+
+
+def _describe(module: nn.Module, numbers: dict[nn.Module, int]) -> dict[str, Any]:
+    if module in numbers:
+        return {"again": numbers[module]}
+    recorded = getattr(module, "_spec", None)
+    if recorded is None:
+        raise TypeError(f"{type(module).__name__} is not rebuildable")
+    arguments = {name: _plain(value, numbers) for name, value in recorded["arguments"].items()}
+    numbers[module] = len(numbers)
     return {"class": recorded["class"], "arguments": arguments}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, numbers: dict[nn.Module, int]) -> Any:
     if isinstance(value, nn.Module):
-        described = spec(value)
-        if described is None:
-            raise TypeError
-        return described
+        return _describe(value, numbers)
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, numbers) for item in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise TypeError
+    raise TypeError(f"{value!r} is no plain value")
 
 
 def rebuild(description: Any) -> nn.Module:
@@ -85,14 +93,26 @@ def rebuild(description: Any) -> nn.Module:
         ValueError: If the description is malformed, names a class that is not marked, or holds
             arguments that this class refuses.
     """
-    if not (isinstance(description, dict) and set(description) == {"class", "arguments"}):
+    return _build(description, [])
+
+
+def _build(description: Any, built: list[nn.Module]) -> nn.Module:
+    if not isinstance(description, dict) or set(description) not in ({"class", "arguments"}, {"again"}):
         raise ValueError(
             f"expected a description with keys 'class' and 'arguments'; got {str(description)[:80]}"
         )
+    if "again" in description:
+        number = description["again"]
+        if number not in range(len(built)):
+            raise ValueError(f"part {number!r} is used again, but only {len(built)} parts stand before it")
+        return built[number]
     name, arguments = description["class"], description["arguments"]
     if name not in _CLASSES:
         raise ValueError(f"{name!r} is no class that can be rebuilt; known: {', '.join(sorted(_CLASSES))}")
     try:
-        return _CLASSES[name](**{k: rebuild(v) if isinstance(v, dict) else v for k, v in arguments.items()})
+        parts = {k: _build(v, built) if isinstance(v, dict) else v for k, v in arguments.items()}
+        module = _CLASSES[name](**parts)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{name} cannot be rebuilt from {arguments!s:.80}: {error}") from error
+    built.append(module)
+    return module

@@ -20,6 +20,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae import checkpoints
+from pyro_vae.guides import SemiAmortised
 from pyro_vae.randomness import isolated_generators
 from pyro_vae.specs import rebuild, rebuildable, spec
 
@@ -75,7 +76,10 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> Tensor:
         """q(z|x): the guide, the variational family for the latent vectors of x (N, *event_shape)."""
         _show_parameters(posterior=self.posterior)
-        q = self.posterior(x)
+        if isinstance(self.posterior, SemiAmortised):
+            q = self.posterior(x, self.log_joint)  # it refines q for this very model
+        else:
+            q = self.posterior(x)
         if not isinstance(q, dist.Distribution):
             return q  # a Pyro guide function: it has sampled its own sites
         with _data_plate(x):
@@ -89,6 +93,10 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> dist.Distribution:
         """Return p(x|z), of batch shape (*,) and event shape `event_shape`, for z (*, K)."""
         return self.likelihood(z)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return log p(x, z) = log p(x|z) + log p(z), (*, N), for x (N, *event_shape) and z (*, N, K)."""
+        return self.decode(z).log_prob(x) + self.prior().log_prob(z)
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:

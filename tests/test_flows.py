@@ -1,0 +1,92 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributions import Distribution
+
+from pyro_vae.flows import FLOWS, FlowDistribution, build_flow
+
+S, N, K, CONTEXT = 7, 5, 3, 2
+
+
+def conditional(flow):
+    built = build_flow(flow, K, CONTEXT, num_transforms=2, hidden_features=(6,)).double()
+    return FlowDistribution(built(torch.randn(N, CONTEXT).double()))
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_the_density_is_the_change_of_variables_of_the_noise(flow):
+    q = conditional(flow)
+    torch.manual_seed(1)
+    z = q.rsample()
+    torch.manual_seed(1)
+    noise = torch.randn(N, K, dtype=torch.float64)
+    to_z = q.flow.transform.inv
+    torch.testing.assert_close(z, to_z(noise), rtol=0, atol=0)
+    jacobian = torch.autograd.functional.jacobian(lambda u: to_z(u).sum(0), noise)  # (K, N, K)
+    log_density = (
+        torch.distributions.Normal(0, 1).log_prob(noise).sum(-1) - jacobian.transpose(0, 1).slogdet()[1]
+    )
+    torch.testing.assert_close(q.log_prob(z), log_density, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_remembered_density_is_the_computed_one(flow):
+    q = conditional(flow).expand((S, N))
+    z = q.rsample()
+    remembered, computed = q.log_prob(z), q.log_prob(z.clone())
+    assert remembered.shape == (S, N)
+    torch.testing.assert_close(remembered, computed, rtol=1e-9, atol=1e-9)
+
+
+def test_a_density_remembered_without_gradient_is_computed_where_one_is_wanted():
+    q = conditional("maf")
+    z = q.sample()
+    with torch.no_grad():
+        assert q.log_prob(z) is q.log_prob(z)
+    assert q.log_prob(z).requires_grad
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_particles_are_independent(flow):
+    z = conditional(flow).expand((S, N)).rsample()
+    assert z.shape == (S, N, K)
+    assert len(torch.unique(z)) == S * N * K
+
+
+def test_values_outside_the_support_are_refused_where_validation_is_on():
+    with pytest.raises(ValueError, match="within the support"):
+        conditional("maf").log_prob(torch.full((N, K), float("nan")).double())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"flow": "glow"}, "flow must be one of maf, iaf, nsf; got 'glow'"),
+        ({"num_transforms": 0}, "at least 1 transform.*got num_transforms 0"),
+        ({"hidden_features": (4, 0)}, r"1 unit in each layer.*flow_features \(4, 0\)"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_flow(
+            **{"flow": "maf", "features": K, "num_transforms": 2, "hidden_features": (4,), **arguments}
+        )
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_zuko_is_imported_late_and_leaves_validation_as_it_was(validate):
+    code = f"""
+import sys, torch, pyro_vae as pv
+torch.distributions.Distribution.set_default_validate_args({validate})
+assert "zuko" not in sys.modules
+pv.priors.Flow(2)
+assert "zuko" in sys.modules
+assert torch.distributions.Distribution._validate_args is {validate}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_validation_is_on_here():
+    assert Distribution._validate_args
