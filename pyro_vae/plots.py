@@ -328,14 +328,14 @@ def aggregate_posterior(
             p, p_edges = np.histogram(prior_samples[:, k], bins="scott", density=True)
         scale = 0.85 / max(q.max(), p.max())
         axes.axhline(-row, color="0.8", linewidth=0.8, zorder=0)
-        axes.stairs(scale * q - row, q_edges, baseline=-row, fill=True, color=_SKY, label="q(z)")
-        axes.stairs(scale * p - row, p_edges, baseline=None, color=_BLACK, label="p(z)")
+        posterior = axes.stairs(scale * q - row, q_edges, baseline=-row, fill=True, color=_SKY)
+        reference = axes.stairs(scale * p - row, p_edges, baseline=None, color=_BLACK)
     axes.set(xlim=(-reach, reach), ylim=(0.85 - len(drawn), 1.6), xlabel="z")
     axes.set_title(f"Aggregate posterior and prior, {count:,} samples" if title is None else title)
     axes.set_yticks(-np.arange(len(drawn)), [f"z[{k}]" for k in drawn])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.legend(handles=axes.patches[:2], loc="upper right", ncols=2, frameon=False)
+    axes.legend([posterior, reference], ["q(z)", "p(z)"], loc="upper right", ncols=2, frameon=False)
     return axes
 
 

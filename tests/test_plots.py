@@ -48,7 +48,7 @@ FIGURES = {
     ),
     "aggregate_posterior": lambda **kw: plots.aggregate_posterior(normal(101, 13), **kw),
     "kl_per_dimension": lambda **kw: plots.kl_per_dimension(normal(20).exp(), normal(20).exp() / 9, **kw),
-    "kl_per_dimension of many": lambda **kw: plots.kl_per_dimension(normal(301).exp(), **kw),
+    "kl_per_dimension of many": lambda **kw: plots.kl_per_dimension(normal(101).exp(), **kw),
     "training_curves": lambda **kw: plots.training_curves(HISTORY, references={"exact": -110.0}, **kw),
     "training_curves of one epoch": lambda **kw: plots.training_curves(
         {name: column[:1] for name, column in HISTORY.items()}, **kw
@@ -84,13 +84,14 @@ def test_has_a_title_that_can_be_replaced(draw):
 
 @every_figure
 def test_changes_no_setting_and_no_random_state(draw):
-    settings, numpy_state = dict(matplotlib.rcParams), np.random.get_state()[1].copy()  # noqa: NPY002
-    torch_state = torch.get_rng_state()
-    plots_of = draw().figure
-    plots_of.draw_without_rendering()
-    assert dict(matplotlib.rcParams) == settings
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
-    assert torch.equal(torch.get_rng_state(), torch_state)
+    def state():
+        return matplotlib.rcParams.copy(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever a figure before this one may have set
+        before = state()
+        draw().figure.draw_without_rendering()
+        assert state() == before
 
 
 @every_figure
@@ -404,6 +405,14 @@ def test_training_curves_without_validation_or_standard_errors():
     table = {"epoch": [3, 4], "train_elbo": [-2.0, -1.0], "validation_elbo": nothing}
     ax = plots.training_curves(table)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train ELBO"]
+
+
+def test_training_curves_of_one_epoch_mark_that_epoch_alone():
+    ax = FIGURES["training_curves of one epoch"]()
+    left, right = ax.get_xlim()
+    assert [tick for tick in ax.get_xticks() if left <= tick <= right] == [1]
+    [error_bars] = ax.containers
+    assert error_bars.lines[2][0].get_segments()[0].tolist() == [[1, -204], [1, -196]]
 
 
 def test_pareto_k_counts_every_value_on_its_side_of_the_limits():
