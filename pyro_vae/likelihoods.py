@@ -173,13 +173,12 @@ class Normal(Likelihood):
             latent_dim, event_shape, hidden_features=hidden_features, activation=activation, network=network
         )
         self.raw_scale: nn.Parameter | None = None
-        self.fixed_scale: Tensor
         if isinstance(variance, str) and variance in ("shared", "per_element"):
             shape = () if variance == "shared" else self.event_shape
             start = math.log(math.expm1(1.0 - 1e-6))  # networks.positive maps it to 1
             self.raw_scale = nn.Parameter(torch.full(shape, start))
         elif isinstance(variance, int | float) and 0 < variance < math.inf:
-            self.register_buffer("fixed_scale", torch.tensor(math.sqrt(variance)), persistent=False)
+            self.fixed_scale = math.sqrt(variance)  # a number, exact in whatever dtype the network has
         else:
             raise ValueError(
                 f"variance must be a positive number, 'shared' or 'per_element'; got {variance!r} "
@@ -187,8 +186,8 @@ class Normal(Likelihood):
             )
 
     @property
-    def scale(self) -> Tensor:
-        """The standard deviation √c, of shape () or `event_shape`."""
+    def scale(self) -> Tensor | float:
+        """The standard deviation √c, a number if it is fixed, else of shape () or `event_shape`."""
         return positive(self.raw_scale) if self.raw_scale is not None else self.fixed_scale
 
     def forward(self, z: Tensor) -> dist.Distribution:

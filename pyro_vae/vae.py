@@ -76,19 +76,23 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> Tensor:
         """q(z|x): the guide, the variational family for the latent vectors of x (N, *event_shape)."""
         _show_parameters(posterior=self.posterior)
-        if isinstance(self.posterior, SemiAmortised):
-            q = self.posterior(x, self.log_joint)  # it refines q for this very model
-        else:
-            q = self.posterior(x)
+        q = self._call_posterior(x)
         if not isinstance(q, dist.Distribution):
             return q  # a Pyro guide function: it has sampled its own sites
         with _data_plate(x):
             return pyro.sample("z", q)
 
+    def _call_posterior(self, x: Tensor) -> Any:
+        if isinstance(self.posterior, SemiAmortised):
+            return self.posterior(x, self.log_joint)  # it refines q for this very model
+        return self.posterior(x)
+
     def encode(self, x: Tensor) -> dist.Distribution:
         """Return q(z|x), of batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
         with poutine.block():
-            return poutine.trace(self.guide).get_trace(x).nodes["z"]["fn"]
+            trace = poutine.trace(self._call_posterior).get_trace(x)
+        q = trace.nodes["_RETURN"]["value"]
+        return q if isinstance(q, dist.Distribution) else trace.nodes["z"]["fn"]
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """Return p(x|z), of batch shape (*,) and event shape `event_shape`, for z (*, K)."""

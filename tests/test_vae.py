@@ -105,6 +105,18 @@ def test_the_loss_is_the_negative_elbo_of_the_two_functions():
     assert loss == pytest.approx(-elbo.sum().item(), rel=1e-10)
 
 
+def test_encoding_draws_nothing():
+    vae, x = make(), data()
+    before = torch.get_rng_state()
+    vae.encode(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_fixed_variance_is_exact_in_double_precision():
+    p = make("Normal").double().decode(torch.zeros(N, K, dtype=torch.float64))
+    torch.testing.assert_close(p.variance, torch.full_like(p.variance, 0.3), rtol=1e-15, atol=0)
+
+
 def test_two_vaes_and_their_copies_train_independently():
     first, second = make(), make()
     x = data()
