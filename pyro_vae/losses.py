@@ -271,7 +271,7 @@ class KLWeighted(_Loss):
             counts.append(_scaled(torch.ones_like(kl), q, event_dim=1).sum(batch_dims) / particles)
         floor = self.free_bits * math.log(2)
         if self.per == "total":
-            return (floor * counts[0] - sum(kls)).relu().sum()
+            return (floor * torch.cat(counts).max() - torch.cat(kls).sum()).relu()
         return (floor * torch.cat(counts) - torch.cat(kls)).relu().sum()
 
     def __repr__(self) -> str:

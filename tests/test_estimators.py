@@ -365,7 +365,7 @@ def test_vimco_is_unbiased_for_discrete_and_mixed_sites():
 
 
 def test_vimcos_signal_is_what_a_particle_adds():
-    """Written as loops: the bound, less the bound with a particle's weight made the others' geometric mean."""
+    """As loops: the bound less the one with a particle's weight made the others' geometric mean."""
     x, S = torch.tensor([0.4, -1.0, 2.5], dtype=torch.float64), 4
     pair = DiscretePair()
     terms = VIMCO(S).terms(pair.model, pair.guide, x)
@@ -588,7 +588,17 @@ def test_a_schedule_is_asked_once_a_gradient():
     assert estimator.beta == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("inner", [IWAE(1), TraceMeanField_ELBO(), Trace_ELBO(num_particles=2)], ids=str)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        IWAE(1),
+        IWAE(4),
+        TraceMeanField_ELBO(),
+        Trace_ELBO(num_particles=2),
+        Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+    ],
+    ids=lambda e: f"{type(e).__name__}({e.num_particles})",
+)
 @pytest.mark.parametrize("per", ["dimension", "total"])
 def test_free_bits(inner, per):
     """−E log p(x|z) + β Σ max(λ, KL): by hand, from the KLs of the batch."""
@@ -614,6 +624,36 @@ def test_free_bits(inner, per):
     expected = torch.autograd.grad(penalty, list(vae.posterior.parameters()))
     for new, old, gradient in zip(new_gradients, gradients, expected, strict=True):
         torch.testing.assert_close(new - old, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [IWAE(2), Trace_ELBO()], ids=["IWAE", "Trace_ELBO"])
+@pytest.mark.parametrize("per", ["dimension", "total"])
+def test_free_bits_of_several_sites(inner, per):
+    """Two sites, one masked and of two dimensions; their KLs, ½ m², averaged over what is not masked."""
+    x, mask, scale = torch.zeros(4), torch.tensor([True, True, False, True]), 2.5
+
+    def sites(first, second):
+        with poutine.mask(mask=mask):
+            z1 = pyro.sample("z1", dist.Normal(first, 1.0).to_event(1))
+        return z1.sum(-1) + pyro.sample("z2", dist.Normal(second, 1.0))
+
+    def model(x):
+        with poutine.scale(scale=scale), pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(sites(torch.zeros(2), torch.tensor(0.0)), 1.0), obs=x)
+
+    def guide(x):
+        with poutine.scale(scale=scale), pyro.plate("data", len(x)):
+            sites(torch.tensor([1.0, 2.0]), torch.tensor(3.0))
+
+    nats, penalty = {
+        "dimension": (3.0, 3 * (3 - 0.5) + 3 * (3 - 2.0)),  # the KL of the third dimension is 4½
+        "total": (9.0, 4 * 9 - 3 * (0.5 + 2.0) - 4 * 4.5),
+    }[per]
+    losses = []
+    for bits in (0.0, nats / math.log(2)):
+        torch.manual_seed(0)
+        losses.append(KLWeighted(inner, 1.0, free_bits=bits, per=per).objective(model, guide, x))
+    assert (losses[1] - losses[0]).item() == pytest.approx(scale * penalty, rel=1e-4)
 
 
 def test_free_bits_hold_the_kl_at_its_threshold():

@@ -12,7 +12,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_vae.estimators import IWAE, STL, check_mean_field, terms
+from pyro_vae.estimators import IWAE, check_mean_field, terms
 
 S, N, D, K = 5, 4, 6, 2  # particles, data, their dimension, latent dimensions
 X = torch.randn(N, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -594,12 +594,36 @@ def test_a_run_leaves_the_programs_own_errors_alone():
         terms(model, Flat.guide, X)
 
 
-def test_scoring_again_draws_nothing():
-    """A guide of several sites runs twice for its score, on the same draws and the same subsample."""
-    torch.manual_seed(0)
-    found = of(Hierarchical)
+@pytest.mark.parametrize(
+    "pair", [Flat, Hierarchical, BottomUp, Masked, Nested, DataLeft, Partial, Subsampled]
+)
+def test_scoring_again_draws_nothing(pair):
+    """The score is that of the same draws and the same subsample."""
+    found = of(pair)
     state = torch.get_rng_state()
     torch.testing.assert_close(found.log_score, found.log_guide, rtol=1e-12, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(0)
-    STL(S).differentiable_loss(Subsampled.model, Subsampled.guide, X)
+
+
+@each_size
+def test_paths_are_weighed_by_particle_and_datum_wherever_the_data_plate_lies(num_particles):
+    """The gradient in each draw is multiplied by its own weight."""
+    weight = 1 + torch.arange(num_particles * N, dtype=torch.float64).reshape(num_particles, N)
+    for pair in (Flat, Nested, DataLeft):
+        nesting = getattr(pair, "max_plate_nesting", 1)
+        loc = X.clone().requires_grad_()
+        gradients = []
+        for weigh in (False, True):
+            torch.manual_seed(0)
+            found = terms(pair.model, pair.guide, loc, num_particles=num_particles, max_plate_nesting=nesting)
+            draws = {name: site["value"] for name, site in found.sites.guide.items()}
+            if weigh:
+                found.weigh_paths(weight)
+            gradients.append(torch.autograd.grad(found.log_prior.sum(), list(draws.values())))
+        for plain, weighed, site in zip(*gradients, found.sites.guide.values(), strict=True):
+            ratio = weighed / plain
+            plates = {f.name: f.dim for f in site["cond_indep_stack"]}
+            data_dim = plates.get("data", plates.get("images")) - site["fn"].event_dim
+            by_datum = ratio.movedim(data_dim, -1)
+            by_datum = by_datum.reshape(num_particles, -1, N)
+            torch.testing.assert_close(by_datum, weight.unsqueeze(1).expand_as(by_datum))
