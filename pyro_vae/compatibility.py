@@ -1,0 +1,327 @@
+"""Whether a guide fits a model, told before training, and which estimators are valid for the two."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from torch import Tensor, nn
+
+from pyro_vae.estimators import (
+    CIWAE,
+    IWAE,
+    PIWAE,
+    STL,
+    VIMCO,
+    DReG,
+    Estimator,
+    Renyi,
+    check_mean_field,
+    terms,
+)
+from pyro_vae.misfits import latent_sites, misfits, parameters, plates, support, why_it_failed
+from pyro_vae.pairs import Program, Sites, analytic_kl, sample_sites, site_family
+
+__all__ = ["DistributionReport", "GuideError", "GuideReport", "SiteReport", "check_guide"]
+
+
+class DistributionReport(NamedTuple):
+    """A site's distribution: its family and shapes."""
+
+    family: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What is known of one latent site of a pair.
+
+    Args:
+        name: The site's.
+        status: "match", "missing" in the guide, "extra" in the guide, "auxiliary" to the guide, or "observed"
+            by the model though the guide draws it.
+        guide: The guide's distribution, or None.
+        model: The model's distribution, or None.
+        plates: Names of the guide's plates, the outermost first.
+        support: What each element of the guide's draws satisfies.
+        reparameterised: Whether the guide's draws carry gradients.
+        analytic_kl: Whether the KL of the two distributions is known in closed form.
+    """
+
+    name: str
+    status: str
+    guide: DistributionReport | None
+    model: DistributionReport | None
+    plates: tuple[str, ...] = ()
+    support: str = ""
+    reparameterised: bool = False
+    analytic_kl: bool = False
+
+
+@dataclass(frozen=True)
+class GuideReport:
+    """What `check_guide` found; printed, a table.
+
+    Args:
+        sites: The latent sites of both.
+        problems: Why the guide does not fit: empty if it does.
+        estimators: From each estimator's name to why it is not valid for the pair; None if it is.
+        without_gradient: Names of parameters that the ELBO does not depend on.
+        unregistered: Shapes of parameters that the ELBO depends on but that no Pyro statement shows, as when
+            `pyro.module` is forgotten: Pyro's SVI and `fit` do not train them.
+    """
+
+    sites: tuple[SiteReport, ...]
+    problems: tuple[str, ...] = ()
+    estimators: dict[str, str | None] = field(default_factory=dict)
+    without_gradient: tuple[str, ...] = ()
+    unregistered: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def mean_field(self) -> bool:
+        """Whether the KL is the sum of the sites' KLs, as `TraceMeanField_ELBO` takes it to be."""
+        return self.estimators.get("TraceMeanField_ELBO", "not tried") is None
+
+    def __str__(self) -> str:
+        lines = ["the guide does not fit the model" if self.problems else "the guide fits the model"]
+        lines += [f"  {problem}" for problem in self.problems]
+        lines += _table(self.sites)
+        if self.estimators:
+            valid = (name for name, reason in self.estimators.items() if reason is None)
+            lines.append(f"valid estimators: {', '.join(valid)}")
+            lines += [
+                f"not {name}: {reason}" for name, reason in self.estimators.items() if reason is not None
+            ]
+        if self.without_gradient:
+            lines.append(f"parameters without gradient: {', '.join(self.without_gradient)}")
+        if self.unregistered:
+            lines.append(
+                "parameters that no Pyro statement shows, so that Pyro does not train them: of shapes "
+                f"{', '.join(map(str, self.unregistered))}; call pyro.module, or make their module the guide"
+            )
+        return "\n".join(lines)
+
+
+def _table(sites: tuple[SiteReport, ...]) -> list[str]:
+    def cells(part: DistributionReport | None) -> list[str]:
+        return [str(cell) for cell in part] if part else ["-"] * 3
+
+    rows = [
+        [
+            "site",
+            "status",
+            "guide",
+            "batch",
+            "event",
+            "model",
+            "batch",
+            "event",
+            "plates",
+            "support",
+            "path",
+            "KL",
+        ]
+    ]
+    for site in sites:
+        path, kl = (
+            ("reparameterised" if site.reparameterised else "score function") if site.guide else "-",
+            ("closed form" if site.analytic_kl else "sampled") if site.status == "match" else "-",
+        )
+        about_guide = [", ".join(site.plates) or "-", site.support or "-", path, kl]
+        rows.append([site.name, site.status, *cells(site.guide), *cells(site.model), *about_guide])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+class GuideError(ValueError):
+    """A guide that does not fit its model.
+
+    Args:
+        message: What is wrong, and what to change.
+        report: What was found; None if the guide did not run.
+    """
+
+    def __init__(self, message: str, report: GuideReport | None = None):
+        super().__init__(message)
+        self.report = report
+
+
+def check_guide(
+    model: Program, guide: Program, *data: Any, max_plate_nesting: int = 1, **kwargs: Any
+) -> GuideReport:
+    """Run a model and a guide on some data and tell whether, and under which estimators, they go together.
+
+    A guide fits if it draws the model's latent sites, each in plates and of an event shape as in the model,
+    from a distribution with valid parameters, of which the model's covers the support.
+
+    Random numbers, parameters, gradients, buffers such as running means, and Pyro's parameter store are left
+    as they were.
+
+    Args:
+        model: A Pyro model; for a VAE, `vae.model`.
+        guide: A Pyro guide; for a VAE, `vae.guide`.
+        *data: Arguments of both; a small batch is enough.
+        max_plate_nesting: How many dimensions the pair's own plates take: 1 if it has a data plate alone.
+        **kwargs: Keyword arguments of both.
+
+    Returns:
+        The report: read it by `print(report)`, or by its fields.
+
+    Raises:
+        GuideError: If the guide does not fit. The message names each site that is wrong, what was expected,
+            what was found, and what to change; the report is the error's `report`.
+
+    Example:
+        >>> from pyro_vae import VAE, guides, likelihoods, priors
+        >>> vae = VAE(
+        ...     prior=priors.StandardNormal(2),
+        ...     likelihood=likelihoods.Normal(2, (6,)),
+        ...     guide=guides.Flow((6,), 2),
+        ... )
+        >>> report = check_guide(vae.model, vae.guide, torch.zeros(5, 6))
+        >>> report.sites[0].reparameterised, report.sites[0].analytic_kl
+        (True, False)
+        >>> report.estimators["DReG"] is None
+        True
+    """
+    with _nothing_left_behind(model, guide, data):
+        model_trace = poutine.trace(model).get_trace(*data, **kwargs)
+        model_sites = sample_sites(model_trace)
+        guide_trace, returned = _run_guide(guide, model_sites, data, kwargs)
+        guide_sites = sample_sites(guide_trace)
+        problems = tuple(misfits(model_sites, guide_sites, returned))
+        sites = tuple(_site_reports(model_sites, guide_sites))
+        if problems:
+            raise GuideError("\n".join(problems), GuideReport(sites, problems))
+
+        loss = Trace_ELBO().differentiable_loss(model, guide, *data, **kwargs)
+        shown = parameters(guide_trace, model_trace)
+        return GuideReport(
+            sites,
+            estimators=_estimators(model, guide, data, kwargs, max_plate_nesting),
+            without_gradient=_without_gradient(loss, shown),
+            unregistered=tuple(tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in shown),
+        )
+
+
+@contextmanager
+def _nothing_left_behind(model: Program, guide: Program, data: tuple) -> Iterator[None]:
+    """Run Pyro programs aside: no trace of it in generators, parameter store, buffers, or outer handlers.
+
+    Validation is off, so that distributions with wrong parameters come to be, and can be told of.
+    """
+    devices = {value.device for value in data if isinstance(value, Tensor) and value.is_cuda}
+    owners = [getattr(program, "__self__", program) for program in (model, guide)]
+    buffers = [buffer for owner in owners if isinstance(owner, nn.Module) for buffer in owner.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    store = pyro.get_param_store()
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.enable_grad(),
+            store.scope(store.get_state()),
+            pyro.validation_enabled(False),
+            poutine.block(),
+        ):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
+
+
+def _run_guide(
+    guide: Program, model_sites: Sites, data: tuple, kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, Any]:
+    """Record the guide's sites, and what it returns."""
+    tracer = poutine.trace()
+    try:
+        with tracer:
+            returned = guide(*data, **kwargs)
+    except Exception as error:
+        drawn = sample_sites(tracer.trace)
+        waiting = [name for name in latent_sites(model_sites) if name not in drawn]
+        raise GuideError(why_it_failed(error, tracer.trace, waiting, data)) from error
+    return tracer.trace, returned
+
+
+def _site_reports(model_sites: Sites, guide_sites: Sites) -> Iterator[SiteReport]:
+    latent = latent_sites(model_sites)
+    for name in [*latent, *(name for name in guide_sites if name not in latent)]:
+        p, q = (
+            DistributionReport(
+                site_family(s[name]), tuple(s[name]["fn"].batch_shape), tuple(s[name]["fn"].event_shape)
+            )
+            if name in s
+            else None
+            for s in (model_sites, guide_sites)
+        )
+        if q is None:
+            yield SiteReport(name, "missing", q, p)
+            continue
+        site = guide_sites[name]
+        if p is None:
+            status = "auxiliary" if site["infer"].get("is_auxiliary") else "extra"
+        else:
+            status = "match" if name in latent else "observed"
+        comparable = p is not None and status == "match" and p.event_shape == q.event_shape
+        yield SiteReport(
+            name,
+            status,
+            q,
+            p,
+            plates=tuple(plate for plate, _, _ in plates(site)),
+            support=str(support(site) or "unknown"),
+            reparameterised=bool(site["fn"].has_rsample),
+            analytic_kl=comparable and analytic_kl(site, latent[name]) is not None,
+        )
+
+
+def _without_gradient(loss: Tensor, shown: dict[Tensor, str]) -> tuple[str, ...]:
+    trainable = [parameter for parameter in shown if parameter.requires_grad]
+    if not trainable:
+        return ()
+    gradients = torch.autograd.grad(loss, trainable, allow_unused=True, retain_graph=True)
+    return tuple(shown[p] for p, g in zip(trainable, gradients, strict=True) if g is None or not g.any())
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaves that a backward pass from the loss reaches."""
+    seen, waiting, leaves = set(), [loss.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            waiting += [parent for parent, _ in node.next_functions]
+    return leaves
+
+
+def _estimators(
+    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], max_plate_nesting: int
+) -> dict[str, str | None]:
+    """From each estimator's name to why it is not valid; each is tried."""
+
+    def reason(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, NotImplementedError) as error:
+            return str(error)
+        return None
+
+    reasons: dict[str, str | None] = {}
+    for upstream in (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO):
+        loss = upstream(max_plate_nesting=max_plate_nesting).loss
+        reasons[upstream.__name__] = reason(loss, model, guide, *data, **kwargs)
+    reasons["TraceMeanField_ELBO"] = reason(check_mean_field, model, guide, *data, **kwargs)
+    ours: list[Estimator] = [IWAE(2), PIWAE(1, 2), CIWAE(0.5, 2), Renyi(0.5, 2), STL(2), DReG(2), VIMCO(2)]
+    try:
+        run = terms(model, guide, *data, num_particles=2, max_plate_nesting=max_plate_nesting, **kwargs)
+    except ValueError as error:
+        return reasons | {type(estimator).__name__: str(error) for estimator in ours}
+    return reasons | {type(estimator).__name__: reason(estimator.surrogate, run) for estimator in ours}

@@ -1,0 +1,196 @@
+"""How a guide can fail to fit a model, each told in a sentence: site, expected, found, remedy.
+
+p is a site of the model, q the guide's of the same name.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vae.pairs import Site, Sites, site_family
+
+__all__ = ["latent_sites", "misfits", "parameters", "plates", "support", "why_it_failed"]
+
+_PLATE_MISMATCH = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"
+
+
+def why_it_failed(error: Exception, trace: poutine.Trace, waiting: list[str], data: Iterable[Any]) -> str:
+    """Tell why a guide raised an error.
+
+    Args:
+        error: What it raised.
+        trace: Its sites until then.
+        waiting: The model's latent sites that it had not drawn yet.
+        data: Its arguments.
+    """
+    mismatch = re.match(_PLATE_MISMATCH, str(error))
+    if mismatch:
+        plate, site, dim, expected, found = mismatch.groups()
+        return (
+            f"the guide's site {site!r} has {found} entries at dim {dim} of its batch shape, expected "
+            f"{expected}, one for each datum in the plate {plate!r}: make what belongs to a datum its event "
+            "shape, by .to_event(1), or give as many entries as there are data"
+        )
+    before = f" before its site {waiting[0]!r}" if waiting else ""
+    tensors = [value for value in data if isinstance(value, Tensor)]
+    shapes = ", ".join(f"{tuple(x.shape)} ({x.dtype}, {x.device})" for x in tensors)
+    message = f"the guide fails{before}, on data of shape {shapes}: {type(error).__name__}: {error}"
+    for parameter, name in parameters(trace).items():
+        for x in tensors:
+            if x.device != parameter.device:
+                return (
+                    f"{message}\nIts parameter {name!r} is on {parameter.device}: move the guide or the data"
+                )
+            if x.is_floating_point() and x.dtype != parameter.dtype:
+                return (
+                    f"{message}\nIts parameter {name!r} is {parameter.dtype}: convert it, guide.to({x.dtype})"
+                )
+    about_shapes = re.search(r"shape|size|dim", str(error))
+    return f"{message}\nReshape or flatten the data as its network expects them" if about_shapes else message
+
+
+def misfits(model_sites: Sites, guide_sites: Sites, returned: Any) -> Iterator[str]:
+    """Tell what does not fit between the sites of a model and those of a guide that ran on the same data."""
+    latent = latent_sites(model_sites)
+    for name, p in latent.items():
+        if name in guide_sites:
+            yield from _misfits_of_a_site(f"the guide's site {name!r}", p, guide_sites[name])
+        else:
+            yield _missing(name, p, guide_sites, returned)
+    for name, q in guide_sites.items():
+        if name in latent:
+            continue
+        if name in model_sites:
+            yield f"the guide draws {name!r}, which the model observes: remove the site from the guide"
+        elif not q["infer"].get("is_auxiliary"):
+            yield (
+                f"the guide draws {name!r}, which the model does not; expected "
+                f"{', '.join(map(repr, latent))}: rename or remove it, or mark it by "
+                'infer={"is_auxiliary": True} if it is part of how the guide draws'
+            )
+
+
+def latent_sites(model_sites: Sites) -> Sites:
+    """The sites that the model does not observe."""
+    return {name: site for name, site in model_sites.items() if not site["is_observed"]}
+
+
+def parameters(*traces: poutine.Trace) -> dict[Tensor, str]:
+    """The parameters that Pyro's statements show, and their names, of several the first."""
+    found: dict[Tensor, str] = {}
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] == "param":
+                found.setdefault(site["value"].unconstrained(), name)
+    return found
+
+
+def plates(site: Site) -> list[tuple[str, int, int]]:
+    """Name, dimension and size of each plate that a site lies in, the outermost first."""
+    frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
+    return sorted(((f.name, f.dim, f.size) for f in frames), key=lambda plate: plate[1])
+
+
+def support(site: Site) -> constraints.Constraint | None:
+    """The constraint on each element of a draw, or None where it is not known."""
+    try:
+        found = site["fn"].support
+    except NotImplementedError:
+        return None
+    while hasattr(found, "base_constraint"):
+        found = found.base_constraint
+    return found
+
+
+def _missing(name: str, p: Site, guide_sites: Sites, returned: Any) -> str:
+    message = f"the guide has no site {name!r}, expected one of {_shapes(p)} as in the model"
+    if guide_sites or returned is None:
+        return (
+            f"{message}: add pyro.sample({name!r}, ...) to it, or rename one of its sites {list(guide_sites)}"
+        )
+    return (
+        f"{message}; it returned a {type(returned).__name__}: return a distribution, such as "
+        f"dist.Normal(loc, scale).to_event(1), or draw by pyro.sample({name!r}, ...)"
+    )
+
+
+def _misfits_of_a_site(where: str, p: Site, q: Site) -> Iterator[str]:
+    invalid = _invalid_parameter(q["fn"])
+    if invalid:
+        yield f"{where}: {invalid}"
+        return
+    same_plates = [plate[1:] for plate in plates(p)] == [plate[1:] for plate in plates(q)]
+    if not same_plates:
+        inside = " and ".join(f'`with pyro.plate("{plate}", {size}):`' for plate, _, size in plates(p))
+        remedy = f"draw it inside {inside}" if inside else "draw it outside of plates"
+        yield f"{where} lies in plates {plates(q)}, expected {plates(p)} (name, dim, size): {remedy}"
+    if p["fn"].event_shape != q["fn"].event_shape:
+        fewer_dims = q["fn"].event_dim < p["fn"].event_dim
+        remedy = "add .to_event(1)" if fewer_dims else "give guide and model the same latent size"
+        yield f"{where} has {_shapes(q)}, expected {_shapes(p)} as in the model: {remedy}"
+    elif same_plates and p["fn"].batch_shape != q["fn"].batch_shape:
+        yield f"{where} has {_shapes(q)}, expected {_shapes(p)}: make the rest event shape, by .to_event(1)"
+    elif same_plates:
+        yield from _misfits_of_a_draw(where, p, q)
+
+
+def _misfits_of_a_draw(where: str, p: Site, q: Site) -> Iterator[str]:
+    value, expected = q["value"], p["value"]
+    if (value.dtype, value.device) != (expected.dtype, expected.device):
+        yield (
+            f"{where} draws {value.dtype} on {value.device}, expected {expected.dtype} on {expected.device} "
+            "as in the model: convert or move one of them, by .to(...)"
+        )
+    elif not torch.isfinite(value).all():
+        index, found = _first(~torch.isfinite(value), value)
+        yield f"{where} draws {found} at index {index}, expected finite values: look at its network's output"
+    elif not _covers(support(p), support(q)):
+        yield (
+            f"{where} draws from {support(q)}, expected {support(p)} as the model's {site_family(p)} has it: "
+            "choose a distribution of that support, or transform one to it"
+        )
+
+
+def _shapes(site: Site) -> str:
+    return f"batch shape {tuple(site['fn'].batch_shape)} and event shape {tuple(site['fn'].event_shape)}"
+
+
+def _covers(p: constraints.Constraint | None, q: constraints.Constraint | None) -> bool:
+    """Whether a model of support p can have made what a guide of support q draws, as far as is known."""
+    if p is None or q is None or str(p) == str(q):
+        return True
+    return str(p) == str(constraints.real) and not q.is_discrete
+
+
+def _invalid_parameter(fn: Any) -> str | None:
+    """Describe the first parameter of a distribution that breaks its constraint."""
+    for inner in ("base_dist", "component_distribution", "mixture_distribution"):
+        found = _invalid_parameter(getattr(fn, inner)) if hasattr(fn, inner) else None
+        if found:
+            return found
+    for name, constraint in getattr(fn, "arg_constraints", {}).items():
+        value = fn.__dict__.get(name)  # what is not there is derived from what was given
+        if not isinstance(value, Tensor) or constraints.is_dependent(constraint):
+            continue
+        valid = constraint.check(value)
+        if valid.all():
+            continue
+        where = f"the {name} of its {type(fn).__name__}, of shape {tuple(value.shape)},"
+        if torch.isnan(value).any():
+            index, _ = _first(torch.isnan(value), value)
+            return f"{where} is nan at index {index}: look at the data and at the network's parameters"
+        event_dims = value.dim() - valid.dim()  # which the constraint judges together
+        index, entry = _first(~valid.reshape(*valid.shape, *[1] * event_dims).expand_as(value), value)
+        remedy = "; pass the network's output through pyro_vae.networks.positive" if "scale" in name else ""
+        return f"{where} must satisfy {constraint}; found {entry:.6g} at index {index}{remedy}"
+    return None
+
+
+def _first(wrong: Tensor, value: Tensor) -> tuple[list[int], float]:
+    index = wrong.nonzero()[0].tolist()
+    return index, value[tuple(index)].item()
