@@ -13,7 +13,9 @@ The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
 """
 
 from pyro_vae import data, guides, likelihoods, networks, plots, priors
+from pyro_vae.annealing import annealed_importance_sampling
 from pyro_vae.checkpoints import CheckpointError
+from pyro_vae.compatibility import GuideError, GuideReport, check_guide
 from pyro_vae.estimators import (
     CIWAE,
     IWAE,
@@ -27,8 +29,9 @@ from pyro_vae.estimators import (
     check_mean_field,
     terms,
 )
-from pyro_vae.evaluation import Evaluation, evaluate
+from pyro_vae.evaluation import evaluate
 from pyro_vae.history import Epoch, History
+from pyro_vae.report import Evaluation
 from pyro_vae.svi import SVI, NonFiniteError
 from pyro_vae.training import TensorBoard, fit
 from pyro_vae.vae import VAE
@@ -45,12 +48,16 @@ __all__ = [
     "DReG",
     "Epoch",
     "Evaluation",
+    "GuideError",
+    "GuideReport",
     "History",
     "KLWeighted",
     "NonFiniteError",
     "Renyi",
     "TensorBoard",
     "Terms",
+    "annealed_importance_sampling",
+    "check_guide",
     "check_mean_field",
     "data",
     "evaluate",

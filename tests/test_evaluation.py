@@ -1,64 +1,29 @@
 """`evaluate` against the linear-Gaussian model, in which the evidence and every bound are known."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from solved import D, K, N, data, linear_gaussian, within
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.closed_form import LinearGaussian
+from pyro_vae import closed_form, streaming
 
-D, K, N, S = 5, 2, 7, 400
-
-
-class Affine(nn.Module):
-    """q(z|x) = N(Ax + a, LLᵀ), in which the exact posterior of a linear-Gaussian model lies."""
-
-    def __init__(self, q_of_zero, weight, scale_tril):
-        super().__init__()
-        self.offset, self.weight = nn.Parameter(q_of_zero), nn.Parameter(weight)
-        self.scale_tril = nn.Parameter(scale_tril)
-
-    def forward(self, x):
-        return dist.MultivariateNormal(self.offset + x @ self.weight.T, scale_tril=self.scale_tril)
-
-
-def linear_gaussian(*, scale=1.0, seed=1):
-    """The solved model, a VAE that equals it, whose guide is the posterior with its scale multiplied."""
-    generator = torch.Generator().manual_seed(seed)
-    W, b = torch.randn(D, K, generator=generator).double(), torch.randn(D, generator=generator).double()
-    exact = LinearGaussian(W, b, 0.75**2)  # its root is exact in float32, as the likelihood keeps it
-    likelihood = pv.likelihoods.Normal(K, (D,), network=nn.Linear(K, D), variance=0.75**2).double()
-    with torch.no_grad():
-        likelihood.network.weight.copy_(W)
-        likelihood.network.bias.copy_(b)
-    at = exact.posterior(torch.cat([torch.zeros(1, D), torch.eye(D)]).double())
-    guide = Affine(at.loc[0], (at.loc[1:] - at.loc[0]).T, scale * at.scale_tril[0])
-    return exact, pv.VAE(prior=pv.priors.StandardNormal(K), likelihood=likelihood, guide=guide).double()
-
-
-def draw(exact):
-    return exact.sample(N, generator=torch.Generator().manual_seed(2))
+S = 400
 
 
 def evaluate(vae, x, **options):
     return pv.evaluate(vae, x, progress=False, **{"num_particles": S, **options})
 
 
-def within(value, expected, standard_error, count=5):
-    assert torch.as_tensor(abs(value - expected) <= count * standard_error).all(), (
-        value,
-        expected,
-        standard_error,
-    )
-
-
 def test_with_the_exact_posterior_every_estimate_is_the_evidence():
     exact, vae = linear_gaussian()
-    x = draw(exact)
+    x = data(exact)
     report = evaluate(vae, x)
     truth = exact.log_evidence(x)
     for estimate in (report.per_datum.log_evidence, report.per_datum.elbo_sampled_kl):
@@ -68,44 +33,90 @@ def test_with_the_exact_posterior_every_estimate_is_the_evidence():
     assert report.log_evidence_mc_se < 1e-10
     torch.testing.assert_close(report.per_datum.effective_sample_size, torch.full((N,), float(S)).double())
     assert (report.pareto_k == 0).all()
-    assert (report.num_data, report.num_particles, report.seed) == (N, S, 0)
+    assert all(abs(bound.value - report.log_evidence) < 1e-10 for bound in report.convergence.values())
+
+
+def test_chunks_of_data_and_particles_are_put_together_in_order(monkeypatch):
+    exact, vae = linear_gaussian()
+    x = data(exact)
+    whole = evaluate(vae, x)
+    monkeypatch.setattr(streaming, "_ROWS", 300)  # particles in parts of 250 and 150
+    split = evaluate(vae, x)
+    monkeypatch.setattr(streaming, "_ROWS", 3 * S)
+    monkeypatch.setattr(streaming, "_PARTICLES", 2 * S)  # data in parts of 3, 3 and 1
+    for report in (split, evaluate(vae, x)):
+        for name in ("log_evidence", "kl", "entropy", "unit_kl", "unit_mean"):
+            found, expected = getattr(report.per_datum, name), getattr(whole.per_datum, name)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        assert report.convergence.keys() == whole.convergence.keys() == {1, 10, 100, 400}
 
 
 def test_an_inexact_guide_gives_the_exact_bounds_within_their_errors():
     exact, vae = linear_gaussian(scale=1.3)
-    x = draw(exact)
+    x = data(exact)
     q = vae.encode(x)
+    moments = (x, q.mean, q.covariance_matrix)
     report = evaluate(vae, x, num_particles=2000)
-    within(report.per_datum.log_evidence, exact.log_evidence(x), report.per_datum.log_evidence_mc_se)
-    within(report.log_evidence, float(exact.log_evidence(x).mean()), report.log_evidence_mc_se)
-    elbo = exact.elbo(x, q.mean, q.covariance_matrix)
-    # the standard deviations of the two estimators differ; 3 nats bounds both
-    within(report.per_datum.elbo, elbo, 3 / math.sqrt(2000))
-    within(report.per_datum.elbo_sampled_kl, elbo, 3 / math.sqrt(2000))
-    assert report.elbo < report.log_evidence
+    per_datum = report.per_datum
+    truth = exact.log_evidence(x)
+    within(per_datum.log_evidence, truth, per_datum.log_evidence_mc_se)
+    within(report.log_evidence, truth.mean(), report.log_evidence_mc_se)
+    t = pv.terms(vae.model, vae.guide, x, num_particles=2000)
+    for found, expected, particles in (
+        (per_datum.expected_log_likelihood, exact.expected_log_likelihood(*moments), t.log_likelihood),
+        (per_datum.elbo, exact.elbo(*moments), t.log_likelihood),
+        (per_datum.elbo_by_entropy, exact.elbo(*moments), t.log_likelihood + t.log_prior),
+        (per_datum.elbo_sampled_kl, exact.elbo(*moments), t.log_weight),
+    ):
+        within(found, expected, particles.detach().std(0) / math.sqrt(2000))
+    kl = exact.expected_log_likelihood(*moments) - exact.elbo(*moments)
+    torch.testing.assert_close(per_datum.kl, kl, rtol=0, atol=1e-10)
+    gap = (t.log_likelihood.detach().var(0) / 2000 + per_datum.log_evidence_mc_se**2).sqrt()
+    within(per_datum.gap, exact.gap(*moments), gap)
+    assert report.has_analytic_kl
+    assert report.has_analytic_entropy
     assert (report.pareto_k < 0.5).all()
 
 
-def test_the_monte_carlo_error_is_that_of_repeated_estimates():
+def test_the_bound_rises_with_the_particles_from_the_elbo_to_the_evidence():
+    exact, vae = linear_gaussian(scale=0.8)
+    x = data(exact)
+    q = vae.encode(x)
+    report = evaluate(vae, x, num_particles=5000)
+    bounds = list(report.convergence.values())
+    assert list(report.convergence) == [1, 10, 100, 1000, 5000]
+    within(bounds[0].value, exact.elbo(x, q.mean, q.covariance_matrix).mean(), bounds[0].standard_error)
+    within(bounds[-1].value, exact.log_evidence(x).mean(), bounds[-1].standard_error)
+    for lower, upper in itertools.pairwise(bounds):
+        assert lower.value < upper.value + 2 * math.hypot(lower.standard_error, upper.standard_error)
+    assert bounds[0].value < bounds[2].value - 5 * bounds[2].standard_error
+
+
+def test_the_monte_carlo_errors_are_those_of_repeated_estimates():
     exact, vae = linear_gaussian(scale=1.3)
-    x = draw(exact)
-    reports = [evaluate(vae, x, seed=seed) for seed in range(60)]
+    x = data(exact)
+    reports = [evaluate(vae, x, seed=seed, aggregate_size=0) for seed in range(60)]
     spread = torch.stack([report.per_datum.log_evidence for report in reports]).std(0)
     stated = torch.stack([report.per_datum.log_evidence_mc_se for report in reports]).mean(0)
     within(spread / stated, 1.0, 1 / math.sqrt(2 * 59))
     mean_spread = torch.tensor([report.log_evidence for report in reports]).std()
     within(mean_spread / reports[0].log_evidence_mc_se, 1.0, 1.1 / math.sqrt(2 * 59))
+    for size in (1, 10, 100):
+        spread = torch.tensor([report.convergence[size].value for report in reports]).std()
+        stated = sum(report.convergence[size].standard_error for report in reports) / 60
+        within(spread / stated, 1.0, 1.2 / math.sqrt(2 * 59))
 
 
 def test_a_narrow_guide_is_found_out():
     exact, vae = linear_gaussian(scale=0.3)
-    report = evaluate(vae, draw(exact), num_particles=2000)
+    report = evaluate(vae, data(exact), num_particles=2000)
     assert (report.pareto_k > 0.7).all()
+    assert f"above: {N}" in str(report)
 
 
-def test_the_estimate_is_the_one_written_out():
+def test_the_estimates_are_those_written_out():
     exact, vae = linear_gaussian(scale=1.5)
-    x = draw(exact)
+    x = data(exact)
     report = evaluate(vae, x, num_particles=9, seed=4)
     with torch.random.fork_rng():
         torch.manual_seed(4)
@@ -118,44 +129,269 @@ def test_the_estimate_is_the_one_written_out():
     torch.testing.assert_close(per_datum.elbo, t.elbo.detach().mean(0))
     torch.testing.assert_close(per_datum.elbo_sampled_kl, w.log().mean(0))
     assert report.pareto_k.isnan().all()  # too few draws to tell
+    bits = -report.log_evidence / D / math.log(2)
+    assert report.bits_per_dimension.value == pytest.approx(bits)
+    assert report.bits_per_dimension.standard_error == pytest.approx(report.log_evidence_se / D / math.log(2))
+
+
+def test_the_report_states_its_uncertainty():
+    exact, vae = linear_gaussian(scale=1.3)
+    text = str(evaluate(vae, data(exact), seed=3))
+    assert text.startswith("7 data, S = 400 particles, seed 3; nats per datum ± standard error")
+    for line in ("log p(x)", "ELBO", "KL to the prior", "mutual information", "  S = 100 "):
+        assert any(row.strip().startswith(line.strip()) and "±" in row for row in text.splitlines()), line
+
+
+def test_one_datum_and_one_particle_have_no_errors_to_state():
+    exact, vae = linear_gaussian(scale=1.3)
+    report = evaluate(vae, data(exact)[:1], num_particles=1)
+    assert report.log_evidence == pytest.approx(report.mean("elbo_sampled_kl").value)
+    assert math.isnan(report.log_evidence_se)
+    assert math.isnan(report.log_evidence_mc_se)
+    assert "nan" in str(report)
+
+
+# Latent units -----------------------------------------------------------------------------------------------
+
+
+def diagonal_vae(offset=0.0):
+    """A VAE whose guide is N(Ax + offset, diag s²) in three dimensions, the second of which ignores x."""
+
+    class Guide(nn.Module):
+        def forward(self, x):
+            loc = torch.stack([x[:, 0], 0 * x[:, 1], 0.5 * x[:, 2]], -1)
+            return dist.Normal(loc + offset, torch.tensor([0.5, 1.0, 0.8], dtype=x.dtype)).to_event(1)
+
+    likelihood = pv.likelihoods.Normal(3, (D,), hidden_features=(4,))
+    return pv.VAE(prior=pv.priors.StandardNormal(3), likelihood=likelihood, guide=Guide()).double()
+
+
+def test_units_are_told_apart():
+    vae, x = diagonal_vae(), torch.randn(N, D).double()
+    report = evaluate(vae, x)
+    q = vae.encode(x)
+    loc, scale = q.mean.detach(), q.stddev.detach()
+    by_unit = closed_form.normal_kl(loc, scale, torch.zeros(3).double(), torch.ones(3).double())
+    torch.testing.assert_close(report.per_datum.unit_kl, by_unit, rtol=0, atol=1e-10)
+    torch.testing.assert_close(report.kl_per_dimension, by_unit.mean(0))
+    torch.testing.assert_close(report.kl_per_dimension_se, by_unit.std(0) / math.sqrt(N))
+    torch.testing.assert_close(report.per_datum.kl, by_unit.sum(1))
+    torch.testing.assert_close(report.activity, loc.var(0))
+    assert report.active.tolist() == [True, False, True]
+    assert report.active_units == 2
+    assert report.unit_names == ["z[0]", "z[1]", "z[2]"]
+
+
+def two_layers():
+    """A top-down model with a bottom-up guide, whose second site depends on the draw of the first."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(z2.sum(-1, keepdim=True), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z1.expand(*z1.shape[:-1], D), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = x.mean(-1, keepdim=True)
+            z1 = pyro.sample("z1", dist.Normal(loc, 0.4).to_event(1))
+            pyro.sample("z2", dist.Normal(torch.cat([z1 / 3, 0 * z1], -1), 0.7).to_event(1))
+
+    return SimpleNamespace(model=model, guide=guide)
+
+
+def test_a_pair_of_two_layers_is_evaluated():
+    x = torch.randn(N, D).double()
+    report = evaluate(two_layers(), x, num_particles=3000)
+    covariance = torch.eye(D).double() + 3.0  # x | z1 has variance 1, z1 = sum of two + noise variance 3
+    truth = dist.MultivariateNormal(torch.zeros(D).double(), covariance).log_prob(x)
+    within(report.per_datum.log_evidence, truth, report.per_datum.log_evidence_mc_se)
+    assert not report.has_analytic_kl  # the orders differ
+    torch.testing.assert_close(report.per_datum.elbo, report.per_datum.elbo_sampled_kl)
+    assert report.unit_names == ["z2[0]", "z2[1]", "z1"]
+    # E[z2|x] = (E[z1|x] / 3, 0): the draws of z1 add no activity to what has none
+    expected = torch.stack([x.mean(1) / 3, torch.zeros(N), x.mean(1)], -1)
+    noise = torch.tensor([0.4 / 3, 0.0, 0.0]).double() / math.sqrt(250)
+    within(report.per_datum.unit_mean, expected, noise + 1e-12)
+    within(report.activity[0], expected[:, 0].var(), 2 * expected[:, 0].std() * noise[0] * 1.5)
+
+
+def test_draws_of_an_inactive_unit_do_not_make_it_active():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+            z = pyro.sample("z", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0 * x, 1.0))
+            pyro.sample("z", dist.Normal(a, 1.0))
+
+    report = evaluate(SimpleNamespace(model=model, guide=guide), torch.randn(300).double(), num_particles=10)
+    assert report.per_datum.unit_mean[:, 1].var() > 0.08  # the noise of ten draws alone
+    within(report.activity[1], 0.0, 0.1 * math.sqrt(2 / 300))
+
+
+# The aggregate posterior ------------------------------------------------------------------------------------
+
+
+def test_the_kl_splits_into_information_and_marginal_kl():
+    x = torch.linspace(-1, 1, N).double()[:, None].expand(N, D)
+    same, apart = evaluate(diagonal_vae(), 0 * x), evaluate(diagonal_vae(), 1e4 * x)
+    torch.testing.assert_close(same.aggregate.information, torch.zeros(N).double(), rtol=0, atol=1e-10)
+    expected = torch.full((N,), math.log(N), dtype=torch.float64)
+    torch.testing.assert_close(apart.aggregate.information, expected, rtol=0, atol=1e-10)
+    for report in (same, apart):
+        split = report.aggregate.information + report.aggregate.marginal_kl
+        torch.testing.assert_close(split, report.aggregate.log_guide - report.aggregate.log_prior)
+
+
+def test_the_mutual_information_is_that_found_by_quadrature():
+    x = torch.zeros(2, D).double()
+    x[0, 0] = 0.9  # the posteriors N(±0.9, ½²) of the first unit; the others ignore x
+    x[1, 0] = -0.9
+    z = torch.linspace(-8, 8, 20001).double()
+    q = dist.Normal(x[:, :1], 0.5).log_prob(z)
+    aggregate = q.logsumexp(0) - math.log(2)
+    information = torch.trapezoid(q.exp() * (q - aggregate), z).mean()
+    marginal_kl = torch.trapezoid(aggregate.exp() * (aggregate - dist.Normal(0.0, 1.0).log_prob(z)), z)
+    third = closed_form.normal_kl(*torch.tensor([0.0, 0.8, 0.0, 1.0]).double())
+    reports = [evaluate(diagonal_vae(), x, num_particles=1, seed=seed) for seed in range(200)]
+    found = torch.tensor([report.mutual_information.value for report in reports])
+    within(found.mean(), information, found.std() / math.sqrt(200))
+    found = torch.tensor([report.marginal_kl.value for report in reports])
+    within(found.mean(), marginal_kl + third, found.std() / math.sqrt(200))
+
+
+def test_the_aggregate_of_a_pair_of_two_layers_in_small_chunks(monkeypatch):
+    monkeypatch.setattr("pyro_vae.aggregate._NUMBERS", 3 * 3**2)  # three by three at a time
+    x = torch.linspace(-1e4, 1e4, N).double()[:, None].expand(N, D)
+    report = evaluate(two_layers(), x, num_particles=3)
+    expected = torch.full((N,), math.log(N), dtype=torch.float64)
+    torch.testing.assert_close(report.aggregate.information, expected, rtol=0, atol=1e-10)
+    near = evaluate(two_layers(), x / 1e4, num_particles=3)
+    monkeypatch.undo()
+    whole = evaluate(two_layers(), x / 1e4, num_particles=3)
+    for name in ("log_guide", "log_aggregate", "log_prior"):
+        torch.testing.assert_close(getattr(near.aggregate, name), getattr(whole.aggregate, name))
+    some = evaluate(two_layers(), x / 1e4, num_particles=3, aggregate_size=4)
+    assert len(some.aggregate.log_prior) == 4
+    assert evaluate(two_layers(), x, num_particles=3, aggregate_size=0).mutual_information is None
+
+
+# What evaluating leaves as it was ---------------------------------------------------------------------------
+
+
+def vae_with_modes():
+    encoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2 * K)
+    )
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=pv.likelihoods.Bernoulli(K, (1, 2, 2), hidden_features=(5,)),
+        guide=pv.guides.DiagonalNormal((1, 2, 2), K, network=encoder),
+    )
+
+
+def test_the_modes_and_statistics_of_modules_are_left_alone():
+    torch.manual_seed(1)
+    vae, x = vae_with_modes(), torch.bernoulli(torch.full((N, 1, 2, 2), 0.4))
+    vae.train()
+    vae.posterior.network[2].eval()
+    before = [module.training for module in vae.modules()]
+    state = {name: value.clone() for name, value in vae.state_dict().items()}
+    generator = torch.get_rng_state()
+    first, second = evaluate(vae, x, num_particles=5), evaluate(vae, x, num_particles=5)
+    assert torch.equal(first.per_datum.kl, second.per_datum.kl)  # no dropout
+    assert [module.training for module in vae.modules()] == before
+    assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    with pytest.raises(ValueError, match="num_particles"):
+        evaluate(vae, x, num_particles=0)
+    assert [module.training for module in vae.modules()] == before
+
+
+def test_training_is_the_same_to_the_bit_with_evaluations_in_between():
+    x = torch.bernoulli(torch.full((20, 1, 2, 2), 0.4))
+    results = []
+    for callbacks in ([], [lambda vae, epoch: evaluate(vae, x, num_particles=3) and None]):
+        torch.manual_seed(1)
+        vae = vae_with_modes()
+        pv.fit(vae, x, epochs=2, batch_size=6, progress=False, callbacks=callbacks)
+        results.append(vae.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_data_are_binarised_once_from_the_seed():
+    vae, grey = vae_with_modes(), torch.rand(N, 1, 2, 2)
+    reports = [evaluate(vae, grey, binarize="dynamic", num_particles=3, seed=seed) for seed in (0, 0, 1)]
+    elbos = [report.per_datum.elbo for report in reports]
+    assert torch.equal(elbos[0], elbos[1])
+    assert not torch.equal(elbos[0], elbos[2])
+    images = pv.data.from_array(grey.numpy())
+    pictures = [
+        evaluate(vae, images, binarize="fixed", num_particles=3),
+        evaluate(vae, images, binarize="dynamic", num_particles=3),
+        evaluate(vae, images.binarized("dynamic"), num_particles=3),
+        evaluate(vae, images.binarized("fixed")[:], num_particles=3),
+    ]
+    assert all(torch.equal(report.per_datum.elbo, pictures[0].per_datum.elbo) for report in pictures)
+
+
+# Bad input --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("spoil", "options", "error", "message"),
     [
         (lambda x: x[:0], {}, ValueError, "empty"),
-        (lambda x: torch.arange(7), {}, TypeError, "floating point; got torch.int64"),
+        (lambda x: torch.arange(N), {}, TypeError, "floating point; got torch.int64"),
         (lambda x: x[:, :3], {}, ValueError, r"shape \(N, 5\).*got \(7, 3\)"),
         (lambda x: x.tolist(), {}, TypeError, "must be a tensor"),
         (lambda x: x, {"num_particles": 0}, ValueError, "num_particles must be at least 1; got 0"),
         (lambda x: x, {"num_particles": 2.5}, TypeError, "num_particles must be an integer"),
+        (lambda x: x, {"aggregate_size": -1}, ValueError, "aggregate_size must be at least 0; got -1"),
         (lambda x: x / 0, {}, ValueError, "inf lies outside"),
     ],
 )
 def test_bad_input_is_refused(spoil, options, error, message):
     exact, vae = linear_gaussian()
     with pytest.raises(error, match=message):
-        evaluate(vae, spoil(draw(exact)), **options)
+        evaluate(vae, spoil(data(exact)), **options)
 
 
-def test_weights_that_are_not_finite_name_the_data():
+def test_an_empty_batch_of_a_plain_pair_is_refused():
+    with pytest.raises(ValueError, match="the data are empty"):
+        evaluate(two_layers(), torch.zeros(0, D))
+
+
+def test_weights_that_are_not_finite_name_the_data(monkeypatch):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            blocked = torch.where(x > 90, -math.inf, 0.0)
-            pyro.sample("x", dist.Normal(z, 1.0).mask(x < 1e9), obs=x)
-            pyro.factor("blocked", blocked)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("blocked", torch.where(x > 90, -math.inf, 0.0))
 
-    class Pair:
-        def __init__(self):
-            self.model = model
-
-        def guide(self, x):
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(x / 2, 0.7))
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
 
     x = torch.linspace(-1, 1, N)
     x[4], x[6] = 100.0, 200.0
+    pair = SimpleNamespace(model=model, guide=guide)
     message = "for 2 of the data 0 to 6: number 4, 6; number 4 has 30 such weights of 30"
     with pytest.raises(pv.NonFiniteError, match=message):
-        evaluate(Pair(), x, num_particles=30)
+        evaluate(pair, x, num_particles=30)
+    monkeypatch.setattr(streaming, "_ROWS", 60)  # two data at a time
+    with pytest.raises(pv.NonFiniteError, match="for 1 of the data 4 to 5: number 4; "):
+        evaluate(pair, x, num_particles=30)
+
+
+def test_parameters_that_are_not_finite_are_named():
+    exact, vae = linear_gaussian()
+    with torch.no_grad():
+        vae.likelihood.network.bias[1] = math.nan
+    with pytest.raises(pv.NonFiniteError, match="parameter 'likelihood.network.bias' is not finite"):
+        evaluate(vae, data(exact))
