@@ -5,7 +5,6 @@ A file is what `torch.save` writes of nested plain values and tensors, so that
 check sums in the file, which `torch.load` does not.
 """
 
-import contextlib
 import os
 import zipfile
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from pyro_vae.files import replacing
 
 __all__ = ["CheckpointError", "fitting", "read", "write"]
 
@@ -25,10 +26,7 @@ class CheckpointError(ValueError):
 
 
 def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
-    """Write plain values and tensors to a file, atomically.
-
-    The content goes to a temporary file beside `path`, reaches the disk, and then takes the name
-    in one step: a kill or a full disk at any moment leaves the previous file or the new one, whole.
+    """Write plain values and tensors to a file, whole or not at all; see `files.replacing`.
 
     Args:
         path: The file; its folder must exist.
@@ -47,17 +45,10 @@ def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> N
         {'weight': tensor([1., 1.])}
     """
     _check_plain(content, "content")
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            torch.save({"format": f"pyro_vae {kind}", "version": _VERSION, "content": content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as partial:
+            torch.save({"format": f"pyro_vae {kind}", "version": _VERSION, "content": content}, partial)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         reason = f"cannot write the checkpoint {path}: {error}. Free space or choose another folder"
         raise OSError(f"{reason}; an earlier checkpoint of that name is untouched") from error
 

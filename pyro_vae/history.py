@@ -4,7 +4,8 @@ import csv
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
+
+from pyro_vae.files import replacing
 
 __all__ = ["Epoch", "History"]
 
@@ -54,7 +55,7 @@ class History(list[Epoch]):
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a table with a header and one row an epoch."""
-        with Path(path).open("w", newline="") as file:
+        with replacing(path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns())
             writer.writerows(dataclasses.astuple(epoch) for epoch in self)

@@ -24,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pyro_vae.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -513,10 +515,7 @@ def pareto_k_histogram(k: Numbers, *, title: str | None = None, ax: "Axes | None
 
 
 def save(axes: "Axes", path: str | os.PathLike[str]) -> None:
-    """Write the figure of `axes` to a file, whole or not at all.
-
-    The picture goes to a temporary file beside `path`, which then takes the name in one step: an earlier
-    picture survives until the new one is complete.
+    """Write the figure of `axes` to a file, whole or not at all; see `files.replacing`.
 
     Args:
         axes: What a function of this module returned, or any other matplotlib Axes.
@@ -536,12 +535,8 @@ def save(axes: "Axes", path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.suffix:
         raise ValueError(f"{path} needs a suffix that names the format, such as .png, .pdf or .svg")
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         axes.figure.figure.savefig(partial, format=path.suffix[1:], bbox_inches="tight")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _axes(ax: "Axes | None", width: float, height: float) -> "Axes":
