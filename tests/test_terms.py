@@ -129,6 +129,23 @@ class DataLeft:
             pyro.sample("z", dist.Normal(x[:, :1], 0.5))
 
 
+class TwoPlates:
+    """Everything in two plates: the rightmost is the data's, the other is summed over."""
+
+    max_plate_nesting = 2
+
+    @staticmethod
+    def model(x):
+        with data_plate(x), pyro.plate("frames", D, dim=-2):
+            z = pyro.sample("z", dist.Normal(zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x), pyro.plate("frames", D, dim=-2):
+            pyro.sample("z", dist.Normal(x.T / 2, 0.5))
+
+
 class Discrete:
     """Discrete latents beside a continuous one."""
 
@@ -147,10 +164,11 @@ class Discrete:
 
 
 class Auxiliary(Flat):
-    """A guide that draws through an auxiliary site and weighs by a factor, and a model that notes things."""
+    """A guide that draws through an auxiliary site and weighs by a factor; a model that notes things."""
 
     @staticmethod
     def model(x):
+        pyro.deterministic("size", torch.tensor(len(x)))
         with data_plate(x):
             z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
             pyro.deterministic("note", 2 * z)
@@ -207,6 +225,7 @@ PAIRS = {
         Masked,
         Nested,
         DataLeft,
+        TwoPlates,
         Discrete,
         Auxiliary,
         Partial,
@@ -432,6 +451,17 @@ def test_check_mean_field_accepts(guide):
     state = torch.get_rng_state()
     check_mean_field(Hierarchical.model, guide, X)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_check_mean_field_needs_no_closer_look_at_one_order():
+    """Two sites in the same order: one run of the guide, and one of the model."""
+    runs = []
+
+    def counted(program):
+        return lambda x: runs.append(program.__name__) or program(x)
+
+    check_mean_field(counted(Hierarchical.model), counted(Hierarchical.guide), X)
+    assert runs == ["guide", "model"]
 
 
 def test_check_mean_field_refuses_what_trace_mean_field_elbo_gets_wrong():
