@@ -263,7 +263,7 @@ def test_piwae_is_iwae_for_the_model_and_miwae_for_the_guide(spread):
 
 def test_slopes_of_the_signal_to_noise_ratio():
     """Rainforth et al.'s toy: how the signal-to-noise ratios of gradients go with S, on logarithmic axes."""
-    K, repeats, sizes = 20, 1000, torch.tensor([8.0, 32.0, 128.0])
+    K, repeats, sizes = 20, 300, [64, 256, 1024]
     mu, x = torch.randn(K, dtype=torch.float64), 2 * torch.randn(K, dtype=torch.float64)
     x = x.expand(repeats, K)
     offset = 0.01 * torch.randn(2, K, dtype=torch.float64)
@@ -280,19 +280,17 @@ def test_slopes_of_the_signal_to_noise_ratio():
             pyro.sample("z", dist.Normal(guide_mean, math.sqrt(2 / 3)).to_event(1))
 
     ratios = {"IWAE guide": [], "DReG guide": [], "IWAE model": []}
-    for S in sizes.int().tolist():
-        iwae, dreg = (
+    for S in sizes:
+        (iwae, model_gradient), (dreg, _) = (
             torch.autograd.grad(make(S).differentiable_loss(model, guide, x), [guide_mean, prior_mean])
             for make in (IWAE, DReG)
         )
-        signal = dreg[0].mean(0).abs()  # of both: IWAE's own mean drowns in its noise
-        ratios["IWAE guide"].append((signal / iwae[0].std(0)).mean())
-        ratios["DReG guide"].append((signal / dreg[0].std(0)).mean())
-        ratios["IWAE model"].append((iwae[1].mean(0).abs() / iwae[1].std(0)).mean())
-    steps = sizes.log().diff().double()
-    slopes = {name: (torch.stack(r).log().diff() / steps).mean().item() for name, r in ratios.items()}
-    expected = {"IWAE guide": -0.5, "DReG guide": 0.5, "IWAE model": 0.5}
-    assert slopes == pytest.approx(expected, abs=0.1)
+        # DReG's mean is the signal of both: IWAE's own drowns in its noise.
+        ratios["IWAE guide"].append(dreg.mean(0).norm() / iwae.std(0).norm())
+        ratios["DReG guide"].append(dreg.mean(0).norm() / dreg.std(0).norm())
+        ratios["IWAE model"].append(model_gradient.mean(0).norm() / model_gradient.std(0).norm())
+    slopes = {name: math.log(r[-1] / r[0], sizes[-1] / sizes[0]) for name, r in ratios.items()}
+    assert slopes == pytest.approx({"IWAE guide": -0.5, "DReG guide": 0.5, "IWAE model": 0.5}, abs=0.1)
 
 
 def small_vae():
