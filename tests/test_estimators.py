@@ -763,6 +763,25 @@ def test_make_fx_traces_the_step(case):
         assert all(torch.equal(a, b) for a, b in zip(graph(*values), eager, strict=True))
 
 
+def test_the_weight_on_the_kl_can_be_an_input_of_the_graph():
+    """So that a schedule needs no new graph."""
+    x, _, pair = linear_gaussian(K=2, exact=False)
+    estimator = KLWeighted(DReG(3), 1.0)
+
+    def step(beta):
+        loss = estimator.differentiable_loss_at(beta, pair.model, pair.guide, x)
+        return [loss.detach(), *torch.autograd.grad(loss, [pair.W, pair.loc])]
+
+    with pyro.validation_enabled(False):
+        graph = make_fx(step)(torch.tensor(0.5, dtype=torch.float64))
+        for beta in torch.tensor([0.5, 0.1], dtype=torch.float64):
+            torch.manual_seed(0)
+            eager = step(beta.item())
+            torch.manual_seed(0)
+            assert_same(graph(beta), eager)
+    assert estimator.steps == 0
+
+
 def test_a_nan_is_warned_of():
     x, _, pair = linear_gaussian(K=2, exact=False)
     pair.b.data[0] = math.nan
