@@ -14,7 +14,12 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 
+from pyro_vae.engines import Replay
+
 __all__ = ["SVI", "NonFiniteError"]
+
+
+ENGINES = ("eager", "traced")
 
 
 class NonFiniteError(ValueError):
@@ -34,10 +39,12 @@ class SVI:
         loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's.
         clip_norm: Largest Euclidean norm of the gradient of all parameters together; longer
             gradients are scaled down to it.
+        engine: How the steps are taken, to the same numbers: "eager", by Pyro each time; "traced", by a
+            graph of tensor operations that the first step leaves behind.
 
     Raises:
         TypeError: If the optimiser is not a torch one, or the loss no `pyro.infer.ELBO`.
-        ValueError: If `clip_norm` is not positive.
+        ValueError: If `clip_norm` is not positive, or the engine unknown.
 
     Example:
         >>> from pyro.infer import TraceMeanField_ELBO
@@ -59,6 +66,7 @@ class SVI:
         loss: ELBO,
         *,
         clip_norm: float | None = None,
+        engine: str = "eager",
     ):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -70,11 +78,16 @@ class SVI:
             raise TypeError(f"loss must be a pyro.infer.ELBO, such as Trace_ELBO(); got {got}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive; got {clip_norm}")
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
         self.model = model
         self.guide = guide
         self.optimizer = optimizer
         self.loss = loss
         self.clip_norm = clip_norm
+        self.engine = engine
+        self._replay: Replay | None = None
+        self._replayed: tuple = ()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step and return the loss, as the estimator defines it: Pyro's sum over the batch.
@@ -84,6 +97,15 @@ class SVI:
         Raises:
             NonFiniteError: If the loss is infinite or NaN, naming the site; the parameters are untouched.
         """
+        if self.engine == "eager":
+            return self._eager_step(*args, **kwargs)
+        settings = (self.model, self.guide, self.loss, self.optimizer, self.clip_norm)
+        if self._replay is None or self._replayed != settings:
+            self._replayed = settings
+            self._replay = Replay(*settings, eager_step=self._eager_step)
+        return self._replay.step(*args, **kwargs)
+
+    def _eager_step(self, *args: Any, **kwargs: Any) -> float:
         self.optimizer.zero_grad()
         loss = self._loss_and_gradients(*args, **kwargs)
         if self.clip_norm is not None:

@@ -1,0 +1,260 @@
+"""Take steps of SVI by replaying graphs, and eagerly wherever a graph does not serve.
+
+A graph holds while what Python code looks at stays the same. That is watched as far as it can be: numbers
+among the arguments, dtypes, attributes of the modules that ran and of the estimator. A model may still look
+at other things, such as a global variable; so a graph is believed only as long as it agrees with the eager
+loss and gradients for the same random numbers, which is tried at its 1st, 2nd, 4th, 8th ... use.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from pyro_vae.losses import KLWeighted
+from pyro_vae.recording import LossAndGradients, Untraceable, preserved, record
+from pyro_vae.updates import Update
+
+__all__ = ["Replay"]
+
+logger = logging.getLogger("pyro_vae")
+
+_MAX_RECORDINGS = 32  # where shapes keep changing, recording costs more than it saves
+
+
+class _NotYet(Untraceable):
+    """The step is eager, but the next ones need not be."""
+
+
+class Replay:
+    """Steps of SVI by graphs, one for each shape of the arguments.
+
+    If no graph can be made, or one disagrees with the eager step, the log says why and every step is eager
+    from then on. A step whose graph does not hold (see `recording`), or whose loss is not finite, is undone
+    and taken eagerly from the same random numbers, so that it raises what an eager step raises.
+
+    Args:
+        model: A Pyro model function.
+        guide: A Pyro guide function.
+        estimator: An ELBO.
+        optimizer: A torch optimiser.
+        clip_norm: As for `pyro_vae.SVI`.
+        eager_step: Takes a step without a graph.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        estimator: ELBO,
+        optimizer: Optimizer,
+        clip_norm: float | None,
+        *,
+        eager_step: Callable[..., float],
+    ):
+        self.model, self.guide, self.estimator = model, guide, estimator
+        self.optimizer, self.clip_norm, self.eager_step = optimizer, clip_norm, eager_step
+        self.update = Update(optimizer)
+        self.recordings: dict[tuple, _Recording] = {}
+        self.num_recordings = 0
+        self.given_up = False
+        some = self._parameters()[0]
+        self.kl_weight = torch.ones((), dtype=some.dtype, device=some.device)
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take one step and return its loss."""
+        if self.given_up:
+            return self.eager_step(*args, **kwargs)
+        if isinstance(self.estimator, KLWeighted):
+            self.kl_weight.fill_(self.estimator.beta)  # in a tensor: a number would be the same at every step
+        try:
+            recording, tensors = self._recording(args, kwargs)
+        except Untraceable as reason:
+            loss = self.eager_step(*args, **kwargs)  # if the arguments are at fault, this raises
+            if isinstance(reason, _NotYet):
+                return loss
+            self.given_up = True
+            logger.warning("SVI steps are eager from now on, not by a graph: %s", reason)
+            return loss
+
+        graph = recording.graph
+        states = [generator.get_state() for generator in graph.generators]
+        values = [tensor.clone() for tensor in graph.changed]
+        with torch.no_grad():
+            loss, does_not_hold, *gradients = recording.run(*tensors, *graph.outside)
+            self.update(gradients, skip=does_not_hold)
+            value = loss.item()
+            if math.isfinite(value):
+                if isinstance(self.estimator, KLWeighted):
+                    self.estimator.steps += 1
+                return value
+            for generator, state in zip(graph.generators, states, strict=True):
+                generator.set_state(state)
+            for tensor, before in zip(graph.changed, values, strict=True):
+                tensor.copy_(before)
+        return self.eager_step(*args, **kwargs)
+
+    def _recording(self, args: tuple, kwargs: dict[str, Any]) -> "tuple[_Recording, list[Tensor]]":
+        """Find or make the recording for these arguments; return it and the tensors among them."""
+        if not kwargs and all(isinstance(arg, Tensor) for arg in args):
+            leaves, spec = (
+                list(args),
+                None,
+            )  # the common case: flattening takes as long as a small matrix product
+        else:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        parameters = self._parameters()
+        key = (
+            spec,
+            *[_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
+            *[(p.dtype, p.device, p.requires_grad) for p in parameters],
+            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        )
+
+        def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+            rest = iter(tensors)
+            filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, spec) if spec else (filled, {})
+            return self._loss_and_gradients(parameters, args, kwargs)
+
+        try:
+            recording = self.recordings.get(key)
+        except TypeError as error:
+            raise Untraceable(
+                f"an argument of the step is neither a tensor nor hashable ({error})"
+            ) from error
+        if recording is None or not recording.is_current():
+            self.num_recordings += 1
+            if self.num_recordings > _MAX_RECORDINGS:
+                raise Untraceable(f"shapes or attributes keep changing, {_MAX_RECORDINGS} times by now")
+            estimator = getattr(self.estimator, "estimator", self.estimator)  # the one that KLWeighted holds
+            nesting = estimator.max_plate_nesting
+            recording = _Recording(loss_and_gradients, tensors, self._watched())
+            if estimator.max_plate_nesting != nesting:
+                estimator.max_plate_nesting = nesting
+                raise _NotYet(
+                    "the estimator finds max_plate_nesting at its first step, by draws that no other makes"
+                )
+            self.recordings[key] = recording
+        recording.use(loss_and_gradients, tensors)
+        return recording, tensors
+
+    def _loss_and_gradients(
+        self, parameters: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        estimator = self.estimator
+        if isinstance(estimator, KLWeighted):
+            loss = estimator.differentiable_loss_at(self.kl_weight, self.model, self.guide, *args, **kwargs)
+        elif hasattr(estimator, "differentiable_loss"):
+            loss = estimator.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        else:
+            raise Untraceable(f"{type(estimator).__name__} has no differentiable_loss")
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        if self.clip_norm is not None:
+            norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
+            shrink = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+            gradients = tuple(None if gradient is None else gradient * shrink for gradient in gradients)
+        found = dict(zip(map(id, trained), gradients, strict=True))
+        return loss, [_laid_out_like(parameter, found.get(id(parameter))) for parameter in parameters]
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _watched(self) -> list[Any]:
+        """What shapes the graph beside the modules that run: the estimator, and modules bound to the pair."""
+        watched: list[Any] = [self.estimator]
+        if isinstance(self.estimator, KLWeighted):
+            watched = [self.estimator.estimator]
+        for function in (self.model, self.guide):
+            owner = getattr(function, "__self__", function)
+            if isinstance(owner, nn.Module):
+                watched += owner.modules()
+        return watched
+
+
+class _Recording:
+    """A graph, and the attributes that it was made under."""
+
+    def __init__(self, loss_and_gradients: LossAndGradients, tensors: Sequence[Tensor], watched: list[Any]):
+        try:
+            self.graph = record(loss_and_gradients, tensors)
+        except Untraceable:
+            raise
+        except Exception as error:
+            raise Untraceable(f"recording it raised {type(error).__name__}: {error}") from error
+        self.run = self.graph.module.forward
+        self.attributes = list(_attributes({id(o): o for o in [*watched, *self.graph.modules]}.values()))
+        self.uses = 0
+
+    def is_current(self) -> bool:
+        """Whether the attributes are the same."""
+        return all(space.get(name) is value for space, name, value in self.attributes)
+
+    def use(self, loss_and_gradients: LossAndGradients, tensors: Sequence[Tensor]) -> None:
+        """Count a use, and now and then compare the graph with the function that it was made from.
+
+        Raises:
+            Untraceable: If they disagree.
+        """
+        self.uses += 1
+        if self.uses & (self.uses - 1):  # no power of 2
+            return
+        graph = self.graph
+        with preserved(graph.generators, graph.changed), torch.no_grad():
+            loss, does_not_hold, *gradients = self.run(*tensors, *graph.outside)
+            states = [generator.get_state() for generator in graph.generators]
+        if does_not_hold:
+            return  # and it says so itself
+        with preserved(graph.generators, graph.changed):
+            expected_loss, expected = loss_and_gradients(*tensors)
+            expected_states = [generator.get_state() for generator in graph.generators]
+        same_draws = all(map(torch.equal, states, expected_states))
+        if not (same_draws and _agree([loss, *gradients], [expected_loss.detach(), *expected])):
+            raise Untraceable(
+                "the graph disagrees with the eager step, so the model looks at something that changes and "
+                "is neither an argument nor a tensor changed in place; pass it to step() as a tensor"
+            )
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Copy a gradient that does not lie in memory as its parameter does: fused kernels count on it."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _form(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _attributes(objects: Iterable[Any]) -> Iterable[tuple[dict, str, Any]]:
+    """Plain attributes of objects; the parameters, buffers and children of modules too."""
+    for item in objects:
+        for name, value in vars(item).items():
+            if value is None or isinstance(value, bool | int | float | str):
+                yield vars(item), name, value
+        if isinstance(item, nn.Module):
+            for space in (item._parameters, item._buffers, item._modules):
+                for name, member in space.items():
+                    yield space, name, member
+
+
+def _agree(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
+    """Whether losses and gradients are equal up to rounding, the gradients as one vector."""
+    if [tensor is None for tensor in found] != [tensor is None for tensor in expected]:
+        return False
+    pairs = [(f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None]
+    tolerance = torch.finfo(pairs[0][1].dtype).eps ** (2 / 3)
+    differences = [(f - e).norm() for f, e in pairs]
+    sizes = [e.norm() for _, e in pairs]
+    loss_agrees = differences[0] <= tolerance * sizes[0].clamp(min=1.0)
+    return bool(loss_agrees & (get_total_norm(differences[1:]) <= tolerance * get_total_norm(sizes[1:])))

@@ -1,0 +1,230 @@
+"""Record a step of SVI as a graph: one list of tensor operations for loss and gradients, without Pyro in it.
+
+Pyro builds its traces, and autograd its graph, anew at every step, though the operations on tensors that come
+out of it are the same each time. The recorder sits below autograd, where it sees the forward and the backward
+pass as one list of operations, while the step itself runs as ever. In the graph that it writes
+
+- whatever the operations read that none of them made (parameters, buffers, data in closures) is an input, by
+  reference, so that a parameter changed in place is seen;
+- whatever Python asked of a tensor (does the value lie in the support? is the loss NaN?) is asked again, and
+  where an answer differs from the recorded one the graph says that it does not hold;
+- draws stay draws from torch's global generators, so that a seed means the same as without the graph.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Graph", "LossAndGradients", "Untraceable", "preserved", "record"]
+
+aten = torch.ops.aten
+LossAndGradients = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
+
+
+class Untraceable(Exception):  # noqa: N818 (nothing has gone wrong)
+    """The operations of a function depend on more than the shapes of its arguments."""
+
+
+@dataclass(eq=False)
+class Graph:
+    """The operations of one step, for arguments of certain shapes."""
+
+    module: fx.GraphModule
+    """From the arguments and `outside` to the loss, NaN where the graph does not hold; 1.0 where it does not
+    and 0.0 where it does; and for each parameter the gradient, or None."""
+    outside: list[Tensor]
+    """What the operations read beside the arguments."""
+    changed: list[Tensor]
+    """What they change of it, such as the statistics of a BatchNorm."""
+    modules: list[nn.Module]
+    """The modules that ran."""
+    generators: list[Generator]
+    """Those that the operations may draw from."""
+
+
+def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) -> Graph:
+    """Run a function of tensors once, and return its graph; leave buffers and generators as they were.
+
+    Args:
+        loss_and_gradients: From the arguments to a loss, shape (), and the gradients of parameters.
+        arguments: The tensors to call it with.
+
+    Raises:
+        Untraceable: If it takes other than yes-or-no answers out of tensors, or draws from a generator of
+            its own.
+
+    Example:
+        >>> weight = torch.tensor([3.0, 1.0], requires_grad=True)
+        >>> def loss_and_gradients(x):
+        ...     loss = (weight.exp() * x).sum()
+        ...     return loss, torch.autograd.grad(loss, [weight])
+        >>> graph = record(loss_and_gradients, [torch.ones(2)])
+        >>> with torch.no_grad():
+        ...     _ = weight.zero_()
+        ...     loss, does_not_hold, gradient = graph.module(torch.tensor([1.0, 2.0]), *graph.outside)
+        >>> loss, does_not_hold, gradient
+        (tensor(3.), tensor(0.), tensor([1., 2.]))
+    """
+    modules: dict[int, nn.Module] = {}
+    recorder = _Recorder(arguments)
+    hook = register_module_forward_pre_hook(lambda module, _: modules.update({id(module): module}))
+    try:
+        with preserved(_all_generators(), []), recorder, _NumbersAsTensors():
+            loss, gradients = loss_and_gradients(*arguments)
+            holds = loss.isfinite()
+            for answer, expected in recorder.answers:
+                holds = holds & (answer if expected else ~answer)
+            outputs = [loss.detach().where(holds, math.nan), (~holds).float(), *gradients]
+    finally:
+        hook.remove()
+        changed = recorder.restore()
+    if recorder.obstacle is not None:
+        raise Untraceable(recorder.obstacle)
+    module = recorder.graph_module(arguments, outputs)
+    drawn_from = _generators_of([*arguments, *recorder.outside])
+    return Graph(module, recorder.outside, changed, list(modules.values()), drawn_from)
+
+
+@contextmanager
+def preserved(generators: Sequence[Generator], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put generators and tensors back, after the block, to the state they are in."""
+    states = [generator.get_state() for generator in generators]
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.detach().copy_(value)
+
+
+def _all_generators() -> list[Generator]:
+    """Torch's global generators."""
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.default_generator, *(torch.cuda.default_generators if in_use else ())]
+
+
+def _generators_of(tensors: Sequence[Tensor]) -> list[Generator]:
+    """Those of the CPU and of the devices that the tensors lie on."""
+    devices = {tensor.device for tensor in tensors}
+    return [g for g in _all_generators() if g.device.type == "cpu" or g.device in devices]
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down each operation below autograd, with the tensors that it read and made."""
+
+    def __init__(self, arguments: Sequence[Tensor]):
+        super().__init__()
+        self.tape: list[tuple[Any, tuple, dict, Any]] = []  # keeps its tensors alive, so that ids are unique
+        self.known = {id(argument) for argument in arguments}
+        self.outside: list[Tensor] = []
+        self.before: list[Tensor] = []  # what those held
+        self.constant: set[int] = set()  # memory whose content depends on nothing
+        self.answers: list[tuple[Tensor, bool]] = []
+        self.obstacle: str | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, torch's default, imports its compiler: seconds before the first step
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and id(leaf) not in self.known:
+                self.known.add(id(leaf))
+                self.outside.append(leaf)
+                self.before.append(leaf.detach().clone())
+                if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
+                    self.constant.add(_memory(leaf))  # torch.tensor(...) has just made it of numbers
+            elif isinstance(leaf, Generator):
+                self.obstacle = "it draws from a random generator of its own"
+        out = func(*args, **kwargs)
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.known.update(map(id, made))
+        if self._is_constant(func, inputs):
+            self.constant.update(map(_memory, made))
+        else:
+            self.constant.difference_update(map(_memory, made + _written(func, args, kwargs)))
+            if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+                self.answers.append((args[0], out))
+            elif self._depends_on_values(func, args):
+                self.obstacle = f"it takes values out of tensors, by {func}"
+        if made or func._schema.is_mutable:
+            self.tape.append((func, args, kwargs, out))
+        return out
+
+    def _is_constant(self, func: Any, inputs: list[Tensor]) -> bool:
+        """Whether an operation gives the same at every step."""
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        return not drawn and all(_memory(tensor) in self.constant for tensor in inputs)
+
+    def _depends_on_values(self, func: Any, args: tuple) -> bool:
+        """Whether an operation gives numbers, or a shape, that depend on the values of tensors."""
+        if func is aten.index.Tensor:  # indices give a known shape; masks do not, unless they are constant
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            return not all(_memory(mask) in self.constant for mask in masks)
+        return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags))
+
+    def restore(self) -> list[Tensor]:
+        """Give the tensors outside back what they held, and return those that had changed."""
+        changed = []
+        for tensor, value in zip(self.outside, self.before, strict=True):
+            if not torch.equal(tensor, value):
+                tensor.detach().copy_(value)
+                changed.append(tensor)
+        return changed
+
+    def graph_module(self, arguments: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> fx.GraphModule:
+        """Write the tape as a function of the arguments and the tensors outside."""
+        graph = fx.Graph()
+        nodes: dict[int, fx.Node] = {}
+
+        def node(leaf: Any) -> Any:
+            return nodes[id(leaf)] if isinstance(leaf, Tensor) else leaf
+
+        for index, tensor in enumerate([*arguments, *self.outside]):
+            nodes[id(tensor)] = graph.placeholder(f"input_{index}")
+        for func, args, kwargs, out in self.tape:
+            call = graph.call_function(func, *pytree.tree_map(node, (args, kwargs)))
+            if isinstance(out, Tensor):
+                nodes[id(out)] = call
+            elif isinstance(out, tuple | list):
+                for index, part in enumerate(out):
+                    if isinstance(part, Tensor):
+                        nodes[id(part)] = graph.call_function(operator.getitem, (call, index))
+        graph.output(tuple(node(output) for output in outputs))
+        graph.eliminate_dead_code()  # what no output needs; draws and changes in place stay
+        return fx.GraphModule(nn.Module(), graph)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments of an operation that it changes in place."""
+    names = [a.name for a in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves([given.get(name) for name in written]) if leaf is not None]
+
+
+class _NumbersAsTensors(TorchFunctionMode):
+    """Answers `tensor.item()` with the tensor, detached: it calculates like the number."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.item:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,437 @@
+"""Every engine takes the eager steps: the same numbers, errors and side effects for the same draws."""
+
+import copy
+import logging
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from test_agreement import GUIDES, LIKELIHOODS
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.estimators import KLWeighted
+
+EVENT, K, BATCH, LAST = (2, 3), 4, 7, 5
+
+ESTIMATORS = {
+    **{name: case.make for name, case in CASES.items()},
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "Trace_ELBO, particles in a loop": lambda: Trace_ELBO(num_particles=3),
+    "Trace_ELBO, vectorised": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True),
+    "TraceMeanField_ELBO, vectorised": lambda: TraceMeanField_ELBO(num_particles=3, vectorize_particles=True),
+    "scheduled β": lambda: KLWeighted(TraceMeanField_ELBO(), lambda step: min(1.0, step / 15)),
+    "scheduled β, IWAE": lambda: KLWeighted(pv.IWAE(3), lambda step: min(1.0, step / 15)),
+    "free bits": lambda: KLWeighted(TraceMeanField_ELBO(), 0.7, free_bits=0.3),
+}
+
+
+def make_vae(likelihood="Bernoulli", guide="DiagonalNormal", dtype=torch.float64, layer=None):
+    torch.manual_seed(1)
+    case = LIKELIHOODS[likelihood]
+    options = {}
+    if (
+        layer
+    ):  # no bias before it: BatchNorm leaves it a gradient of rounding errors, which Adam would enlarge
+        first = nn.Linear(6, 9, bias=False)
+        options["network"] = nn.Sequential(nn.Flatten(), first, layer(), nn.Linear(9, 2 * K))
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=case.make(K, EVENT, hidden_features=(8,), **case.options),
+        guide=GUIDES[guide][0](EVENT, K, **options),
+    )
+    return vae.to(dtype)
+
+
+def batches(likelihood="Bernoulli", dtype=torch.float64, steps=20):
+    """Batches of which every fourth is smaller."""
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        n = LAST if step % 4 == 3 else BATCH
+        yield LIKELIHOODS[likelihood].data(torch.rand(n, *EVENT, generator=generator).to(dtype))
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, 0.01)
+
+
+def make_svi(vae, engine, estimator=TraceMeanField_ELBO, optimizer=adam, **options):
+    return pv.SVI(vae.model, vae.guide, optimizer(vae.parameters()), estimator(), engine=engine, **options)
+
+
+def train(vae, svi, data, each=lambda svi, step: None):
+    torch.manual_seed(3)
+    losses = []
+    for step, x in enumerate(data):
+        each(svi, step)
+        losses.append(svi.step(x))
+    return torch.tensor(losses, dtype=torch.float64), copy.deepcopy(vae.state_dict()), torch.get_rng_state()
+
+
+def assert_same(found, expected, rtol=1e-10):
+    for (losses, state, noise), (other_losses, other_state, other_noise) in [(found, expected)]:
+        torch.testing.assert_close(losses, other_losses, rtol=rtol, atol=0)
+        for name in other_state:
+            size = other_state[name].double().nan_to_num().abs().max().item()
+            torch.testing.assert_close(
+                state[name], other_state[name], rtol=rtol, atol=rtol * size, equal_nan=True, msg=name
+            )
+        assert torch.equal(noise, other_noise)
+
+
+def assert_traced(svi):
+    assert not svi._replay.given_up
+
+
+def compare(*, likelihood="Bernoulli", dtype=torch.float64, layer=None, guide="DiagonalNormal", **options):
+    each = options.pop("each", lambda svi, step: None)
+    runs = []
+    for engine in ("eager", "traced"):
+        vae = make_vae(likelihood, guide, dtype, layer)
+        svi = make_svi(vae, engine, **options)
+        runs.append(train(vae, svi, batches(likelihood, dtype), each))
+    assert_traced(svi)
+    assert_same(runs[1], runs[0], rtol=1e-10 if dtype == torch.float64 else 1e-5)
+    return svi
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator(estimator):
+    compare(estimator=ESTIMATORS[estimator])
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_likelihood(likelihood, dtype):
+    compare(likelihood=likelihood, dtype=dtype)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_guide(guide):
+    compare(guide=guide)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, 0.01, betas=(0.8, 0.9), eps=1e-4),
+        lambda p: torch.optim.Adam([{"params": list(p)[:3]}], 0.01),  # the rest stays as it is
+        lambda p: torch.optim.Adam([{"params": [q], "lr": 0.01 / (i + 1)} for i, q in enumerate(p)]),
+        lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9),
+        lambda p: torch.optim.RMSprop(p, 1e-3),
+    ],
+    ids=["Adam", "AdamW", "some parameters", "groups", "SGD", "RMSprop"],
+)
+def test_every_optimizer(optimizer):
+    compare(optimizer=optimizer)
+
+
+def test_clipped_gradients():
+    compare(clip_norm=0.5)
+
+
+def test_a_learning_rate_schedule():
+    runs = []
+    for engine in ("eager", "traced"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(svi.optimizer, 0.7)
+        runs.append(train(vae, svi, batches(), lambda svi, step, s=schedule: s.step() if step else None))
+    assert_traced(svi)
+    assert_same(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout, lambda: nn.BatchNorm1d(9)], ids=["dropout", "batch norm"])
+def test_layers_that_differ_between_training_and_evaluation(layer):
+    modes = {10: False, 15: True}
+
+    def switch(svi, step):
+        if step in modes:
+            svi.model.__self__.train(modes[step])
+
+    svi = compare(layer=layer, each=switch)
+    assert svi._replay.num_recordings <= 2 * 3  # two shapes in each of three phases
+
+
+def test_a_shape_is_recorded_once_and_pyro_is_out_of_the_way():
+    vae, calls = make_vae(), []
+
+    def model(x):
+        calls.append(len(x))
+        return vae.model(x)
+
+    svi = pv.SVI(model, vae.guide, adam(vae.parameters()), TraceMeanField_ELBO(), engine="traced")
+    data = list(batches(steps=100))
+    for x in data:
+        svi.step(x)
+    assert svi._replay.num_recordings == 2
+    checks = sum(count.bit_length() for count in (75, 25))  # at the 1st, 2nd, 4th ... use
+    assert len(calls) == 2 + checks
+
+
+def test_parameters_changed_in_place_are_seen():
+    def spoil(svi, step):
+        vae = svi.model.__self__
+        if step == 6:
+            vae.load_state_dict(start)
+        if step == 9:
+            vae.posterior.network[1].weight.data.mul_(0.5)
+        if step == 12:
+            weight = vae.likelihood.network[1].weight
+            weight.data = weight.data + 0.1
+
+    start = make_vae().state_dict()
+    assert compare(each=spoil)._replay.num_recordings == 2
+
+
+def test_attributes_changed_by_hand_are_seen():
+    def change(svi, step):
+        if step == 6:
+            svi.model.__self__.posterior.network[2].p = 0.9
+        if step == 12:
+            svi.clip_norm = 0.1
+        if step == 15:
+            svi.loss = Trace_ELBO()
+
+    compare(layer=nn.Dropout, each=change)
+
+
+def test_a_model_moved_to_another_precision_is_recorded_anew():
+    vae = make_vae(dtype=torch.float32)
+    svi = make_svi(vae, "traced")
+    for x in batches(dtype=torch.float32, steps=2):
+        svi.step(x)
+    vae.double()
+    for state in svi.optimizer.state.values():
+        state.update({name: value.double() for name, value in state.items() if name != "step"})
+    loss = svi.step(next(batches()))
+    assert_traced(svi)
+    assert loss != float(torch.tensor(loss, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("traced", "eager"), ("eager", "traced"), ("traced", "traced")]
+)
+def test_a_run_continues_from_state_dicts(first, second):
+    data = list(batches())
+    vae = make_vae()
+    expected = train(vae, make_svi(vae, "eager"), data)
+
+    vae = make_vae()
+    svi = make_svi(vae, first)
+    losses, _, noise = train(vae, svi, data[:10])
+    resumed = make_vae()
+    resumed.load_state_dict(vae.state_dict())
+    again = make_svi(resumed, second)
+    again.optimizer.load_state_dict(copy.deepcopy(svi.optimizer.state_dict()))
+    torch.set_rng_state(noise)
+    more = torch.tensor([again.step(x) for x in data[10:]], dtype=torch.float64)
+    assert_same((torch.cat([losses, more]), resumed.state_dict(), torch.get_rng_state()), expected)
+
+
+def test_optimizer_state_loaded_between_steps_is_used():
+    saved = {}
+
+    def rewind(svi, step):
+        if step == 5:
+            saved.update(copy.deepcopy(svi.optimizer.state_dict()))
+        if step == 9:
+            svi.optimizer.load_state_dict(saved)
+
+    compare(each=rewind)
+    saved.clear()
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.parametrize("layer", [None, lambda: nn.BatchNorm1d(9)], ids=["plain", "batch norm"])
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda x: x.fill_(0.5), ValueError, "to be within the support"),
+        (lambda x: x.fill_(float("nan")), pv.NonFiniteError, "log prob|posterior|value"),
+    ],
+    ids=["outside the support", "NaN"],
+)
+def test_an_error_is_the_eager_one_and_leaves_nothing_half_updated(spoil, error, message, layer):
+    states = []
+    for engine in ("eager", "traced"):
+        vae = make_vae(layer=layer)
+        svi = make_svi(vae, engine)
+        data = list(batches(steps=7))
+        train(vae, svi, data[:6])
+        before = copy.deepcopy((list(vae.parameters()), svi.optimizer.state_dict()))
+        with pytest.raises(error, match=message) as raised:
+            svi.step(spoil(data[6]))
+        after = (list(vae.parameters()), svi.optimizer.state_dict())
+        torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+        for index, state in before[1]["state"].items():
+            for name, value in state.items():
+                assert torch.equal(after[1]["state"][index][name], value), name
+        states.append((str(raised.value), vae.state_dict(), torch.get_rng_state()))
+    (eager_message, eager_state, eager_noise), (message, state, noise) = states
+    assert message == eager_message
+    assert_same((torch.zeros(0), state, noise), (torch.zeros(0), eager_state, eager_noise))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_loss_that_overflows_is_the_same_error():
+    for engine in ("eager", "traced"):
+        vae = make_vae("Normal", dtype=torch.float32)
+        svi = make_svi(vae, engine)
+        x = torch.randn(BATCH, *EVENT)
+        svi.step(x)
+        before = copy.deepcopy(vae.state_dict())
+        x[2] = 1e30
+        with pytest.raises(pv.NonFiniteError, match=r"site '[xz]' has"):
+            svi.step(x)
+        assert all(torch.equal(vae.state_dict()[name], value) for name, value in before.items())
+
+
+def pair(weight, branch):
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(branch(z, x), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(weight * x, 0.7))
+
+    return model, guide
+
+
+def train_pair(branch, engine, steps=12, estimator=Trace_ELBO):
+    weight = nn.Parameter(torch.tensor(0.1))
+    model, guide = pair(weight, branch)
+    svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), estimator(), engine=engine)
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)
+    losses = [svi.step(torch.randn(BATCH, generator=generator)) for _ in range(steps)]
+    return (torch.tensor(losses), {"weight": weight.detach()}, torch.get_rng_state()), svi
+
+
+def test_a_branch_on_data_follows_the_data():
+    def branch(z, x):
+        return 3 * z if x.mean() > 0 else -z
+
+    eager, _ = train_pair(branch, "eager")
+    traced, svi = train_pair(branch, "traced")
+    assert_traced(svi)
+    assert_same(traced, eager, rtol=1e-6)
+
+
+def draws_elsewhere(z, x):
+    return z + torch.randn((), generator=torch.Generator().manual_seed(1))
+
+
+class Changing:
+    """A global variable that a model looks at."""
+
+    value = 0.0
+
+
+def looks_elsewhere(z, x):
+    Changing.value += 0.1
+    return z + Changing.value
+
+
+@pytest.mark.parametrize(
+    ("branch", "reason"),
+    [
+        (lambda z, x: z * float(x.sum()), "it takes values out of tensors"),
+        (lambda z, x: z + x[x > 0].mean(), "it takes values out of tensors"),
+        (looks_elsewhere, "disagrees with the eager step"),
+        (
+            lambda z, x: z + torch.randn((), generator=torch.Generator().manual_seed(1)),
+            "generator of its own",
+        ),
+        (lambda z, x: z + float(x.detach().numpy().sum()), "disagrees with the eager step"),
+    ],
+    ids=["number", "shape", "global variable", "generator", "numpy"],
+)
+def test_what_no_graph_can_hold_is_eager_and_says_so_once(branch, reason, caplog):
+    Changing.value = 0.0
+    eager, _ = train_pair(branch, "eager", steps=2)
+    Changing.value = 0.0
+    with caplog.at_level(logging.INFO, "pyro_vae"):
+        traced, svi = train_pair(branch, "traced", steps=2)
+    assert svi._replay.given_up
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert reason in caplog.text
+    if branch is not looks_elsewhere:  # which counts its own runs
+        assert_same(traced, eager, rtol=1e-6)
+
+
+def test_estimators_without_a_differentiable_loss_are_eager(caplog):
+    eager, _ = train_pair(lambda z, x: z, "eager", estimator=TraceGraph_ELBO)
+    traced, svi = train_pair(lambda z, x: z, "traced", estimator=TraceGraph_ELBO)
+    assert svi._replay.given_up
+    assert "TraceGraph_ELBO has no differentiable_loss" in caplog.text
+    assert_same(traced, eager, rtol=0)
+
+
+def test_enumeration():
+    logits = nn.Parameter(torch.tensor([0.1, -0.2, 0.3]))
+
+    @pyro.infer.config_enumerate
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=torch.zeros(3)))
+            pyro.sample("x", dist.Normal(k.to(x.dtype) * logits.sum(), 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    states = []
+    for engine in ("eager", "traced"):
+        logits.data = torch.tensor([0.1, -0.2, 0.3])
+        optimizer = torch.optim.Adam([logits], 0.1)
+        svi = pv.SVI(model, guide, optimizer, TraceEnum_ELBO(max_plate_nesting=1), engine=engine)
+        generator = torch.Generator().manual_seed(1)
+        losses = [svi.step(torch.randn(BATCH, generator=generator)) for _ in range(5)]
+        states.append((torch.tensor(losses), {"logits": logits.detach().clone()}, torch.get_rng_state()))
+    assert_same(states[1], states[0], rtol=1e-5)
+
+
+def test_endless_shapes_are_not_recorded_for_ever(caplog):
+    _, svi = train_pair(lambda z, x: z, "traced", steps=1)
+    for n in range(2, 60):
+        svi.step(torch.randn(n))
+    assert svi._replay.given_up
+    assert "shapes or attributes keep changing" in caplog.text
+
+
+def test_numbers_among_the_arguments_are_part_of_the_graph():
+    weight = nn.Parameter(torch.tensor(0.1))
+
+    def model(x, *, scale):
+        with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, *, scale):
+        with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=scale):
+            pyro.sample("z", dist.Normal(weight * x, 0.7))
+
+    def losses(engine, as_tensor):
+        weight.data = torch.tensor(0.1)
+        svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine=engine)
+        torch.manual_seed(1)
+        scales = [0.5, 1.0, 0.5, 2.0]
+        return svi, [svi.step(torch.ones(BATCH), scale=torch.tensor(s) if as_tensor else s) for s in scales]
+
+    _, expected = losses("eager", False)
+    for as_tensor, recordings in ((False, 3), (True, 1)):
+        svi, found = losses("traced", as_tensor)
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert svi._replay.num_recordings == recordings
+        assert_traced(svi)
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match=r"engine must be one of .*traced.*; got 'jit'"):
+        make_svi(make_vae(), "jit")
