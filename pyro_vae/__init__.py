@@ -31,6 +31,7 @@ from pyro_vae.estimators import (
 )
 from pyro_vae.evaluation import evaluate
 from pyro_vae.history import Epoch, History
+from pyro_vae.inference_data import save_netcdf, to_inference_data
 from pyro_vae.report import Evaluation
 from pyro_vae.svi import SVI, NonFiniteError
 from pyro_vae.training import TensorBoard, fit
@@ -67,5 +68,7 @@ __all__ = [
     "networks",
     "plots",
     "priors",
+    "save_netcdf",
     "terms",
+    "to_inference_data",
 ]

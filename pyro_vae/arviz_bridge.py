@@ -5,21 +5,28 @@ ArviZ takes seconds to import, so it is imported where it is first used.
 
 import importlib
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MIN_DRAWS", "pareto_smooth"]
+if TYPE_CHECKING:
+    import xarray
 
-MIN_DRAWS = 21  # of which a fifth make the tail that a Pareto distribution is fitted to: 5 is the fewest
+__all__ = ["MIN_DRAWS", "arviz_version", "inference_data", "pareto_smooth", "write_netcdf"]
+
+MIN_DRAWS = 30  # a fifth make the tail that a Pareto distribution is fitted to: ArviZ 1.x wants six
 
 
 def pareto_smooth(log_weight: npt.NDArray[np.float64]) -> tuple[npt.NDArray, npt.NDArray]:
     """Smooth the largest importance weights by ArviZ, and say how heavy their tail is.
 
     Args:
-        log_weight: Logarithms of S importance weights of N data, (N, S), S ≥ `MIN_DRAWS`.
+        log_weight: Logarithms of S importance weights of N data, (N, S), S ≥ `MIN_DRAWS`. The largest fifth
+            of a datum's may not all be equal.
 
     Returns:
         The smoothed log weights, (N, S), normalised so that the weights of a datum add up to one; and the
@@ -29,11 +36,43 @@ def pareto_smooth(log_weight: npt.NDArray[np.float64]) -> tuple[npt.NDArray, npt
     Source: A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024), Pareto smoothed importance sampling,
     arXiv:1507.02646.
     """
-    arviz = _arviz()
-    if hasattr(arviz, "psislw"):
-        return arviz.psislw(log_weight)
-    array_stats = importlib.import_module("arviz_stats.base").array_stats
-    return array_stats.psislw(-log_weight)  # 1.x takes log-likelihoods, and weighs by their inverses
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        if _is_generation_0():
+            smoothed, k = _arviz().psislw(log_weight)
+        else:  # takes log-likelihoods, and weighs by their inverses
+            smoothed, k = importlib.import_module("arviz_stats.base").array_stats.psislw(-log_weight)
+    return smoothed, np.where(np.isnan(k), np.inf, k)
+
+
+def inference_data(groups: "Mapping[str, xarray.Dataset]", attrs: Mapping[str, Any]) -> Any:
+    """Put groups together in what ArviZ works on: an `InferenceData` (0.x) or an `xarray.DataTree` (1.x)."""
+    if _is_generation_0():
+        return _arviz().InferenceData(attrs=dict(attrs), **groups)
+    tree = importlib.import_module("xarray").DataTree.from_dict(dict(groups))
+    tree.attrs.update(attrs)
+    return tree
+
+
+def write_netcdf(data: Any, path: Path) -> None:
+    """Write what `inference_data` gave to a netCDF file, compressed."""
+    if _is_generation_0():
+        data.to_netcdf(str(path), engine="h5netcdf")
+        return
+    encoding = {
+        group.path: {name: {"zlib": True} for name in group.data_vars}
+        for group in data.subtree
+        if group.data_vars
+    }
+    data.to_netcdf(path, engine="h5netcdf", encoding=encoding)
+
+
+def _is_generation_0() -> bool:
+    return arviz_version().startswith("0.")
+
+
+def arviz_version() -> str:
+    """The version of ArviZ that is installed."""
+    return _arviz().__version__
 
 
 def _arviz() -> ModuleType:

@@ -15,8 +15,7 @@ from pyro_vae.aggregate import AggregatePosterior, aggregate_posterior
 from pyro_vae.data import Images
 from pyro_vae.particles import PairSites, Terms, require_count, terms
 from pyro_vae.report import Estimate, Evaluation, PerDatum, standard_error
-from pyro_vae.streaming import Pair, chunk_sizes, evaluating, head, observe, parts
-from pyro_vae.svi import NonFiniteError
+from pyro_vae.streaming import Pair, chunk_sizes, evaluating, head, observe, parts, require_finite
 from pyro_vae.units import units
 from pyro_vae.weights import bound_by_particles, summarise_weights
 
@@ -93,7 +92,7 @@ def evaluate(
                 log_terms.append(torch.stack([t.log_likelihood, t.log_prior, t.log_guide]))
                 bar.update(count * len(x))
             log_likelihood, log_prior, log_guide = torch.cat(log_terms, dim=1).cpu()
-            _require_finite(log_likelihood + log_prior - log_guide, first=number * data_at_once)
+            require_finite(log_likelihood + log_prior - log_guide, first=number * data_at_once)
             chunks.append(_reduce(first, log_likelihood, log_prior, log_guide))
     aggregate = None
     if aggregate_size:
@@ -198,18 +197,4 @@ def _evaluation(
         num_particles=num_particles,
         num_dimensions=num_dimensions,
         seed=seed,
-    )
-
-
-def _require_finite(log_weight: Tensor, *, first: int) -> None:
-    """Refuse log weights (S, n), of the data from the one numbered `first` on, that are not all finite."""
-    wrong = (~log_weight.isfinite()).sum(0)
-    if not wrong.any():
-        return
-    data = wrong.nonzero().flatten().tolist()
-    shown = ", ".join(str(first + index) for index in data[:5]) + (", …" if len(data) > 5 else "")
-    raise NonFiniteError(
-        f"the log importance weight is infinite or NaN for {len(data)} of the data {first} to "
-        f"{first + log_weight.shape[1] - 1}: number {shown}; number {first + data[0]} has "
-        f"{int(wrong[data[0]])} such weights of {len(log_weight)}. Check the parameters and these data"
     )

@@ -52,7 +52,7 @@ class PerDatum:
             of its Monte Carlo error.
         log_evidence_mc_se: Its Monte Carlo error, by the delta method; see `weights.WeightSummary`.
         effective_sample_size: (Σ w_s)² / Σ w_s², from 1 to S.
-        pareto_k: Shape k̂ of the tail of w; see `weights.pareto_k`.
+        pareto_k: Shape k̂ of the tail of w; see `weights.pareto_smoothed`.
         unit_kl: KL of each latent unit, (N, U); see `units.Units`.
         unit_mean: Posterior mean of each latent unit, (N, U).
     """

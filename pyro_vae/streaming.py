@@ -21,7 +21,7 @@ from pyro_vae.data import Images
 from pyro_vae.randomness import isolated_generators
 from pyro_vae.svi import NonFiniteError
 
-__all__ = ["Pair", "chunk_sizes", "evaluating", "head", "observe", "parts"]
+__all__ = ["Pair", "chunk_sizes", "evaluating", "head", "observe", "parts", "require_finite"]
 
 _ROWS, _VALUES = 2**13, 2**22  # draws decoded at a time, and the numbers that they decode to
 _PARTICLES = 250  # of a datum at a time, so that encoding it costs little beside decoding them
@@ -111,3 +111,17 @@ def head(batches: Batches, count: int) -> Batches:
     data = batches.data
     part = data.subset(slice(count)) if isinstance(data, Images) else data[:count]
     return Batches(part, seed=batches.seed, device=batches.device)
+
+
+def require_finite(log_weight: Tensor, *, first: int) -> None:
+    """Refuse log weights (S, n), of the data from the one numbered `first` on, that are not all finite."""
+    wrong = (~log_weight.isfinite()).sum(0)
+    if not wrong.any():
+        return
+    data = wrong.nonzero().flatten().tolist()
+    shown = ", ".join(str(first + index) for index in data[:5]) + (", …" if len(data) > 5 else "")
+    raise NonFiniteError(
+        f"the log importance weight is infinite or NaN for {len(data)} of the data {first} to "
+        f"{first + log_weight.shape[1] - 1}: number {shown}; number {first + data[0]} has "
+        f"{int(wrong[data[0]])} such weights of {len(log_weight)}. Check the parameters and these data"
+    )

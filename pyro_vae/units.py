@@ -21,7 +21,7 @@ from torch.distributions import (
 from pyro_vae.pairs import Site
 from pyro_vae.particles import PairSites
 
-__all__ = ["Units", "units"]
+__all__ = ["Units", "by_datum", "marginals", "units"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def units(sites: PairSites) -> Units:
     kl, mean = [], []
     for name, latent in sites.latent.items():
         guide = sites.guide[name]
-        values = _by_datum(sites, guide, guide["value"])
+        values = _side_by_side(sites, guide, guide["value"])
         count = values.shape[-1]
         names += [name] if count == 1 else [f"{name}[{number}]" for number in range(count)]
-        kl.append(_by_datum(sites, guide, _kl(guide, latent)).mean(0).expand(values.shape[1:]))
-        mean.append(_by_datum(sites, guide, _mean(guide)).expand(values.shape))
+        kl.append(_side_by_side(sites, guide, _kl(guide, latent)).mean(0).expand(values.shape[1:]))
+        mean.append(_side_by_side(sites, guide, _mean(guide)).expand(values.shape))
     means = torch.cat(mean, dim=-1)
     return Units(
         names=names,
@@ -107,10 +107,17 @@ def _mean(guide: Site) -> Tensor:
         return guide["value"]
 
 
-def _by_datum(sites: PairSites, site: Site, values: Tensor) -> Tensor:
-    """Arrange numbers of a site, (*batch, *event), as (S, N, units)."""
-    event_shape = values.shape[values.dim() - site["fn"].event_dim :]
+def by_datum(sites: PairSites, site: Site, values: Tensor) -> Tensor:
+    """Arrange numbers of a site, (*batch, *event), as (S, N, *others, *event), with the batch's other dims.
+
+    S or another dimension of the batch may be 1 where the numbers do not depend on it.
+    """
     batch_shape = values.shape[: values.dim() - site["fn"].event_dim]
-    values = values.reshape((1,) * (sites.rank - len(batch_shape)) + batch_shape + event_shape)
-    values = values.movedim(sites.rank + sites.data_dim, 1)
+    values = values.reshape((1,) * (sites.rank - len(batch_shape)) + values.shape)
+    return values.movedim(sites.rank + sites.data_dim, 1)
+
+
+def _side_by_side(sites: PairSites, site: Site, values: Tensor) -> Tensor:
+    """Arrange numbers of a site as (S, N, units)."""
+    values = by_datum(sites, site, values)
     return values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1)

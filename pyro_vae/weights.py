@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.arviz_bridge import MIN_DRAWS, pareto_smooth
 
-__all__ = ["WeightSummary", "bound_by_particles", "pareto_k", "summarise_weights"]
+__all__ = ["WeightSummary", "bound_by_particles", "pareto_smoothed", "summarise_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class WeightSummary:
         standard_error: Of `log_mean`, by the delta method: the standard deviation of w over √S times its
             mean. Too small where `pareto_k` is above 0.7; NaN for S = 1.
         effective_sample_size: (Σ w_s)² / Σ w_s², from 1 to S.
-        pareto_k: See `pareto_k`.
+        pareto_k: Shape k̂ of the weights' tail; see `pareto_smoothed`.
     """
 
     log_mean: Tensor
@@ -43,7 +43,7 @@ def summarise_weights(log_weight: Tensor) -> WeightSummary:
         >>> summary.standard_error.round(decimals=4)  # √8 / (√2 · 3)
         tensor([0.0000, 0.6667], dtype=torch.float64)
     """
-    k = pareto_k(log_weight)
+    _, k = pareto_smoothed(log_weight)
     log_weight = log_weight.cpu().double()
     num_particles = len(log_weight)
     log_mean = log_weight.logsumexp(0) - math.log(num_particles)
@@ -56,26 +56,34 @@ def summarise_weights(log_weight: Tensor) -> WeightSummary:
     )
 
 
-def pareto_k(log_weight: Tensor) -> Tensor:
-    """Shape k̂ of the tail of each datum's weights, (N,), for their logarithms (S, N).
+def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Smooth the largest weights of each datum, (S, N) as logarithms, by a Pareto distribution of shape k̂.
 
-    Below 0.5 good, up to 0.7 usable; above it the draws miss much of what the weights are to make up for,
-    and neither their mean nor its error can be trusted.
+    k̂ below 0.5 is good, up to 0.7 usable; above it the draws miss much of what the weights are to make up
+    for, and neither their mean nor its error can be trusted.
 
     Returns:
-        Float64 on the CPU; 0 where all weights are equal up to rounding, +∞ where a few outweigh all others
-        beyond measure, NaN for fewer than 21 draws.
+        The smoothed log weights, (S, N), normalised; and k̂, (N,): 0 where the largest weights are equal up
+        to rounding, +∞ where a few outweigh all others beyond measure, NaN for fewer than 30 draws. Float64
+        on the CPU.
 
     Source: Y. Yao, A. Vehtari, D. Simpson, A. Gelman (2018), Yes, but did it work?: evaluating variational
     inference, arXiv:1802.02538.
     """
     rounding = 100 * torch.finfo(log_weight.dtype).eps
     log_weight = log_weight.cpu().double()
-    if len(log_weight) < MIN_DRAWS:
-        return log_weight.new_full(log_weight.shape[1:], math.nan)
-    k = torch.from_numpy(pareto_smooth(log_weight.T.contiguous().numpy())[1])
-    spread = log_weight.amax(0) - log_weight.amin(0)
-    return k.where(spread > rounding * log_weight.abs().amax(0).clamp(min=1), 0.0)
+    smoothed, k = log_weight.log_softmax(0), log_weight.new_full(log_weight.shape[1:], math.nan)
+    num_particles = len(log_weight)
+    if num_particles < MIN_DRAWS:
+        return smoothed, k
+    tail = math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles))) + 1
+    largest = log_weight.topk(tail, dim=0).values
+    uneven = largest[0] - largest[-1] > rounding * log_weight.abs().amax(0).clamp(min=1)
+    k[~uneven] = 0.0
+    if uneven.any():
+        fitted = pareto_smooth(log_weight[:, uneven].T.contiguous().numpy())
+        smoothed[:, uneven], k[uneven] = torch.from_numpy(fitted[0]).T, torch.from_numpy(fitted[1])
+    return smoothed, k
 
 
 def bound_by_particles(log_weight: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
