@@ -18,7 +18,6 @@ __all__ = ["Batches"]
 
 _ORDER, _BITS, _SPLIT = 10, 11, 12  # streams of random numbers
 _CHUNK = 4096  # data checked at a time
-_CHUNK = 4096  # data checked at a time
 
 
 class Batches:
@@ -54,6 +53,12 @@ class Batches:
                 "data must be a tensor (N, *event_shape) or pyro_vae.data.Images; "
                 f"got {type(data).__name__}: convert with torch.as_tensor or pyro_vae.data.from_array"
             )
+        if isinstance(data, Tensor):
+            if data.dim() == 0 or data.layout != torch.strided:
+                raise ValueError(
+                    f"data must be a dense tensor (N, *event_shape); got {data.layout} {tuple(data.shape)}"
+                )
+            data = data.detach()
         self.seed = seed
         self.device = torch.device(device)
         self.bits = torch.Generator(data.pixels.device if isinstance(data, Images) else data.device)
@@ -150,7 +155,7 @@ class Batches:
     def describe(self) -> dict[str, Any]:
         """Return plain values that tell these data from others: shape, binarisation and a check sum."""
         stored = self.data.pixels if isinstance(self.data, Images) else self.data
-        content = stored.detach().cpu().contiguous().numpy().tobytes()
+        content = stored.cpu().contiguous().flatten().view(torch.uint8).numpy()
         return {
             "shape": list(stored.shape),
             "binarize": self._binarisation,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from pyro_vae.files import replacing
@@ -44,27 +45,32 @@ def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> N
         >>> read(path, "example")
         {'weight': tensor([1., 1.])}
     """
-    _check_plain(content, "content")
+    content = _plain(content, "content")
     try:
         with replacing(path) as partial:
             torch.save({"format": f"pyro_vae {kind}", "version": _VERSION, "content": content}, partial)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = f"cannot write the checkpoint {path}: {error}. Free space or choose another folder"
-        raise OSError(f"{reason}; an earlier checkpoint of that name is untouched") from error
+        advice = "an earlier one of that name is untouched. Is the folder there, writable, with space left?"
+        raise OSError(f"cannot write the checkpoint {path}: {error}; {advice}") from error
 
 
-def _check_plain(value: Any, place: str) -> None:
+def _plain(value: Any, place: str) -> Any:
+    """Return the value with NumPy's numbers, and other kinds of number or word, as Python's own."""
     if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(item, f"{place}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{place}[{index}]")
-    elif not (value is None or isinstance(value, torch.Tensor | bool | int | float | str)):
-        raise TypeError(
-            f"{place} is a {type(value).__name__}; a checkpoint holds only tensors and plain values "
-            "(numbers, strings, booleans, None, and dicts, lists and tuples of these)"
-        )
+        return {key: _plain(item, f"{place}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item, f"{place}[{index}]") for index, item in enumerate(value))
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(
+        f"{place} is a {type(value).__name__}; a checkpoint holds only tensors and plain values "
+        "(numbers, strings, booleans, None, and dicts, lists and tuples of these)"
+    )
 
 
 def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device = "cpu") -> dict[str, Any]:

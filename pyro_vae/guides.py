@@ -70,7 +70,7 @@ class Guide(nn.Module, ABC):
         self.latent_dim = latent_dim
         self.output_sizes = self.sizes(latent_dim, **options)
         # one linear layer for all the heads: a single matrix product
-        self.network = network or MLP(
+        self.network = network if network is not None else MLP(
             math.prod(event_shape),
             sum(self.output_sizes),
             hidden_features=hidden_features,

@@ -1,7 +1,8 @@
 """Likelihoods p(x|z): modules that take latent vectors z and return a Pyro distribution over data.
 
 Notation: z (*, K) with K = latent_dim, x (*, *event_shape); * is any batch shape. Every density is
-normalised, so that losses of different likelihoods, and published figures, can be compared.
+normalised, so that losses compare with published figures, and with those of other likelihoods that are
+of the same kind: probabilities of discrete data, or densities of continuous data.
 """
 
 import math
@@ -66,11 +67,15 @@ class Likelihood(nn.Module, ABC):
             )
         self.latent_dim = latent_dim
         self.event_shape = tuple(event_shape)
-        self.network = network or MLP(
-            latent_dim,
-            self.num_parameters * math.prod(event_shape),
-            hidden_features=hidden_features,
-            activation=activation,
+        self.network = (
+            network
+            if network is not None
+            else MLP(
+                latent_dim,
+                self.num_parameters * math.prod(event_shape),
+                hidden_features=hidden_features,
+                activation=activation,
+            )
         )
 
     def outputs(self, z: Tensor) -> tuple[Tensor, ...]:

@@ -31,6 +31,10 @@ def derived_seed(seed: int, *key: int) -> int:
 @contextmanager
 def isolated_generators(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators of the CPU and of `device` within the block; restore them after it."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every other device too
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
         yield

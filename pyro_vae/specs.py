@@ -5,10 +5,13 @@ the arguments of its constructor; `spec` turns a module into nested plain values
 turns these back into a module, out of the marked classes alone.
 """
 
+import copy
 import functools
 import inspect
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from torch import nn
 
 __all__ = ["rebuild", "rebuildable", "spec"]
@@ -46,7 +49,11 @@ def rebuildable(cls: _Class) -> _Class:
         construct(self, *args, **kwargs)
         if type(self) is cls:
             arguments = signature.bind(self, *args, **kwargs).arguments
-            recorded = {"class": name, "arguments": dict(list(arguments.items())[1:])}  # without self
+            values = {
+                key: copy.copy(value) if isinstance(value, list) else value
+                for key, value in arguments.items()
+            }
+            recorded = {"class": name, "arguments": dict(list(values.items())[1:])}  # without self
             object.__setattr__(self, "_spec", recorded)
 
     cls.__init__ = record_and_construct  # type: ignore[method-assign]
@@ -57,12 +64,15 @@ def spec(module: nn.Module) -> dict[str, Any] | None:
     """Describe a module by nested plain values, or None where some part of it is not `rebuildable`.
 
     A part that stands in several places, such as a guide in a `VampPrior`, is described once, and
-    stays one part when it is rebuilt.
+    stays one part when it is rebuilt. None, too, for a module whose parts were exchanged since it was
+    built: its constructor's arguments no longer tell what it is.
     """
     try:
-        return _describe(module, {})
+        description = _describe(module, {})
     except TypeError:
         return None
+    with torch.random.fork_rng(devices=[]):  # fresh parameters are drawn
+        return description if str(rebuild(description)) == str(module) else None
 
 
 def _describe(module: nn.Module, numbers: dict[nn.Module, int]) -> dict[str, Any]:
@@ -71,7 +81,11 @@ def _describe(module: nn.Module, numbers: dict[nn.Module, int]) -> dict[str, Any
     recorded = getattr(module, "_spec", None)
     if recorded is None:
         raise TypeError(f"{type(module).__name__} is not rebuildable")
-    arguments = {name: _plain(value, numbers) for name, value in recorded["arguments"].items()}
+    arguments = recorded["arguments"]
+    given = [value for value in arguments.values() if isinstance(value, nn.Module)]
+    if not set(given) <= set(module.modules()):
+        raise TypeError(f"a part of {type(module).__name__} was exchanged")
+    arguments = {name: _plain(value, numbers) for name, value in arguments.items()}
     numbers[module] = len(numbers)
     return {"class": recorded["class"], "arguments": arguments}
 
@@ -81,6 +95,8 @@ def _plain(value: Any, numbers: dict[nn.Module, int]) -> Any:
         return _describe(value, numbers)
     if isinstance(value, list | tuple):
         return [_plain(item, numbers) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(f"{value!r} is no plain value")

@@ -35,7 +35,8 @@ class VAE(nn.Module):
 
     Sites: latent "z", observed "x", plate "data" over the batch. The parameters belong to the
     modules; Pyro's global parameter store is not used, so any number of VAEs, copies and pickles
-    train independently.
+    train independently, one at a time. (A `PyroModule` as a part keeps Pyro's own rules, by which it
+    shares parameters with others of the same names; `fit` keeps it apart while it trains.)
 
     Args:
         prior: Called with nothing, returns p(z) with event shape (K,). See `priors`.
@@ -151,8 +152,14 @@ class VAE(nn.Module):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point; got {x.dtype}. Convert with .float()")
-        with torch.no_grad(), isolated_generators(x.device, seed=0):
-            p = self.decode(self.prior().sample((1,)))
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            self.eval()  # so that no BatchNorm learns from this
+            with torch.no_grad(), isolated_generators(x.device, seed=0):
+                p = self.decode(self.prior().sample((1,)))
+        finally:
+            for module, training in modes:
+                module.training = training
         _covering(p, x)
         support = p.support
         while hasattr(support, "base_constraint"):
@@ -210,8 +217,10 @@ class VAE(nn.Module):
         def restore() -> VAE:
             vae = into
             if vae is None:
-                dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+                dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
                 vae = cast(VAE, rebuild(content["spec"])).to(device=device, dtype=dtype)
+            if content["spec"] is not None and spec(vae) not in (None, content["spec"]):
+                raise ValueError("the parts or their settings differ from those of `into`")
             vae.load_state_dict(state)
             return vae
 

@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -228,6 +229,34 @@ def test_a_vae_with_a_users_module_is_loaded_into_a_built_one(tmp_path):
     assert torch.equal(parameters(other), parameters(vae))
     with pytest.raises(pv.CheckpointError, match="another architecture"):
         pv.VAE.load(tmp_path / "vae.pt", into=make())
+
+
+def test_a_vae_with_an_exchanged_part_is_not_saved_as_what_it_was(tmp_path):
+    for exchange in (
+        lambda vae: vae.likelihood.network.__setitem__(2, nn.Tanh()),
+        lambda vae: setattr(vae, "likelihood", pv.likelihoods.Bernoulli(K, EVENT, hidden_features=(6,))),
+    ):
+        vae = make()
+        exchange(vae)
+        vae.save(tmp_path / "vae.pt")
+        with pytest.raises(pv.CheckpointError, match=r"into=vae"):
+            pv.VAE.load(tmp_path / "vae.pt")
+    make("Normal").save(tmp_path / "vae.pt")
+    with pytest.raises(pv.CheckpointError, match="parts or their settings differ"):
+        pv.VAE.load(tmp_path / "vae.pt", into=make("Poisson"))
+
+
+def test_numpy_arguments_and_an_empty_network_are_taken_as_given(tmp_path):
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(np.int64(6)),
+        likelihood=pv.likelihoods.Normal(6, (6,), variance=np.float64(0.5), network=nn.Sequential()),
+        guide=make().posterior,
+    )
+    assert not list(vae.likelihood.parameters())
+    simple = pv.likelihoods.Normal(K, EVENT, variance=np.float64(0.5))
+    vae = pv.VAE(prior=pv.priors.StandardNormal(np.int64(K)), likelihood=simple, guide=make().posterior)
+    vae.save(tmp_path / "vae.pt")
+    assert pv.VAE.load(tmp_path / "vae.pt").likelihood.scale == simple.scale
 
 
 @pytest.mark.parametrize(
