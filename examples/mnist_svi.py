@@ -3,6 +3,7 @@
     uv run examples/mnist_svi.py                      # MNIST, binarised afresh at each pass
     uv run examples/mnist_svi.py --conv --epochs 50   # convolutional networks
     uv run examples/mnist_svi.py --likelihood discretized-logistic --latent-dim 2
+    uv run examples/mnist_svi.py --estimator iwae --particles 10
     uv run examples/mnist_svi.py --resume             # continue after Ctrl-C
 
 The folder given by --output receives the trained model, its numbers and pictures.
@@ -11,13 +12,14 @@ The folder given by --output receives the trained model, its numbers and picture
 import argparse
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from tqdm import tqdm
 
 import pyro_vae as pv
@@ -29,7 +31,21 @@ LIKELIHOODS = {
     "normal": pv.likelihoods.Normal,
     "discretized-logistic": pv.likelihoods.DiscretizedLogistic,
 }
-ESTIMATORS = {"trace": Trace_ELBO, "trace-mean-field": TraceMeanField_ELBO}
+DISCRETE = (
+    "bernoulli",
+    "discretized-logistic",
+)  # their losses are probabilities, so they have a length in bits
+ESTIMATORS = {
+    "trace": lambda a: Trace_ELBO(a.particles, 1, vectorize_particles=a.particles > 1),
+    "trace-mean-field": lambda a: TraceMeanField_ELBO(a.particles, 1, vectorize_particles=a.particles > 1),
+    "iwae": lambda a: pv.IWAE(a.particles, a.groups),
+    "piwae": lambda a: pv.PIWAE(a.particles, a.groups),
+    "ciwae": lambda a: pv.CIWAE(a.alpha, a.particles),
+    "renyi": lambda a: pv.Renyi(a.alpha, a.particles),
+    "stl": lambda a: pv.STL(a.particles),
+    "dreg": lambda a: pv.DReG(a.particles),
+    "vimco": lambda a: pv.VIMCO(a.particles),
+}
 
 
 def build_vae(args: argparse.Namespace, image: tuple[int, int, int]) -> pv.VAE:
@@ -39,7 +55,7 @@ def build_vae(args: argparse.Namespace, image: tuple[int, int, int]) -> pv.VAE:
     if args.conv:
         channels, height, width = image
         decoder = pv.networks.ConvDecoder(K, (likelihood.num_parameters * channels, height, width))
-        encoder = pv.networks.ConvEncoder(image, guide.num_parameters * K)
+        encoder = pv.networks.ConvEncoder(image, sum(guide.sizes(K)))
         decoder_options, encoder_options = {"network": decoder}, {"network": encoder}
     else:
         decoder_options = {"hidden_features": args.hidden[::-1]}
@@ -53,12 +69,31 @@ def build_vae(args: argparse.Namespace, image: tuple[int, int, int]) -> pv.VAE:
     )
 
 
+def build_estimator(args: argparse.Namespace) -> ELBO:
+    """The bound that is maximised, with another weight on the KL where one is asked for."""
+    estimator = ESTIMATORS[args.estimator](args)
+    if args.beta == 1 and args.free_bits == 0:
+        return estimator
+    return pv.KLWeighted(estimator, args.beta, free_bits=args.free_bits)
+
+
+def load_data(args: argparse.Namespace) -> tuple[pv.data.Images, pv.data.Images]:
+    """Training and test images; of pictures of your own without a test set, every tenth is held out."""
+    options = {"root": args.data_root, "binarize": args.binarize, "seed": args.seed}
+    train = pv.data.load(args.dataset, split="train", **options)
+    try:
+        return train, pv.data.load(args.dataset, split="test", **options)
+    except pv.data.DataError:
+        if not Path(args.dataset).exists() or len(train) < 10:
+            raise
+        held_out = torch.arange(len(train)) % 10 == 0
+        return train.subset(~held_out), train.subset(held_out)
+
+
 def main() -> None:
     """Load, train, report, draw."""
     args = parse_arguments()
-    load = {"root": args.data_root, "binarize": args.binarize, "seed": args.seed}
-    train = pv.data.load(args.dataset, split="train", **load)
-    test = pv.data.load(args.dataset, split="test", **load)
+    train, test = load_data(args)
     epochs = args.epochs or (20 if len(train) > 10_000 else 100)  # some thousand steps either way
     dimensions = math.prod(train.shape[1:])
 
@@ -66,25 +101,26 @@ def main() -> None:
     vae = build_vae(args, tuple(train.shape[1:])).to(args.device)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{train.name}: {len(train):,} to train, {len(test):,} to test; {parameters:,} parameters")
-    print(
-        "ELBO in nats per image, higher is better, ± one standard error; bits per dimension, lower is better"
-    )
-    print(f"{'epoch':>5}  {'train ELBO':>17}  {'test ELBO':>17}  {'bits/dim':>8}  {'seconds':>7}")
+    print("ELBO in nats per image, higher is better, ± one standard error")
+    if args.estimator not in ("trace", "trace-mean-field", "stl"):
+        print(f"the column train is the bound of {build_estimator(args)}")
+    print(f"{'epoch':>5}  {'train':>17}  {'test ELBO':>17}  {'bits/dim':>8}  {'seconds':>7}")
+
+    def bits_per_dimension(elbo: float) -> float | None:
+        return -elbo / dimensions / math.log(2) if args.likelihood in DISCRETE else None
 
     def report(_: pv.VAE, epoch: pv.Epoch) -> None:
         tqdm.write(
             f"{epoch.epoch:>5}  {epoch.train_bound:>9.2f} ± {epoch.train_bound_se:<5.2f}"
             f"  {epoch.validation_elbo:>9.2f} ± {epoch.validation_elbo_se:<5.2f}"
-            f"  {-epoch.validation_elbo / dimensions / math.log(2):>8.4f}  {epoch.seconds:>7.1f}"
+            f"  {bits_per_dimension(epoch.validation_elbo) or math.nan:>8.4f}  {epoch.seconds:>7.1f}"
         )
 
     started = time.perf_counter()
     history = pv.fit(
         vae,
         train,
-        estimator=ESTIMATORS[args.estimator](
-            num_particles=args.particles, vectorize_particles=args.particles > 1, max_plate_nesting=1
-        ),
+        estimator=build_estimator(args),
         epochs=epochs,
         batch_size=args.batch_size,
         learning_rate=args.lr,
@@ -103,9 +139,9 @@ def main() -> None:
         "data": test.name,
         "binarize": test.binarize,
         "test_elbo": last.validation_elbo,
-        "test_elbo_se": last.validation_elbo_se,
-        "bits_per_dimension": -last.validation_elbo / dimensions / math.log(2),
-        "train_elbo": last.train_bound,
+        "test_elbo_se": last.validation_elbo_se if len(test) > 1 else None,
+        "bits_per_dimension": bits_per_dimension(last.validation_elbo),
+        "train_bound": last.train_bound,
         "epochs": len(history),
         "parameters": parameters,
         "training_images_per_second": len(train) * len(history) / sum(history.column("seconds")),
@@ -117,8 +153,9 @@ def main() -> None:
     rate = metrics["training_images_per_second"]
     print(f"\n{len(history)} epochs, {seconds:.0f} s, {rate:,.0f} images a second")
     print(
-        f"test ELBO {last.validation_elbo:.2f} ± {last.validation_elbo_se:.2f} nats per image, "
-        f"{metrics['bits_per_dimension']:.4f} bits per dimension ({test.name}, {len(test):,} images)"
+        f"test ELBO {last.validation_elbo:.2f} ± {last.validation_elbo_se:.2f} nats per image"
+        + (f", {metrics['bits_per_dimension']:.4f} bits per dimension" if args.likelihood in DISCRETE else "")
+        + f" ({test.name}, {len(test):,} images)"
     )
     print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
 
@@ -140,8 +177,11 @@ def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -
             "elbo": plots.training_curves(curves),
             "reconstructions": plots.reconstructions(shown, vae.reconstruct(shown).clamp(0, 1)),
             "samples": plots.image_grid(sample.clamp(0, 1), title="E[x|z] for z drawn from the prior"),
-            "latent": plots.latent_scatter(codes, test.labels),
         }
+        if codes.shape[1] > 1:
+            pictures["latent"] = plots.latent_scatter(codes, test.labels)
+        else:
+            pictures["latent"] = plots.aggregate_posterior(vae.encode(test[:1000].to(device)).sample())
         if codes.shape[1] == 2:
             axis = torch.linspace(-3, 3, 20, device=device)
             z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
@@ -177,7 +217,6 @@ def parse_arguments() -> argparse.Namespace:
         "--hidden",
         type=int,
         nargs="+",
-        default=[400],
         metavar="UNITS",
         help="hidden layers of the encoder; the decoder mirrors them (default: 400)",
     )
@@ -187,8 +226,20 @@ def parse_arguments() -> argparse.Namespace:
         "--estimator",
         choices=ESTIMATORS,
         default="trace-mean-field",
-        help="the ELBO with its KL drawn (trace) or in closed form (default: %(default)s)",
+        help="the bound: the ELBO with its KL drawn (trace) or in closed form (trace-mean-field), or one of "
+        "iwae, piwae, ciwae, renyi, stl, dreg, vimco (default: %(default)s)",
+        metavar="NAME",
     )
+    add(
+        "--groups",
+        type=int,
+        default=1,
+        metavar="G",
+        help="groups of particles, of iwae and piwae (default: 1)",
+    )
+    add("--alpha", type=float, default=0.5, help="α of renyi, weight of the ELBO in ciwae (default: 0.5)")
+    add("--beta", type=float, default=1.0, help="weight on the KL (default: 1); what is printed has weight 1")
+    add("--free-bits", type=float, default=0.0, help="bits a latent dimension may carry free (default: 0)")
     add(
         "--particles",
         type=int,
@@ -200,7 +251,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
     add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add(
         "--output",
         type=Path,
@@ -213,13 +264,20 @@ def parse_arguments() -> argparse.Namespace:
     if args.binarize is None:
         args.binarize = "dynamic" if args.likelihood == "bernoulli" else "none"
     args.binarize = None if args.binarize == "none" else args.binarize
-    for name in ("latent_dim", "particles", "epochs", "batch_size"):
+    if args.conv and args.hidden:
+        parser.error("--hidden goes without --conv, whose networks have their own layers")
+    args.hidden = args.hidden or [400]
+    for name in ("latent_dim", "particles", "groups", "epochs", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
+    try:
+        build_estimator(args)
+    except ValueError as error:
+        parser.error(f"--estimator {args.estimator}: {error}")
     return args
 
 
@@ -227,7 +285,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        again = " ".join(["uv run", *(word for word in sys.argv if word != "--resume"), "--resume"])
-        sys.exit(f"\n{interrupt or 'interrupted'}\nto continue: {again}")
+        again = shlex.join(["uv", "run", *(word for word in sys.argv if word != "--resume"), "--resume"])
+        sys.exit(f"\n{interrupt}\nto continue: {again}" if str(interrupt) else "\ninterrupted")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
