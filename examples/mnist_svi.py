@@ -124,6 +124,7 @@ def main() -> None:
         epochs=epochs,
         batch_size=args.batch_size,
         learning_rate=args.lr,
+        engine=args.engine,
         seed=args.seed,
         validation=test,
         callbacks=[report],
@@ -250,6 +251,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, help="passes over the data (default: 20, or 100 for small sets)")
     add("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
+    add(
+        "--engine",
+        choices=("eager", "traced"),
+        default="eager",
+        help="by Pyro at each step, or faster by the operations recorded in the first (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add(

@@ -50,6 +50,7 @@ class Run:
         seed: int,
         clip_norm: float | None,
         kl_warmup: float,
+        engine: str,
         directory: Path | None,
     ):
         parameters = [p for p in vae.parameters() if p.requires_grad]
@@ -76,6 +77,7 @@ class Run:
             "seed": seed,
             "clip_norm": clip_norm,
             "kl_warmup": kl_warmup,
+            "engine": engine,
         }
         if directory is not None:  # a check sum costs a pass over the data
             self.settings["data"] = train.describe()
@@ -83,7 +85,7 @@ class Run:
         if kl_warmup:
             warmup_steps = kl_warmup * self.steps_per_epoch
             estimator = KLWeighted(estimator, beta=lambda step: min(1.0, (step + 1) / warmup_steps))
-        self.svi = SVI(vae.model, vae.guide, self.optimizer, estimator, clip_norm=clip_norm)
+        self.svi = SVI(vae.model, vae.guide, self.optimizer, estimator, clip_norm=clip_norm, engine=engine)
         self.history = History()
         self.done: list[tuple[int, float]] = []  # length and bound of each batch of the epoch under way
         self.total = 0.0  # of the bounds of the data in them

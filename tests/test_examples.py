@@ -37,7 +37,16 @@ def run(monkeypatch, folder, *options):
         ("--latent-dim", "1", "--estimator", "trace", "--particles", "3"),
         ("--likelihood", "discretized-logistic", "--latent-dim", "2", "--estimator", "iwae", "--groups", "2"),
         ("--likelihood", "normal", "--conv", "--beta", "0.5", "--free-bits", "0.1", "--batch-size", "1000"),
-        ("--likelihood", "continuous-bernoulli", "--estimator", "dreg", "--particles", "2"),
+        (
+            "--likelihood",
+            "continuous-bernoulli",
+            "--estimator",
+            "dreg",
+            "--particles",
+            "2",
+            "--engine",
+            "traced",
+        ),
     ],
     ids=" ".join,
 )

@@ -217,6 +217,19 @@ def test_kl_warmup_weighs_the_kl_and_reports_the_elbo(estimator):
     )
 
 
+def test_the_traced_engine_trains_to_the_same_numbers():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(2)).double()
+    results = []
+    for engine in ("eager", "traced"):
+        vae = normal_vae().double()
+        options = {"epochs": 4, "batch_size": 20, "kl_warmup": 2, "clip_norm": 5.0, "progress": False}
+        history = pv.fit(vae, x, estimator=pv.IWAE(3), engine=engine, **options)
+        results.append((torch.tensor(history.column("train_bound")), state_of(vae)))
+    (eager, eager_state), (traced, traced_state) = results
+    torch.testing.assert_close(eager, traced, rtol=1e-10, atol=0)
+    torch.testing.assert_close(eager_state, traced_state, rtol=1e-8, atol=1e-10)
+
+
 def test_patience_stops_and_returns_to_the_best():
     vae = normal_vae()
     x = torch.randn(40, 4)
@@ -565,6 +578,7 @@ def test_training_works_beside_the_main_thread():
         ({"epochs": 0}, ValueError, "epochs must be at least 1; got 0"),
         ({"epochs": 2.5}, TypeError, "epochs must be an integer; got 2.5"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1; got 0"),
+        ({"engine": "warp"}, ValueError, "engine must be one of eager, traced.*got 'warp'"),
         ({"kl_warmup": math.nan}, ValueError, "kl_warmup"),
         ({"data": torch.tensor(1.0)}, ValueError, "dense tensor"),
         ({"seed": -1}, ValueError, "seed must be a non-negative integer; got -1"),
