@@ -308,11 +308,19 @@ class VIMCO(Estimator):
 
 
 def _leave_one_out(log_weight: Tensor) -> Tensor:
-    """Log mean weight (S, N), each particle's weight replaced by the geometric mean of the others'."""
+    """Log mean weight (S, N), each particle's weight replaced by the geometric mean of the others'.
+
+    Where the others' weights are all 0 it is 0 and not −∞: a baseline may be any number that does not depend
+    on the particle itself.
+    """
     num_particles = len(log_weight)
-    geometric_mean = (log_weight.sum(0) - log_weight) / (num_particles - 1)
     nothing = torch.full_like(log_weight[:1], -math.inf)
+    # summed from both ends, and not by subtraction: a weight of 0 is −∞ here, and −∞ − (−∞) is NaN
     before = torch.cat([nothing, log_weight.logcumsumexp(0)[:-1]])
     after = torch.cat([log_weight.flip(0).logcumsumexp(0).flip(0)[1:], nothing])
-    others = torch.logaddexp(before, after)
-    return torch.logaddexp(others, geometric_mean) - math.log(num_particles)
+    log_sum = torch.logaddexp(before, after)
+    before = torch.cat([torch.zeros_like(nothing), log_weight.cumsum(0)[:-1]])
+    after = torch.cat([log_weight.flip(0).cumsum(0).flip(0)[1:], torch.zeros_like(nothing)])
+    geometric_mean = (before + after) / (num_particles - 1)
+    baseline = torch.logaddexp(log_sum, geometric_mean) - math.log(num_particles)
+    return baseline.where(log_sum > -math.inf, 0.0)

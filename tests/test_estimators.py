@@ -305,10 +305,14 @@ def small_vae():
 
 
 class DiscretePair(torch.nn.Module):
-    """z1 in {0, 1, 2}, then z2 ~ N given z1, then x: a guide half of which is reparameterised, per datum."""
+    """z1 in {0, 1, 2}, then z2 ~ N given z1, then x: a guide half of which is reparameterised, per datum.
 
-    def __init__(self, times=1):
+    With a constraint, z1 = 0 is impossible under the model, though not under the guide.
+    """
+
+    def __init__(self, times=1, *, constrained=False):
         super().__init__()
+        self.constrained = constrained
         noise = torch.Generator().manual_seed(4)
 
         def parameter(*shape):
@@ -323,6 +327,8 @@ class DiscretePair(torch.nn.Module):
             z1 = pyro.sample("z1", dist.Categorical(logits=self.logits))
             z2 = pyro.sample("z2", dist.Normal(self.at(self.mean, z1), 1.0))
             pyro.sample("x", dist.Normal(self.slope * z2 + z1, 0.9), obs=x)
+            if self.constrained:
+                pyro.factor("possible", z1.double().log().clamp(max=0))
 
     def guide(self, x):
         with pyro.plate("data", len(x)):
@@ -362,17 +368,24 @@ def test_vimco_is_unbiased_for_discrete_and_mixed_sites():
         assert_within_standard_errors(-gradient.unflatten(0, (repeats, N)), exact)
 
 
-def test_vimcos_signal_is_what_a_particle_adds():
-    """As loops: the bound less the one with a particle's weight made the others' geometric mean."""
+@pytest.mark.parametrize(("constrained", "zeros"), [(False, [0, 0, 0]), (True, [2, 3, 1])])
+def test_vimcos_signal_is_what_a_particle_adds(constrained, zeros):
+    """As loops: the bound less the one with a particle's weight made the others' geometric mean.
+
+    Also where weights are 0: of some of the others, and of all of them, when there is no baseline.
+    """
     x, S = torch.tensor([0.4, -1.0, 2.5], dtype=torch.float64), 4
-    pair = DiscretePair()
+    pair = DiscretePair(constrained=constrained)
+    torch.manual_seed(17)
     terms = VIMCO(S).terms(pair.model, pair.guide, x)
     weight = terms.log_weight.detach().exp()
+    assert (weight == 0).sum(0).tolist() == zeros
     surrogate = terms.log_weight.logsumexp(0)
     for s in range(S):
         others = torch.cat([weight[:s], weight[s + 1 :]])
         without = (others.sum(0) + others.prod(0) ** (1 / (S - 1))) / S
-        surrogate = surrogate + (weight.mean(0).log() - without.log()) * terms.log_score_function[s]
+        baseline = torch.where(without > 0, without.log(), 0.0)
+        surrogate = surrogate + (weight.mean(0).log() - baseline) * terms.log_score_function[s]
     found, expected = (
         torch.autograd.grad(value.sum(), list(pair.parameters()), retain_graph=True)
         for value in (VIMCO(S).surrogate(terms), surrogate)
