@@ -21,7 +21,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
-from pyro_vae.pairs import Program, Site, Sites, analytic_kl, site_family
+from pyro_vae.pairs import Program, Site, Sites, kl_by_table, kl_fault, site_family
 from pyro_vae.particles import Terms, require_count, terms
 
 __all__ = ["Estimator", "KLWeighted"]
@@ -245,7 +245,7 @@ class KLWeighted(_Loss):
                 p = latent.get(name)
                 kl = None
                 if p is not None and isinstance(self.estimator, TraceMeanField_ELBO):
-                    kl = analytic_kl(q, p)
+                    kl = kl_by_table(q, p)
                 if kl is None:
                     total = total + _scaled(q["fn"].log_prob(q["value"]), q).sum()
                     if p is not None:
@@ -346,7 +346,7 @@ def _closed_kl(name: str, q: Site, p: Site, *, by_dimension: bool) -> Tensor:
     if by_dimension and all(isinstance(fn, Independent) for fn in pair):
         pair = pair[0].base_dist, pair[1].base_dist
     try:
-        if q["mask"] is not p["mask"] or (by_dimension and pair[0].event_dim > 0):
+        if kl_fault(q, p) or (by_dimension and pair[0].event_dim > 0):
             raise NotImplementedError
         kl = kl_divergence(*pair)
     except NotImplementedError:

@@ -4,11 +4,13 @@ A site is what Pyro records of one `pyro.sample`: its distribution, value, mask,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.inspect import get_dependencies
 from pyro.poutine.util import site_is_subsample
@@ -23,6 +25,8 @@ __all__ = [
     "check_mean_field",
     "check_sites",
     "data_plate",
+    "kl_by_table",
+    "kl_fault",
     "run",
     "sample_sites",
     "shared_scale",
@@ -38,10 +42,11 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
     """Refuse a pair for which `pyro.infer.TraceMeanField_ELBO` is wrong.
 
     That estimator adds up the KLs of single sites. This is right if, for every latent site z, none of the
-    sites that the model draws z from depends on z in the guide; and its gradient is right if every draw of
-    the guide is reparameterised. Pyro warns of the first, and only while its validation is on. Sites drawn
-    in the same order in both need no closer look. Otherwise their dependencies are tracked through one more
-    run of each; writing draws into a tensor in place (`buffer[..., 0] = z`) escapes that tracking.
+    sites that the model draws z from depends on z in the guide, and if each KL is that of its site, see
+    `kl_fault`; and its gradient is right if every draw of the guide is reparameterised. Pyro warns of the
+    first, and only while its validation is on. Sites drawn in the same order in both need no closer look.
+    Otherwise their dependencies are tracked through one more run of each; writing draws into a tensor in
+    place (`buffer[..., 0] = z`) escapes that tracking.
 
     Random numbers are left as they were. Arguments as for `terms`.
 
@@ -76,6 +81,11 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
                     "is not reparameterised, so its gradient would be lost; use Trace_ELBO, or VIMCO"
                 )
         latent = [name for name, site in model_sites.items() if not site["is_observed"]]
+        for name in (name for name in latent if name in guide_sites):
+            pair = guide_sites[name], model_sites[name]
+            fault = kl_fault(*pair)
+            if fault and kl_by_table(*pair) is not None:
+                raise ValueError(f"TraceMeanField_ELBO is wrong here: at {name!r}, {fault}; use Trace_ELBO")
         if latent == [name for name in guide_sites if name in latent]:
             return
         model_parents = get_dependencies(model, data, kwargs)["prior_dependencies"]
@@ -113,21 +123,34 @@ def sample_sites(trace: poutine.Trace) -> Sites:
 
 def site_family(site: Site) -> str:
     """Name the family of a site's distribution."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__
+    *_, innermost = _layers(site)
+    return type(innermost).__name__
 
 
 def analytic_kl(guide_site: Site, model_site: Site) -> Tensor | None:
     """KL of a latent site's two distributions, masked, in their batch shape; None where it is not known."""
-    if guide_site["mask"] is not model_site["mask"]:
-        return None
+    kl = kl_by_table(guide_site, model_site)
+    return None if kl is None or kl_fault(guide_site, model_site) else kl
+
+
+def kl_by_table(guide_site: Site, model_site: Site) -> Tensor | None:
+    """KL by `kl_divergence` and the guide's mask, right or wrong, as `TraceMeanField_ELBO` takes it."""
     try:
         kl = kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:
         return None
     return scale_and_mask(torch.as_tensor(kl), 1.0, guide_site["mask"])
+
+
+def kl_fault(guide_site: Site, model_site: Site) -> str | None:
+    """Say why what `kl_divergence` gives for a site is not its E[log q − log p], if it is not."""
+    masks = zip_longest(_masks(guide_site), _masks(model_site))
+    if not all(mask is other or _same_mask(mask, other) for mask, other in masks):
+        return "guide and model carry different masks, and its KL has but one"
+    *_, innermost = _layers(guide_site)
+    if isinstance(innermost, Delta) and innermost.log_density.any():
+        return "the guide's Delta carries a log_density, which its KL leaves out"
+    return None
 
 
 def check_sites(latent: Sites, observed: Sites, guide_sites: Sites) -> None:
@@ -204,6 +227,25 @@ def _labelled(guide_sites: Sites, model_sites: Sites) -> list[tuple[str, Site]]:
     return [(f"the guide's site {name!r}", site) for name, site in guide_sites.items()] + [
         (f"the model's site {name!r}", site) for name, site in model_sites.items()
     ]
+
+
+def _layers(site: Site) -> Iterator[Any]:
+    """The distribution of a site and what it wraps, from the outside in."""
+    fn = site["fn"]
+    yield fn
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+        yield fn
+
+
+def _masks(site: Site) -> list[Tensor | bool | None]:
+    """The masks of a site: by `poutine.mask`, and by `.mask` of its distribution."""
+    return [site["mask"], *(fn._mask for fn in _layers(site) if isinstance(fn, MaskedDistribution))]
+
+
+def _same_mask(a: Tensor | bool | None, b: Tensor | bool | None) -> bool:
+    a, b = (torch.as_tensor(True if mask is None else mask) for mask in (a, b))
+    return bool((a == b).all())
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:

@@ -76,9 +76,10 @@ class Terms:
 
         The sum of the sites' KLs. Where a site's distributions depend on the draws of others, its KL does
         too, and the mean over the particles is given: an unbiased estimate that varies less than a sampled
-        KL. None where torch knows no KL for a site's two distributions, where the two carry different masks,
-        where the guide has auxiliary sites, and where guide and model draw their sites in different order (a
-        site's prior might then depend on its descendants in the guide, and the sum would be wrong).
+        KL. None where torch knows no KL for a site's two distributions, where the two carry different masks
+        or the guide's is a Delta with a density, where the guide has auxiliary sites, and where guide and
+        model draw their sites in different order (a site's prior might then depend on its descendants in the
+        guide, and the sum would be wrong).
         """
         guide_sites, latent = self.sites.guide, self.sites.latent
         if list(guide_sites) != list(latent):

@@ -407,6 +407,29 @@ def masked_guide(x):
         pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
 
 
+def delta_guide(log_density):
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Delta(x[:, :K], log_density=zeros(()) + log_density, event_dim=1))
+
+    return guide
+
+
+def masked_pair(guide_mask, model_mask):
+    """A pair whose distributions, and not its sites, are masked."""
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1).mask(model_mask))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1).mask(guide_mask))
+
+    return no_kl(model, guide)
+
+
 NORMAL = dist.Normal(zeros(K), 1.0).to_event(1)
 TRANSFORMED = dist.TransformedDistribution(NORMAL, [dist.transforms.AffineTransform(0.0, 2.0, event_dim=1)])
 
@@ -419,13 +442,34 @@ TRANSFORMED = dist.TransformedDistribution(NORMAL, [dist.transforms.AffineTransf
         pair_of(dist.StudentT(zeros(K) + 5.0).to_event(1), NORMAL),
         pair_of(TRANSFORMED, NORMAL),
         no_kl(Flat.model, masked_guide),
+        masked_pair(MASK, ~MASK),
+        masked_pair(MASK, True),
+        no_kl(Flat.model, delta_guide(0.3)),
     ],
-    ids=["other order", "auxiliary site", "StudentT", "transformed", "mask of one alone"],
+    ids=[
+        "other order",
+        "auxiliary site",
+        "StudentT",
+        "transformed",
+        "mask of one alone",
+        "other masks of distributions",
+        "mask of one distribution",
+        "Delta with a density",
+    ],
 )
 def test_no_kl_where_none_is_valid(pair):
     found = of(pair)
     assert found.kl is None
     assert torch.equal(found.elbo, found.log_weight)
+
+
+def test_kl_of_distributions_with_one_mask():
+    torch.testing.assert_close(of(masked_pair(MASK, MASK)).kl, of(Flat).kl * MASK, rtol=1e-12, atol=0)
+
+
+def test_kl_of_a_delta_is_what_its_only_draw_gives():
+    found = of(no_kl(Flat.model, delta_guide(0.0)))
+    torch.testing.assert_close(found.log_likelihood - found.kl, found.log_weight, rtol=1e-12, atol=0)
 
 
 # The mean-field condition -----------------------------------------------------------------------------------
@@ -481,6 +525,45 @@ def test_check_mean_field_sees_through_a_chain():
 
     with pytest.raises(ValueError, match=r"draws 'z2' given 'z1', but the guide draws 'z1' given 'z2'"):
         check_mean_field(Hierarchical.model, guide, X)
+
+
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [
+        (no_kl(Flat.model, masked_guide), "at 'z', guide and model carry different masks.*use Trace_ELBO"),
+        (masked_pair(MASK, ~MASK), "guide and model carry different masks"),
+        (masked_pair(MASK, True), "guide and model carry different masks"),
+        (no_kl(Flat.model, delta_guide(0.3)), "the guide's Delta carries a log_density"),
+    ],
+    ids=["sites' masks", "distributions' masks", "mask of one distribution", "Delta with a density"],
+)
+def test_check_mean_field_refuses_a_kl_that_is_not_its_sites(pair, fault):
+    sampled, by_table = (
+        estimator(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(
+            pair.model, pair.guide, X
+        )
+        for estimator in (Trace_ELBO, TraceMeanField_ELBO)
+    )
+    assert abs(sampled - by_table) > 0.5  # some tens of standard errors
+    with pytest.raises(ValueError, match=fault):
+        check_mean_field(pair.model, pair.guide, X)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        masked_pair(MASK, MASK.clone()),
+        no_kl(poutine.mask(Flat.model, mask=MASK), masked_guide),
+        no_kl(Flat.model, delta_guide(0.0)),
+        no_kl(
+            Flat.model,
+            poutine.mask(pair_of(dist.StudentT(zeros(K) + 5.0).to_event(1), NORMAL).guide, mask=MASK),
+        ),
+    ],
+    ids=["distributions' masks", "sites' masks", "Delta", "other masks, but no KL in closed form"],
+)
+def test_check_mean_field_accepts_a_kl_that_is_its_sites(pair):
+    check_mean_field(pair.model, pair.guide, X)
 
 
 def test_check_mean_field_refuses_sites_that_are_not_reparameterised():
