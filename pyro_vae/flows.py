@@ -66,8 +66,8 @@ class FlowDistribution(TorchDistribution):
 
     Args:
         flow: What a zuko flow returns, of batch shape (*,) and event shape (K,).
-        loc: (*, K) or a number.
-        scale: Positive, (*, K) or a number.
+        loc: (*, K), or what broadcasts to it, such as a number.
+        scale: Positive, of shapes as `loc`.
 
     Example:
         >>> flow = build_flow("iaf", 3, num_transforms=2, hidden_features=(8,))
@@ -89,7 +89,7 @@ class FlowDistribution(TorchDistribution):
         validate_args: bool | None = None,
     ):
         self.flow = flow
-        self.loc, self.scale = loc, torch.as_tensor(scale)
+        self.loc, self.scale = loc, scale
         self._draw: tuple[Tensor | None, Tensor | None] = (None, None)
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
 
@@ -104,7 +104,7 @@ class FlowDistribution(TorchDistribution):
         """Draw z, of shape (*sample_shape, *batch_shape, K), differentiable in all parameters."""
         bent, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
         z = self.loc + self.scale * bent
-        self._draw = z, log_prob - self.scale.log().sum(-1)
+        self._draw = z, log_prob - self._log_stretch(bent)
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -115,7 +115,13 @@ class FlowDistribution(TorchDistribution):
         # a density computed under no_grad has lost its gradient, and may be wanted with one
         if value is draw and log_prob is not None and (log_prob.requires_grad or not torch.is_grad_enabled()):
             return log_prob
-        return self.flow.log_prob((value - self.loc) / self.scale) - self.scale.log().sum(-1)
+        bent = (value - self.loc) / self.scale
+        return self.flow.log_prob(bent) - self._log_stretch(bent)
+
+    def _log_stretch(self, bent: Tensor) -> Tensor:
+        """Log determinant of the scaling: a sum over all K dimensions, of a scale that they share too."""
+        scale = torch.as_tensor(self.scale, dtype=bent.dtype, device=bent.device)
+        return scale.expand_as(bent).log().sum(-1)
 
 
 def _import_zuko() -> ModuleType:

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from parts import plane
 from torch.distributions import Distribution
 
 from pyro_vae.flows import FLOWS, FlowDistribution, build_flow
@@ -46,6 +47,19 @@ def test_a_density_remembered_without_gradient_is_computed_where_one_is_wanted()
     with torch.no_grad():
         assert q.log_prob(z) is q.log_prob(z)
     assert q.log_prob(z).requires_grad
+
+
+@pytest.mark.parametrize(
+    "scale", [0.7, torch.tensor(0.7), torch.tensor([0.7]).double(), torch.tensor([0.7, 1.2]).double()]
+)
+def test_a_scaled_density_integrates_to_one_whatever_the_shape_of_the_scale(scale):
+    built = build_flow("maf", 2, num_transforms=2, hidden_features=()).double()  # smooth: no ReLU
+    q = FlowDistribution(built(), 0.3, scale)
+    z, area = plane()
+    with torch.no_grad():
+        assert (q.log_prob(z).exp().sum() * area).item() == pytest.approx(1, abs=1e-8)
+        draws = q.sample((S,))
+        torch.testing.assert_close(q.log_prob(draws), q.log_prob(draws.clone()), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("flow", FLOWS)
