@@ -91,6 +91,11 @@ class PIWAE(IWAE):
     def __init__(self, num_particles: int, num_groups: int, *, max_plate_nesting: int = 1):
         super().__init__(num_particles, num_groups, max_plate_nesting=max_plate_nesting)
 
+    @property
+    def is_elbo(self) -> bool:
+        """Whether it is; the groups are not averaged."""
+        return self.num_particles * self.num_groups == 1
+
     def bound(self, terms: Terms) -> Tensor:
         """Take the log mean weight of all particles."""
         return log_mean_exp(terms.log_weight)
@@ -215,6 +220,11 @@ class STL(Estimator):
         >>> STL()
         STL(1)
     """
+
+    @property
+    def is_elbo(self) -> bool:
+        """Whether it is: always, for the particles are averaged."""
+        return True
 
     def bound(self, terms: Terms) -> Tensor:
         """Average the log weights."""

@@ -65,6 +65,11 @@ class Estimator(_Loss):
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         self.num_groups = num_groups
 
+    @property
+    def is_elbo(self) -> bool:
+        """Whether the bound is the ELBO: of one particle, or of groups of one that are averaged."""
+        return self.num_particles == 1
+
     @abstractmethod
     def bound(self, terms: Terms) -> Tensor:
         """Reduce terms (S · G, N) to the bound's estimate, (N,), in nats per datum."""
@@ -124,8 +129,9 @@ class KLWeighted(_Loss):
     β = 1 and without free bits, on the same draws. So what is logged is comparable all through a schedule,
     and is a bound on log p(x). `objective` gives the weighted value.
 
-    In a multi-sample bound β weighs log p(z) − log q(z|x) within each log w. With free bits, a latent
-    dimension (or z as a whole) whose KL, averaged over the batch, is below λ is not pushed further down.
+    In a multi-sample bound β weighs log p(z) − log q(z|x) within each log w. With free bits, which only the
+    ELBO can have, a latent dimension (or z as a whole) whose KL, averaged over the batch, is below λ is not
+    pushed further down. (A bound of S particles pulls on the KL about 1/S as much: λ would push it up.)
 
     Args:
         estimator: An `Estimator`, or Pyro's `Trace_ELBO` or `TraceMeanField_ELBO`.
@@ -136,8 +142,9 @@ class KLWeighted(_Loss):
 
     Raises:
         TypeError: If the estimator is another, or β neither a number nor a function.
-        ValueError: If β or `free_bits` is negative or not finite; when differentiated with free bits, if
-            the KL of a latent site has no closed form, or none by dimensions.
+        ValueError: If β or `free_bits` is negative or not finite; with free bits, if the estimator's bound
+            is not the ELBO, and when differentiated, if the KL of a latent site has no closed form, or none
+            by dimensions.
 
     Source:
         I. Higgins et al. (2017), beta-VAE; S. R. Bowman et al. (2016), Generating sentences from a continuous
@@ -170,6 +177,11 @@ class KLWeighted(_Loss):
         _require_weight("free_bits", free_bits)
         if per not in ("dimension", "total"):
             raise ValueError(f'per must be "dimension" or "total"; got {per!r}')
+        if free_bits and isinstance(estimator, Estimator) and not estimator.is_elbo:
+            raise ValueError(
+                f"free bits are for the ELBO, but {estimator!r} has the KL within its weights, whose pull on "
+                "it is another: wrap Trace_ELBO, TraceMeanField_ELBO, STL, or IWAE(1, num_groups=...)"
+            )
         super().__init__(num_particles=estimator.num_particles, retain_graph=estimator.retain_graph)
         self.estimator = estimator
         self.schedule = beta

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -603,12 +604,13 @@ def test_a_schedule_is_asked_once_a_gradient():
     "inner",
     [
         IWAE(1),
-        IWAE(4),
+        IWAE(1, 4),
+        STL(4),
         TraceMeanField_ELBO(),
         Trace_ELBO(num_particles=2),
         Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
     ],
-    ids=lambda e: f"{type(e).__name__}({e.num_particles})",
+    ids=lambda e: f"{type(e).__name__}({e.num_particles}, {getattr(e, 'num_groups', 1)})",
 )
 @pytest.mark.parametrize("per", ["dimension", "total"])
 def test_free_bits(inner, per):
@@ -637,7 +639,7 @@ def test_free_bits(inner, per):
         torch.testing.assert_close(new - old, gradient, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("inner", [IWAE(2), Trace_ELBO()], ids=["IWAE", "Trace_ELBO"])
+@pytest.mark.parametrize("inner", [IWAE(1, 2), Trace_ELBO()], ids=["IWAE", "Trace_ELBO"])
 @pytest.mark.parametrize("per", ["dimension", "total"])
 def test_free_bits_of_several_sites(inner, per):
     """Two sites, one masked and of two dimensions; their KLs, ½ m², averaged over what is not masked."""
@@ -687,10 +689,27 @@ def test_free_bits_hold_the_kl_at_its_threshold():
 def test_free_bits_need_a_kl_in_closed_form():
     x, _, pair = linear_gaussian(K=2, exact=False)
     with pytest.raises(ValueError, match="'z' in closed form by dimensions.*MultivariateNormal"):
-        KLWeighted(IWAE(2), 1.0, free_bits=1.0).differentiable_loss(pair.model, pair.guide, x)
+        KLWeighted(IWAE(1), 1.0, free_bits=1.0).differentiable_loss(pair.model, pair.guide, x)
     chain, y = Chain(bottom_up=True), torch.zeros(N, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"guide draws \['z2', 'z1'\] and the model \['z1', 'z2'\]"):
         KLWeighted(Trace_ELBO(), 1.0, free_bits=1.0).differentiable_loss(chain.model, chain.guide, y)
+
+
+@pytest.mark.parametrize(
+    "estimator", [IWAE(2), PIWAE(1, 2), CIWAE(0.5, 2), Renyi(0.5, 2), DReG(2), VIMCO(2)], ids=repr
+)
+def test_free_bits_are_refused_where_the_bound_is_not_the_elbo(estimator):
+    with pytest.raises(ValueError, match=f"free bits are for the ELBO, but {re.escape(repr(estimator))}"):
+        KLWeighted(estimator, 1.0, free_bits=0.1)
+
+
+@pytest.mark.parametrize("estimator", [IWAE(1, 3), PIWAE(1, 1), Renyi(0.5, 1), DReG(1), STL(3)], ids=repr)
+def test_whose_bound_is_the_elbo(estimator):
+    x, _, pair = linear_gaussian(K=2, exact=False)
+    terms = estimator.terms(pair.model, pair.guide, x)
+    assert_same(estimator.bound(terms), terms.log_weight.mean(0))
+    assert estimator.is_elbo
+    KLWeighted(estimator, 1.0, free_bits=0.1)
 
 
 # Subsampling ------------------------------------------------------------------------------------------------
@@ -818,8 +837,8 @@ def test_a_nan_is_warned_of():
         (KLWeighted(DReG(5), 0.5), "KLWeighted(DReG(5), 0.5)"),
         (KLWeighted(Trace_ELBO(), lambda step: 1.0), "KLWeighted(Trace_ELBO(1), schedule)"),
         (
-            KLWeighted(IWAE(5), 1.0, free_bits=0.1, per="total"),
-            "KLWeighted(IWAE(5), 1.0, free_bits=0.1, per='total')",
+            KLWeighted(STL(5), 1.0, free_bits=0.1, per="total"),
+            "KLWeighted(STL(5), 1.0, free_bits=0.1, per='total')",
         ),
     ],
 )
