@@ -58,7 +58,7 @@ class ContinuousBernoulli(TorchDistribution):
         """Draw by the inverse of the distribution function, for −|η|, mirrored where η > 0."""
         shape = self._extended_shape(sample_shape)
         u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
-        negative = -self.logits.abs()
+        negative = torch.where(self.logits > 0, -self.logits, self.logits)  # abs has slope 0 at 0
         flat = negative > -1e-3  # the uniform's first-order correction, where 0 / 0 threatens
         safe = torch.where(flat, -1.0, negative)
         steep = torch.log1p(u * torch.expm1(safe)) / safe

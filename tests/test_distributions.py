@@ -50,6 +50,15 @@ def test_continuous_bernoulli_samples_have_the_stated_mean(logit):
     assert abs(draws.mean() - p.mean) < 5 * draws.std() / math.sqrt(len(draws))
 
 
+@pytest.mark.parametrize("logit", [-30.0, -0.5, 0.0, 5e-4, 2.0, 80.0])
+def test_continuous_bernoulli_draws_carry_the_gradient_of_the_mean(logit):
+    logits = torch.full((40_000,), logit, dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(ContinuousBernoulli(logits).rsample().sum(), logits)
+    at = torch.tensor(logit, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(ContinuousBernoulli(at).mean, at)
+    assert abs(slopes.mean() - expected) < 5 * slopes.std() / math.sqrt(len(slopes))
+
+
 def test_continuous_bernoulli_samples_follow_the_distribution_function():
     p = ContinuousBernoulli(torch.tensor(-2.0, dtype=torch.float64))
     draws = p.sample((40_000,))
