@@ -155,7 +155,7 @@ class Batches:
     def describe(self) -> dict[str, Any]:
         """Return plain values that tell these data from others: shape, binarisation and a check sum."""
         stored = self.data.pixels if isinstance(self.data, Images) else self.data
-        content = stored.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        content = stored.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return {
             "shape": list(stored.shape),
             "binarize": self._binarisation,

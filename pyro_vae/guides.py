@@ -70,12 +70,10 @@ class Guide(nn.Module, ABC):
         self.latent_dim = latent_dim
         self.output_sizes = self.sizes(latent_dim, **options)
         # one linear layer for all the heads: a single matrix product
-        self.network = network if network is not None else MLP(
-            math.prod(event_shape),
-            sum(self.output_sizes),
-            hidden_features=hidden_features,
-            activation=activation,
-        )
+        if network is None:
+            sizes = math.prod(event_shape), sum(self.output_sizes)
+            network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
+        self.network = network
 
     @staticmethod
     @abstractmethod

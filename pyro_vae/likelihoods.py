@@ -67,16 +67,10 @@ class Likelihood(nn.Module, ABC):
             )
         self.latent_dim = latent_dim
         self.event_shape = tuple(event_shape)
-        self.network = (
-            network
-            if network is not None
-            else MLP(
-                latent_dim,
-                self.num_parameters * math.prod(event_shape),
-                hidden_features=hidden_features,
-                activation=activation,
-            )
-        )
+        if network is None:
+            size = self.num_parameters * math.prod(event_shape)
+            network = MLP(latent_dim, size, hidden_features=hidden_features, activation=activation)
+        self.network = network
 
     def outputs(self, z: Tensor) -> tuple[Tensor, ...]:
         """Run the network: z (*, K) to `num_parameters` tensors of shape (*, *event_shape).
