@@ -15,6 +15,8 @@ The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
 from pyro_vae import data, guides, likelihoods, networks, plots, priors
 from pyro_vae.annealing import annealed_importance_sampling
 from pyro_vae.checkpoints import CheckpointError
+from pyro_vae.comparison import compare_estimators
+from pyro_vae.comparison_report import Comparison
 from pyro_vae.compatibility import GuideError, GuideReport, check_guide
 from pyro_vae.estimators import (
     CIWAE,
@@ -46,6 +48,7 @@ __all__ = [
     "VAE",
     "VIMCO",
     "CheckpointError",
+    "Comparison",
     "DReG",
     "Epoch",
     "Evaluation",
@@ -60,6 +63,7 @@ __all__ = [
     "annealed_importance_sampling",
     "check_guide",
     "check_mean_field",
+    "compare_estimators",
     "data",
     "evaluate",
     "fit",

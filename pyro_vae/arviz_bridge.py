@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     import xarray
+    from matplotlib.axes import Axes
 
-__all__ = ["MIN_DRAWS", "arviz_version", "inference_data", "pareto_smooth", "write_netcdf"]
+__all__ = ["MIN_DRAWS", "arviz_version", "forest", "inference_data", "pareto_smooth", "write_netcdf"]
 
 MIN_DRAWS = 30  # a fifth make the tail that a Pareto distribution is fitted to: ArviZ 1.x wants six
 
@@ -64,6 +65,41 @@ def write_netcdf(data: Any, path: Path) -> None:
         if group.data_vars
     }
     data.to_netcdf(path, engine="h5netcdf", encoding=encoding)
+
+
+def forest(data: Any, variable: str, dimension: str) -> "Axes":
+    """Draw the means of a posterior variable along a dimension, a row each, and their 94 % intervals.
+
+    Args:
+        data: What `inference_data` gave, with a group "posterior".
+        variable: Its variable, of the dimensions chain, draw and `dimension`.
+        dimension: What the rows are.
+
+    Returns:
+        The Axes of a new figure, which pyplot does not know.
+    """
+    arviz = _arviz()
+    size = (8.0, 1.2 + 0.3 * data["posterior"].sizes[dimension])
+    if _is_generation_0():
+        from matplotlib.figure import Figure  # noqa: PLC0415 (slow)
+
+        axes = Figure(size, dpi=150, layout="constrained").add_subplot()
+        labeller = arviz.labels.NoVarLabeller()
+        options = {"combined": True, "hdi_prob": 0.94, "labeller": labeller, "textsize": 9, "ax": axes}
+        return arviz.plot_forest(data, var_names=[variable], **options)[0]
+    plots = arviz.plot_forest(
+        data,
+        var_names=[variable],
+        combined=True,
+        labels=[dimension],
+        point_estimate="mean",
+        ci_kind="hdi",
+        ci_probs=(0.5, 0.94),
+        backend="matplotlib",
+        figure_kwargs={"figsize": size, "dpi": 150, "layout": "constrained"},
+    )
+    importlib.import_module("matplotlib.pyplot").close(plots.viz["figure"].item())
+    return plots.viz["plot"].sel(column="forest").item()
 
 
 def _is_generation_0() -> bool:
