@@ -1,5 +1,6 @@
 """The seven properties that every estimator must have, and what each is known for by itself."""
 
+import contextlib
 import itertools
 import math
 import re
@@ -569,6 +570,36 @@ def test_weighted_pyro_estimators(make, vectorize):
         )
 
 
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("make", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("by", ["site", "distribution"])
+def test_the_reported_value_of_a_masked_pair_is_the_wrapped_estimators(make, vectorize, by):
+    """Of unlike masks too, where TraceMeanField_ELBO is wrong: its own value, if not one to be trusted."""
+    x = torch.randn(4)
+    masks = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    guide_mask, model_mask = masks if by == "distribution" else (masks[0], masks[0])
+
+    def draw(loc, mask):
+        q = dist.Normal(loc, 0.6).to_event(1)
+        with poutine.mask(mask=mask if by == "site" else True):
+            return pyro.sample("z", q.mask(mask) if by == "distribution" else q)
+
+    def model(x):
+        with poutine.scale(scale=2.5), pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(draw(torch.zeros(2), model_mask).sum(-1), 1.0), obs=x)
+
+    def guide(x):
+        with poutine.scale(scale=2.5), pyro.plate("data", len(x)):
+            draw(torch.tensor([1.0, -2.0]), guide_mask)
+
+    inner = make(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=1)
+    values = []
+    for estimator in (inner, KLWeighted(inner, 0.3)):
+        torch.manual_seed(0)
+        values.append(estimator.differentiable_loss(model, guide, x))
+    assert_same(*values, tolerance=1e-5)
+
+
 def test_guides_that_hold_no_kl_to_weigh_are_refused():
     x, _, pair = linear_gaussian(K=2, exact=False)
     estimator = KLWeighted(Trace_ELBO(), 0.5)
@@ -693,6 +724,32 @@ def test_free_bits_need_a_kl_in_closed_form():
     chain, y = Chain(bottom_up=True), torch.zeros(N, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"guide draws \['z2', 'z1'\] and the model \['z1', 'z2'\]"):
         KLWeighted(Trace_ELBO(), 1.0, free_bits=1.0).differentiable_loss(chain.model, chain.guide, y)
+
+
+@pytest.mark.parametrize(
+    "estimator", [STL(2, max_plate_nesting=2), Trace_ELBO(max_plate_nesting=2)], ids=["STL", "Trace_ELBO"]
+)
+def test_free_bits_need_one_mask_and_one_plate(estimator):
+    x = torch.randn(4)
+
+    def program(*, mask=True, frames=1, observe=False):
+        def run(x):
+            plates = pyro.plate("data", len(x), dim=-1), pyro.plate("frames", frames, dim=-2)
+            with plates[0], plates[1] if frames > 1 else contextlib.nullcontext():
+                with poutine.mask(mask=mask):
+                    z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+                if observe:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        return run
+
+    weighted = KLWeighted(estimator, 1.0, free_bits=0.1)
+    weighted.differentiable_loss(program(observe=True), program(), x)
+    mask = torch.tensor([True, False, True, True])
+    with pytest.raises(ValueError, match="free bits need the KL of the site 'z' in closed form"):
+        weighted.differentiable_loss(program(observe=True), program(mask=mask), x)
+    with pytest.raises(ValueError, match="free bits are for sites in one plate, but 'z' lies in several"):
+        weighted.differentiable_loss(program(frames=3, observe=True), program(frames=3), x)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,12 @@ def test_the_estimates_are_those_written_out():
     w = t.log_weight.detach().exp()
     per_datum = report.per_datum
     torch.testing.assert_close(per_datum.log_evidence, w.mean(0).log())
-    torch.testing.assert_close(per_datum.log_evidence_mc_se, w.std(0) / w.mean(0) / 3)
+    errors = w.std(0) / w.mean(0) / 3
+    torch.testing.assert_close(per_datum.log_evidence_mc_se, errors)
+    assert errors.max() > 1.5 * errors.min()  # so that the error of the mean is of no other form
+    of_the_mean = math.sqrt(sum(error**2 for error in errors.tolist())) / N
+    assert report.log_evidence_mc_se == pytest.approx(of_the_mean, rel=1e-10)
+    assert report.convergence[9].standard_error == pytest.approx(of_the_mean, rel=1e-10)
     torch.testing.assert_close(per_datum.effective_sample_size, w.sum(0) ** 2 / w.square().sum(0))
     torch.testing.assert_close(per_datum.elbo, t.elbo.detach().mean(0))
     torch.testing.assert_close(per_datum.elbo_sampled_kl, w.log().mean(0))

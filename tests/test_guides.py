@@ -305,6 +305,16 @@ def test_refining_closes_the_amortisation_gap():
         assert gap == pytest.approx(left, abs=0.01)
 
 
+def test_steps_up_a_constant_slope_are_the_step_sizes_and_shrink_to_nought():
+    """Adam, unbiased from its first step: mean and root mean square of one number are that number."""
+    slope, guide = torch.tensor([2.0, -0.3]).double(), GUIDES["DiagonalNormal"]().double()
+    x = data(N)
+    refined = guides.SemiAmortised(guide, num_steps=4, step_size=0.05)
+    moved = refined(x, lambda x, z: (z * slope).sum(-1)).mean - guide(x).mean
+    steps = 0.05 * (1 + 3 / 4 + 2 / 4 + 1 / 4)
+    torch.testing.assert_close(moved, (steps * slope.sign()).expand(N, K), rtol=1e-10, atol=0)
+
+
 def test_refining_treats_each_datum_for_itself():
     model = linear_gaussian()
     x = model.sample(N)

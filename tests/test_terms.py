@@ -1,6 +1,7 @@
 """The terms of one run, for pairs of many shapes, against Pyro's own traces; and what is refused."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -367,6 +368,14 @@ def test_kl_is_that_of_trace_mean_field_elbo(pair, num_particles):
     found = of(pair, num_particles=num_particles)
     assert found.kl.shape == (N,)
     assert (-found.scale * found.elbo.mean(0)).sum().item() == pytest.approx(pyros, rel=1e-12)
+
+
+@pytest.mark.parametrize("pair", [Flat, BottomUp], ids=["closed", "sampled"])
+def test_the_weight_on_the_kl_enters_the_elbo_once(pair):
+    found = of(pair)
+    kl = found.log_guide - found.log_prior if pair is BottomUp else found.kl
+    weighted = replace(found, kl_weight=0.3)
+    torch.testing.assert_close(weighted.elbo, found.log_likelihood - 0.3 * kl, rtol=1e-12, atol=1e-12)
 
 
 def test_kl_and_sampled_kl_have_one_mean():
