@@ -98,7 +98,9 @@ def _against_the_reference(dataset: "xarray.Dataset") -> Iterator[str]:
             f"{attrs['num_data']} data."
         )
     doubt = ", or the reference is too low" if attrs["reference_se"] else ""
-    below, above, level = [], [], []
+    below: list[str] = []
+    above: list[str] = []
+    level: list[str] = []
     for name, row in _rows(dataset):
         bias, t = row["bias"].item(), row["bias_t"].item()
         if t > _LARGE and row["is_lower_bound"].item():
