@@ -4,10 +4,11 @@ Notation: N data, S particles z_s ~ q(z|x) for each; w_s = p(x, z_s) / q(z_s|x) 
 latent units. Values are in nats per datum, higher is better.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -193,8 +194,47 @@ class Evaluation:
         """KL of the aggregate posterior over the first data from the prior."""
         return None if self.aggregate is None else _mean(self.aggregate.marginal_kl)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but what is kept of each datum, as plain values, for a JSON file; None where undefined.
+
+        Estimates are pairs: a value and its standard error.
+        """
+        fields = [field.name for field in dataclasses.fields(PerDatum) if not field.name.startswith("unit")]
+        means = {name: self.mean(name) for name in [*fields, "elbo", "elbo_by_entropy", "gap"]}
+        k = self.pareto_k
+        return _plain(
+            {
+                "num_data": self.num_data,
+                "num_particles": self.num_particles,
+                "seed": self.seed,
+                **means,
+                "log_evidence_mc_se": self.log_evidence_mc_se,
+                "bits_per_dimension": self.bits_per_dimension,
+                "mutual_information": self.mutual_information,
+                "marginal_kl": self.marginal_kl,
+                "pareto_k": {"good": int((k < 0.5).sum()), "bad": int((k > 0.7).sum())},
+                "active_units": self.active_units,
+                "units": self.unit_names,
+                "kl_per_dimension": self.kl_per_dimension,
+                "kl_per_dimension_se": self.kl_per_dimension_se,
+                "activity": self.activity,
+                "bound_by_particles": self.convergence,
+            }
+        )
+
     def __str__(self) -> str:
         return "\n".join(_table(self))
+
+
+def _plain(value: Any) -> Any:
+    """Turn tensors into lists, and NaN, which JSON lacks, into None."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def standard_error(values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`evaluate` against the linear-Gaussian model, in which the evidence and every bound are known."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -145,6 +146,19 @@ def test_the_report_states_its_uncertainty():
     assert text.startswith("7 data, S = 400 particles, seed 3; nats per datum ± standard error")
     for line in ("log p(x)", "ELBO", "KL to the prior", "mutual information", "  S = 100 "):
         assert any(row.strip().startswith(line.strip()) and "±" in row for row in text.splitlines()), line
+
+
+def test_the_numbers_go_into_json():
+    exact, vae = linear_gaussian(scale=1.3)
+    report = evaluate(vae, data(exact), num_particles=10)
+    numbers = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert numbers["log_evidence"] == [report.log_evidence, report.log_evidence_se]
+    assert numbers["elbo"] == [report.elbo, report.elbo_se]
+    assert numbers["kl_per_dimension"] == report.kl_per_dimension.tolist()
+    assert list(numbers["bound_by_particles"]) == ["1", "10"]
+    assert numbers["mutual_information"] == list(report.mutual_information)
+    assert numbers["pareto_k"] == {"good": 0, "bad": 0}  # too few draws to tell
+    assert (numbers["num_data"], numbers["num_particles"], numbers["seed"]) == (N, 10, 0)
 
 
 def test_one_datum_and_one_particle_have_no_errors_to_state():
