@@ -396,9 +396,7 @@ def bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
         >>> bernoulli_nll(torch.tensor([0.0, 1.0]), torch.zeros(2))
         tensor(1.3863)
     """
-    x, logits = _elementwise(x=x, logits=logits)
-    _require("x", x, (x >= 0) & (x <= 1), "values in [0, 1]")
-    return -(x * logsigmoid(logits) + (1 - x) * logsigmoid(-logits)).sum(-1)
+    return _cross_entropy(x, logits).sum(-1)
 
 
 def continuous_bernoulli_log_normaliser(logits: Tensor | float) -> Tensor:
@@ -463,9 +461,15 @@ def continuous_bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
         >>> continuous_bernoulli_nll(torch.tensor([0.3]), torch.tensor([0.0])).abs() < 1e-6  # uniform
         tensor(True)
     """
+    cross_entropy = _cross_entropy(x, logits)
+    # one sum of the small differences: the difference of two large sums loses digits
+    return (cross_entropy - continuous_bernoulli_log_normaliser(logits)).sum(-1)
+
+
+def _cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
     x, logits = _elementwise(x=x, logits=logits)
-    normaliser = continuous_bernoulli_log_normaliser(logits)
-    return bernoulli_nll(x, logits) - normaliser.expand(torch.broadcast_shapes(x.shape, logits.shape)).sum(-1)
+    _require("x", x, (x >= 0) & (x <= 1), "values in [0, 1]")
+    return -(x * logsigmoid(logits) + (1 - x) * logsigmoid(-logits))
 
 
 # The whole loss ---------------------------------------------------------------------------------------------

@@ -104,3 +104,30 @@ assert torch.distributions.Distribution._validate_args is {validate}
 
 def test_validation_is_on_here():
     assert Distribution._validate_args
+
+
+@pytest.mark.parametrize(
+    ("flow", "to_draw", "to_score_the_draw", "to_score"),
+    [("iaf", 1, 0, K), ("maf", K + 1, 0, 1), ("nsf", K + 1, 0, 1)],
+)
+def test_passes_of_the_networks(flow, to_draw, to_score_the_draw, to_score):
+    """What the docstrings promise of costs: passes of one transform's network, its density included."""
+    built = build_flow(flow, K, num_transforms=1, hidden_features=(6,))
+    count = []
+    built.transform.apply(
+        lambda module: (
+            hasattr(module, "hyper") and module.hyper.register_forward_hook(lambda *_: count.append(1))
+        )
+    )
+
+    def passes(function, *arguments):
+        count.clear()
+        result = function(*arguments)
+        return result, len(count)
+
+    q = FlowDistribution(built())
+    z, drawing = passes(q.rsample, (N,))
+    _, scoring_the_draw = passes(q.log_prob, z)
+    _, scoring = passes(q.log_prob, z.clone())
+    assert (drawing, scoring_the_draw) == (to_draw, to_score_the_draw)
+    assert scoring - to_score in (0, 1)  # inverting leaves the Jacobian to one pass more
