@@ -1,0 +1,301 @@
+"""Which estimator of the ELBO to train with? Compare many at one model, then train with some of them.
+
+    uv run examples/compare_elbos.py
+    uv run examples/compare_elbos.py --budget 20s              # the same time for each, not the same steps
+    uv run examples/compare_elbos.py --checkpoint vae.pt       # compare at a model of your own, of digits
+    uv run examples/compare_elbos.py --train elbo:1 stl:4 dreg:20 vimco:20
+
+First, a small VAE is trained on digits for a while, and a batch shown to every estimator again and again: what
+does it estimate, how noisy is its gradient, is it right, and what does a step cost? A tighter bound is not
+always a better guide: see how the signal-to-noise ratio goes with the number of particles.
+
+Then one model for each of some estimators is trained from the same start, on the same batches, for the same
+number of steps or seconds, and judged by the log-evidence of test digits, by importance sampling.
+
+The folder given by --output receives the tables (CSV, netCDF) and the pictures.
+"""
+
+import argparse
+import csv
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from tqdm import tqdm
+
+import pyro_vae as pv
+from pyro_vae import plots
+from pyro_vae.labels import label
+
+EVENT, K, HIDDEN = (1, 28, 28), 16, (200,)
+
+# to train with, by the number of particles
+ESTIMATORS = {
+    "elbo": lambda S: Trace_ELBO(S, vectorize_particles=S > 1, max_plate_nesting=1),
+    "mean-field": lambda S: TraceMeanField_ELBO(S, vectorize_particles=S > 1, max_plate_nesting=1),
+    "stl": pv.STL,
+    "iwae": pv.IWAE,
+    "dreg": pv.DReG,
+    "miwae": lambda S: pv.IWAE(S, num_groups=4),
+    "piwae": lambda S: pv.PIWAE(S, 4),
+    "ciwae": lambda S: pv.CIWAE(0.5, S),
+    "renyi": lambda S: pv.Renyi(0.5, S),
+    "vimco": pv.VIMCO,
+}
+
+
+def estimator(text: str) -> ELBO:
+    """Read "dreg:8": a name, and the number of particles."""
+    name, _, particles = text.partition(":")
+    if name not in ESTIMATORS or not re.fullmatch("[1-9][0-9]*", particles):
+        raise argparse.ArgumentTypeError(
+            f'must read like "dreg:8", with a name among {", ".join(ESTIMATORS)}; got "{text}"'
+        )
+    return ESTIMATORS[name](int(particles))
+
+
+class Budget(NamedTuple):
+    """How long each model is trained."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Read "800steps" or "20s"."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(steps|s)", text)
+        if not match or not float(match[1]) > 0:
+            raise argparse.ArgumentTypeError(f'must read like "800steps" or "20s"; got "{text}"')
+        return cls(float(match[1]), match[2])
+
+
+class Trained(NamedTuple):
+    """A model trained with an estimator, and how that went."""
+
+    steps: list[int]
+    seconds: list[float]
+    curve: list[float]  # log-evidence of some test images after each epoch
+    final: pv.Evaluation
+
+
+def small_vae(seed: int) -> pv.VAE:
+    """p(z) p(x|z) and q(z|x), the same for the same seed."""
+    torch.manual_seed(seed)
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=pv.likelihoods.Bernoulli(K, EVENT, hidden_features=HIDDEN),
+        guide=pv.guides.DiagonalNormal(EVENT, K, hidden_features=HIDDEN),
+    )
+
+
+def side_by_side(vae: pv.VAE, x: torch.Tensor, args: argparse.Namespace) -> pv.Comparison:
+    """Show a batch to the estimators, at the same parameters and from the same random numbers."""
+    few, some, many = (max(2, args.particles // fraction) for fraction in (16, 4, 1))
+    candidates = [
+        Trace_ELBO(),
+        TraceMeanField_ELBO(),
+        pv.STL(),
+        pv.STL(many),
+        *(pv.IWAE(S) for S in (few, some, many)),
+        *(pv.DReG(S) for S in (few, some, many)),
+        pv.IWAE(some, num_groups=4),
+        pv.PIWAE(some, 4),
+        pv.CIWAE(0.5, many),
+        pv.Renyi(0.5, many),
+        pv.VIMCO(many),
+        pv.KLWeighted(pv.DReG(many), 0.5),
+    ]
+    return pv.compare_estimators(
+        vae.model, vae.guide, x, candidates, num_repeats=args.repeats, seed=args.seed
+    )
+
+
+def train(
+    estimator: ELBO, data: pv.data.Images, test: pv.data.Images, args: argparse.Namespace, bar: tqdm
+) -> Trained:
+    """Train a model from the common start till the budget is spent, judging it after every epoch."""
+    vae = small_vae(args.seed)
+    shown = test.subset(slice(args.curve_size))
+    spent: dict[str, list] = {"steps": [0], "s": [0.0]}
+    curve = [judge(vae, shown, args.curve_particles, args).log_evidence]
+
+    def record(vae: pv.VAE, epoch: pv.Epoch) -> bool:
+        spent["steps"].append(spent["steps"][-1] + math.ceil(len(data) / args.batch_size))
+        spent["s"].append(spent["s"][-1] + epoch.seconds)
+        curve.append(judge(vae, shown, args.curve_particles, args).log_evidence)
+        before, now = (min(each, args.budget.amount) for each in spent[args.budget.unit][-2:])
+        bar.update(now - before)
+        return now == args.budget.amount
+
+    pv.fit(
+        vae,
+        data,
+        estimator=estimator,
+        epochs=10**6,  # the callback ends it
+        batch_size=args.batch_size,
+        seed=args.seed,
+        callbacks=[record],
+        progress=False,
+    )
+    return Trained(spent["steps"], spent["s"], curve, judge(vae, test, args.test_particles, args))
+
+
+def judge(vae: pv.VAE, x: pv.data.Images, particles: int, args: argparse.Namespace) -> pv.Evaluation:
+    """The ELBO and an estimate of log p(x) of each image, by the same random numbers at each call."""
+    return pv.evaluate(vae, x, num_particles=particles, seed=args.seed, aggregate_size=0, progress=False)
+
+
+def report(results: dict[str, Trained]) -> list[dict[str, Any]]:
+    """Print how the models compare, and return the table."""
+    evidence = {name: result.final.per_datum.log_evidence for name, result in results.items()}
+    best = max(evidence, key=lambda name: evidence[name].mean())
+    particles = next(iter(results.values())).final.num_particles
+    width = max(len("trained with"), *map(len, results))
+    print(
+        f"{'trained with':{width}}  {'steps':>6}  {'seconds':>7}  {f'log p(x), L_{particles}':>18}  "
+        f"{'less the best':>16}  {'ELBO':>16}  {'gap':>14}"
+    )
+    table = []
+    for name, result in results.items():
+        # image by image, as all models see the same: much surer than the difference of the means
+        behind = evidence[name] - evidence[best]
+        final = {part: result.final.mean(part) for part in ("log_evidence", "elbo", "gap")}
+        se = behind.std().item() / math.sqrt(len(behind))
+        row = {"trained_with": name, "steps": result.steps[-1], "seconds": result.seconds[-1]}
+        for part, (value, error) in final.items():
+            row |= {part: value, f"{part}_se": error}
+        row |= {"less_the_best": behind.mean().item(), "less_the_best_se": se}
+        table.append(row)
+        print(
+            f"{name:{width}}  {row['steps']:>6,}  {row['seconds']:>7.1f}  {final['log_evidence']!s:>18}  "
+            + (
+                f"{'(the best)':>16}"
+                if name == best
+                else f"{row['less_the_best']:>8.2f} ± {se:.2f}".rjust(16)
+            )
+            + f"  {final['elbo']!s:>16}  {final['gap']!s:>14}"
+        )
+    print("nats per image ± one standard error over the test images; less the best: image by image")
+    return table
+
+
+def draw_curves(results: dict[str, Trained], args: argparse.Namespace) -> Figure:
+    """Test log-evidence by steps or seconds: what training reaches, and how soon."""
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for colour, (name, result) in zip(plots.PALETTE, results.items(), strict=False):
+        x = result.steps if args.budget.unit == "steps" else result.seconds
+        left.plot(x, result.curve, ".-", color=colour, label=name)
+        value, se = result.final.mean("log_evidence")
+        right.errorbar(value, name, xerr=se, fmt="o", color=colour, capsize=4)
+    low = min(result.curve[len(result.curve) // 4] for result in results.values())
+    high = max(max(result.curve) for result in results.values())
+    left.set_ylim(low, high + 0.1 * (high - low))  # the start is far below
+    left.set_xlabel("steps" if args.budget.unit == "steps" else "seconds of training")
+    left.set_ylabel(f"L_{args.curve_particles}, nats per image")
+    left.set_title(f"Log-evidence of {args.curve_size:,} test digits during training")
+    left.legend(loc="lower right")
+    right.invert_yaxis()
+    right.set_xlabel(f"L_{args.test_particles} ± SE over the images, nats per image")
+    right.set_title(f"After training, {args.test_size:,} test digits")
+    return figure
+
+
+def main() -> None:
+    """Compare at one model, write and draw; then train with some estimators, and compare what came of it."""
+    args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    data = pv.data.load("digits", split="train", binarize="dynamic")
+    test = pv.data.load("digits", split="test", binarize="fixed", seed=args.seed)
+    test = test.subset(slice(args.test_size))
+
+    if args.checkpoint:
+        vae = pv.VAE.load(args.checkpoint)
+    else:
+        vae = small_vae(args.seed)
+        pv.fit(vae, data, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    found = side_by_side(vae, test[: args.compare_size], args)
+    print(found)
+    found.write_csv(args.output / "estimators.csv")
+    found.dataset.to_netcdf(args.output / "estimators.nc")
+    plots.save(found.plot_forest(), args.output / "values.png")
+    for parameters in ("model", "guide"):
+        plots.save(found.plot_snr(parameters), args.output / f"snr_{parameters}.png")
+
+    print(
+        f"\ntraining a model with each of {len(args.train)} estimators, {args.budget.amount:g} {args.budget.unit}"
+    )
+    results = {}
+    with tqdm(total=len(args.train) * args.budget.amount, unit=f" {args.budget.unit}") as bar:
+        for candidate in args.train:
+            bar.set_description(label(candidate))
+            results[label(candidate)] = train(candidate, data, test, args, bar)
+    table = report(results)
+    with (args.output / "training.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    draw_curves(results, args).savefig(args.output / "training.png", dpi=150)
+    print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("comparison").add_argument
+    add("--checkpoint", type=Path, metavar="FILE", help="compare at a VAE that VAE.save wrote, of digits")
+    add("--epochs", type=int, default=15, help="to train the model compared at (default: %(default)s)")
+    add("--particles", type=int, default=32, help="S, the most that are compared (default: %(default)s)")
+    add("--compare-size", type=int, default=64, help="digits in the batch (default: %(default)s)")
+    add("--repeats", type=int, default=60, help="of each estimator's step (default: %(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--train",
+        type=estimator,
+        nargs="+",
+        default=["mean-field:1", "stl:8", "iwae:8", "dreg:8", "piwae:8"],
+        metavar="NAME:S",
+        help=f"estimators, among {', '.join(ESTIMATORS)}, and their numbers of particles "
+        "(default: mean-field:1 stl:8 iwae:8 dreg:8 piwae:8)",
+    )
+    add(
+        "--budget",
+        type=Budget.parse,
+        default="1000steps",
+        help='for each model: "1000steps", or "20s" of training; rounded up to epochs (default: %(default)s)',
+    )
+    add("--batch-size", type=int, default=100, help="images a step (default: %(default)s)")
+    add("--curve-size", type=int, default=200, help="test digits for the curves (default: %(default)s)")
+    add("--curve-particles", type=int, default=50, help="S for the curves (default: %(default)s)")
+    add("--test-size", type=int, default=500, help="test digits in the end, of 1,000 (default: %(default)s)")
+    add("--test-particles", type=int, default=500, help="S in the end (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/compare_elbos"),
+        metavar="DIR",
+        help="(default: %(default)s)",
+    )
+    args = parser.parse_args()
+    args.train = [estimator(each) if isinstance(each, str) else each for each in args.train]
+    for name in ("epochs", "batch_size", "compare_size", "curve_size", "curve_particles", "test_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.test_particles < 2 or args.particles < 2:
+        parser.error("--particles and --test-particles must be at least 2")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
