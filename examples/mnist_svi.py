@@ -253,9 +253,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
     add(
         "--engine",
-        choices=("eager", "traced"),
-        default="eager",
-        help="by Pyro at each step, or faster by the operations recorded in the first (default: %(default)s)",
+        choices=("auto", "eager", "traced", "compiled"),
+        default="auto",
+        help="each step by Pyro, by the operations recorded in the first one, or by these as machine code "
+        "(default: auto, the last once it pays)",
     )
     add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")

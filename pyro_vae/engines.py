@@ -1,4 +1,4 @@
-"""Take steps of SVI by replaying graphs, and eagerly wherever a graph does not serve.
+"""Take steps of SVI by graphs, as recorded or compiled, and eagerly wherever a graph does not serve.
 
 A graph holds while what Python code looks at stays the same. That is watched as far as it can be: numbers
 among the arguments, dtypes, attributes of the modules that ran and of the estimator. A model may still look
@@ -18,15 +18,25 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from pyro_vae.compiling import NotCompiled, compile_graph
 from pyro_vae.losses import KLWeighted
+from pyro_vae.products import choose_products
 from pyro_vae.recording import LossAndGradients, Untraceable, preserved, record
 from pyro_vae.updates import Update
 
-__all__ = ["Replay"]
+__all__ = ["ENGINES", "Replay"]
 
 logger = logging.getLogger("pyro_vae")
 
+ENGINES = ("auto", "eager", "traced", "compiled")
+
 _MAX_RECORDINGS = 32  # where shapes keep changing, recording costs more than it saves
+
+# What compiling costs, and what it saves at each step: rough, and the same on every machine, so that a run
+# which is resumed changes over at the same step
+_COMPILING = 20.0  # seconds
+_PER_OPERATION = 4e-6
+_PER_VALUE = 1e-9  # of what an operation makes
 
 
 class _NotYet(Untraceable):
@@ -35,6 +45,10 @@ class _NotYet(Untraceable):
 
 class Replay:
     """Steps of SVI by graphs, one for each shape of the arguments.
+
+    Under "traced" the graphs are interpreted as recorded, under "compiled" compiled at once, and under "auto"
+    as soon as compiling earlier would have paid, so that this takes at most twice as long as the better of
+    the two. Where they cannot be compiled, the log says so and they are interpreted.
 
     If no graph can be made, or one disagrees with the eager step, the log says why and every step is eager
     from then on. A step whose graph does not hold (see `recording`), or whose loss is not finite, is undone
@@ -46,7 +60,9 @@ class Replay:
         estimator: An ELBO.
         optimizer: A torch optimiser.
         clip_norm: As for `pyro_vae.SVI`.
+        engine: "traced", "compiled" or "auto".
         eager_step: Takes a step without a graph.
+        fastest: Which library multiplies matrices of which shapes: see `choose_products`.
     """
 
     def __init__(
@@ -57,25 +73,29 @@ class Replay:
         optimizer: Optimizer,
         clip_norm: float | None,
         *,
+        engine: str,
         eager_step: Callable[..., float],
+        fastest: dict[str, str],
     ):
         self.model, self.guide, self.estimator = model, guide, estimator
         self.optimizer, self.clip_norm, self.eager_step = optimizer, clip_norm, eager_step
+        self.engine, self.fastest = engine, fastest
         self.update = Update(optimizer)
         self.recordings: dict[tuple, _Recording] = {}
-        self.num_recordings = 0
+        self.num_recordings = self.num_compilations = 0
         self.given_up = False
         some = self._parameters()[0]
         self.kl_weight = torch.ones((), dtype=some.dtype, device=some.device)
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """Take one step and return its loss."""
+    def step(self, number: int, *args: Any, **kwargs: Any) -> float:
+        """Take the step of that number, counted from 0, and return its loss."""
         if self.given_up:
             return self.eager_step(*args, **kwargs)
         if isinstance(self.estimator, KLWeighted):
             self.kl_weight.fill_(self.estimator.beta)  # in a tensor: a number would be the same at every step
         try:
             recording, tensors = self._recording(args, kwargs)
+            self._prepare(recording, tensors, number)
         except Untraceable as reason:
             loss = self.eager_step(*args, **kwargs)  # if the arguments are at fault, this raises
             if isinstance(reason, _NotYet):
@@ -137,15 +157,26 @@ class Replay:
                 raise Untraceable(f"shapes or attributes keep changing, {_MAX_RECORDINGS} times by now")
             estimator = getattr(self.estimator, "estimator", self.estimator)  # the one that KLWeighted holds
             nesting = estimator.max_plate_nesting
-            recording = _Recording(loss_and_gradients, tensors, self._watched())
+            recording = _Recording(loss_and_gradients, tensors, self._watched(), self.fastest)
             if estimator.max_plate_nesting != nesting:
                 estimator.max_plate_nesting = nesting
                 raise _NotYet(
                     "the estimator finds max_plate_nesting at its first step, by draws that no other makes"
                 )
             self.recordings[key] = recording
-        recording.use(loss_and_gradients, tensors)
+        recording.loss_and_gradients = loss_and_gradients
         return recording, tensors
+
+    def _prepare(self, recording: "_Recording", tensors: Sequence[Tensor], number: int) -> None:
+        """Compile the graph if the time has come, and look whether it is right."""
+        try:
+            if self.engine == "compiled" or (self.engine == "auto" and number >= recording.break_even):
+                self.num_compilations += recording.compile(tensors)
+            recording.use(tensors)
+        except NotCompiled as reason:
+            self.engine = "traced"
+            logger.warning("the graph of the SVI step is not compiled, but interpreted: %s", reason)
+            recording.use(tensors)
 
     def _loss_and_gradients(
         self, parameters: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
@@ -184,45 +215,75 @@ class Replay:
 class _Recording:
     """A graph, and the attributes that it was made under."""
 
-    def __init__(self, loss_and_gradients: LossAndGradients, tensors: Sequence[Tensor], watched: list[Any]):
+    def __init__(
+        self,
+        loss_and_gradients: LossAndGradients,
+        tensors: Sequence[Tensor],
+        watched: list[Any],
+        fastest: dict[str, str],
+    ):
+        self.loss_and_gradients = loss_and_gradients
         try:
             self.graph = record(loss_and_gradients, tensors)
+            if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.outside]):
+                choose_products(self.graph.module, fastest)
         except Untraceable:
             raise
         except Exception as error:
             raise Untraceable(f"recording it raised {type(error).__name__}: {error}") from error
         self.run = self.graph.module.forward
+        self.is_compiled = False
         self.attributes = list(_attributes({id(o): o for o in [*watched, *self.graph.modules]}.values()))
         self.uses = 0
+        made = [node.meta["val"].numel() for node in self.graph.module.graph.nodes if "val" in node.meta]
+        self.break_even = _COMPILING / (_PER_OPERATION * len(made) + _PER_VALUE * sum(made))  # steps
+
+    def compile(self, tensors: Sequence[Tensor]) -> bool:
+        """Run compiled from now on; return whether that is new.
+
+        Raises:
+            NotCompiled: If it cannot be.
+        """
+        if self.is_compiled:
+            return False
+        self.run = compile_graph(self.graph.module, [*tensors, *self.graph.outside])
+        self.is_compiled, self.uses = True, 0
+        return True
 
     def is_current(self) -> bool:
         """Whether the attributes are the same."""
         return all(space.get(name) is value for space, name, value in self.attributes)
 
-    def use(self, loss_and_gradients: LossAndGradients, tensors: Sequence[Tensor]) -> None:
+    def use(self, tensors: Sequence[Tensor]) -> None:
         """Count a use, and now and then compare the graph with the function that it was made from.
 
         Raises:
+            NotCompiled: If they disagree where the graph is compiled; it is interpreted from now on.
             Untraceable: If they disagree.
         """
         self.uses += 1
-        if self.uses & (self.uses - 1):  # no power of 2
+        if self.uses & (self.uses - 1) or self._agrees(tensors):  # no power of 2
             return
+        if self.is_compiled:
+            self.run, self.is_compiled, self.uses = self.graph.module.forward, False, 0
+            raise NotCompiled("compiled, the graph disagrees with the eager step")
+        raise Untraceable(
+            "the graph disagrees with the eager step, so the model looks at something that changes and "
+            "is neither an argument nor a tensor changed in place; pass it to step() as a tensor"
+        )
+
+    def _agrees(self, tensors: Sequence[Tensor]) -> bool:
         graph = self.graph
         with preserved(graph.generators, graph.changed), torch.no_grad():
             loss, does_not_hold, *gradients = self.run(*tensors, *graph.outside)
             states = [generator.get_state() for generator in graph.generators]
         if does_not_hold:
-            return  # and it says so itself
+            return True  # it says so itself
         with preserved(graph.generators, graph.changed):
-            expected_loss, expected = loss_and_gradients(*tensors)
+            expected_loss, expected = self.loss_and_gradients(*tensors)
             expected_states = [generator.get_state() for generator in graph.generators]
         same_draws = all(map(torch.equal, states, expected_states))
-        if not (same_draws and _agree([loss, *gradients], [expected_loss.detach(), *expected])):
-            raise Untraceable(
-                "the graph disagrees with the eager step, so the model looks at something that changes and "
-                "is neither an argument nor a tensor changed in place; pass it to step() as a tensor"
-            )
+        return same_draws and _agree([loss, *gradients], [expected_loss.detach(), *expected])
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:

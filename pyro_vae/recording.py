@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Graph", "LossAndGradients", "Untraceable", "preserved", "record"]
 
 aten = torch.ops.aten
+_PLAIN = {aten._is_all_true.default: aten.all.default}  # the same, and known to compilers
 LossAndGradients = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
 
@@ -194,19 +195,28 @@ class _Recorder(TorchDispatchMode):
         def node(leaf: Any) -> Any:
             return nodes[id(leaf)] if isinstance(leaf, Tensor) else leaf
 
+        def define(tensor: Tensor, new: fx.Node) -> None:
+            nodes[id(tensor)] = new
+            new.meta["val"] = _shell(tensor)
+
         for index, tensor in enumerate([*arguments, *self.outside]):
-            nodes[id(tensor)] = graph.placeholder(f"input_{index}")
+            define(tensor, graph.placeholder(f"input_{index}"))
         for func, args, kwargs, out in self.tape:
-            call = graph.call_function(func, *pytree.tree_map(node, (args, kwargs)))
+            call = graph.call_function(_PLAIN.get(func, func), *pytree.tree_map(node, (args, kwargs)))
             if isinstance(out, Tensor):
-                nodes[id(out)] = call
+                define(out, call)
             elif isinstance(out, tuple | list):
                 for index, part in enumerate(out):
                     if isinstance(part, Tensor):
-                        nodes[id(part)] = graph.call_function(operator.getitem, (call, index))
+                        define(part, graph.call_function(operator.getitem, (call, index)))
         graph.output(tuple(node(output) for output in outputs))
         graph.eliminate_dead_code()  # what no output needs; draws and changes in place stay
         return fx.GraphModule(nn.Module(), graph)
+
+
+def _shell(tensor: Tensor) -> Tensor:
+    """A tensor of that form, without content."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _memory(tensor: Tensor) -> int:

@@ -66,7 +66,6 @@ class Run:
                 "batch_size %d is more than the %d data: each step takes them all", batch_size, len(train)
             )
         self.steps_per_epoch = math.ceil(len(train) / batch_size)
-        self._check_fit(estimator)
         schedule_state = self.schedule.state_dict() if self.schedule else {}
         self.settings = {
             "model": spec(vae),
@@ -86,6 +85,7 @@ class Run:
             warmup_steps = kl_warmup * self.steps_per_epoch
             estimator = KLWeighted(estimator, beta=lambda step: min(1.0, (step + 1) / warmup_steps))
         self.svi = SVI(vae.model, vae.guide, self.optimizer, estimator, clip_norm=clip_norm, engine=engine)
+        self._check_fit(getattr(estimator, "estimator", estimator))  # the one that KLWeighted holds
         self.history = History()
         self.done: list[tuple[int, float]] = []  # length and bound of each batch of the epoch under way
         self.total = 0.0  # of the bounds of the data in them
@@ -100,12 +100,14 @@ class Run:
         self.vae.eval()
         if not isinstance(estimator, TraceEnum_ELBO):  # whose model may draw what the guide does not
             report = check_guide(self.vae.model, self.vae.guide, x)
-            inner = getattr(estimator, "estimator", estimator)  # of a KLWeighted
-            if reason := report.estimators.get(type(inner).__name__):
-                raise ValueError(f"{_label(inner)} is not valid for this model and guide: {reason}")
+            if reason := report.estimators.get(type(estimator).__name__):
+                raise ValueError(f"{_label(estimator)} is not valid for this model and guide: {reason}")
         own = {id(parameter) for parameter in self.vae.parameters()}
         with evaluating(self.vae, self.device, 0), poutine.block(), poutine.trace(param_only=True) as shown:
             self.vae.guide(x)
+            if math.isinf(estimator.max_plate_nesting):
+                # else found at the first step, by draws that a resumed run would make once more
+                estimator._guess_max_plate_nesting(self.vae.model, self.vae.guide, (x,), {})
         for name, site in shown.trace.nodes.items():
             # a value of Pyro's store knows the tensor that stands there
             if hasattr(site["value"], "unconstrained") and id(site["value"].unconstrained()) not in own:
@@ -240,6 +242,7 @@ class Run:
             "best": self.best_state,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule else None,
+            "products": self.svi.fastest_products,
             "noise": noise,
             "bits": self.train.bits.get_state(),
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
@@ -284,6 +287,9 @@ class Run:
         self.done = [tuple(batch) for batch in content["done"]]
         self.total = sum(length * bound for length, bound in self.done)
         self.seconds = content["seconds"]
+        # what decides how the steps are taken, of which the last bits depend
+        self.svi.steps = len(self.history) * self.steps_per_epoch + len(self.done)
+        self.svi.fastest_products.update(content["products"])
 
     def _last_good(self) -> str:
         kept = f"The checkpoint {self.directory / 'last.pt'} is kept. " if self.directory else ""

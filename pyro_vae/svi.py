@@ -14,12 +14,9 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 
-from pyro_vae.engines import Replay
+from pyro_vae.engines import ENGINES, Replay
 
 __all__ = ["SVI", "NonFiniteError"]
-
-
-ENGINES = ("eager", "traced")
 
 
 class NonFiniteError(ValueError):
@@ -40,11 +37,17 @@ class SVI:
         clip_norm: Largest Euclidean norm of the gradient of all parameters together; longer
             gradients are scaled down to it.
         engine: How the steps are taken, to the same numbers: "eager", by Pyro each time; "traced", by a
-            graph of tensor operations that the first step leaves behind.
+            graph of tensor operations that the first step leaves behind; "compiled", by that graph made
+            machine code, which takes some seconds; "auto", traced at first and compiled once that pays.
 
     Raises:
         TypeError: If the optimiser is not a torch one, or the loss no `pyro.infer.ELBO`.
         ValueError: If `clip_norm` is not positive, or the engine unknown.
+
+    Attributes:
+        steps: How many were taken.
+        fastest_products: Which library multiplies which shapes, where that was measured: with the same, and
+            the same `steps`, the steps of another process are the same to the bit.
 
     Example:
         >>> from pyro.infer import TraceMeanField_ELBO
@@ -66,7 +69,7 @@ class SVI:
         loss: ELBO,
         *,
         clip_norm: float | None = None,
-        engine: str = "eager",
+        engine: str = "auto",
     ):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -86,6 +89,8 @@ class SVI:
         self.loss = loss
         self.clip_norm = clip_norm
         self.engine = engine
+        self.steps = 0
+        self.fastest_products: dict[str, str] = {}
         self._replay: Replay | None = None
         self._replayed: tuple = ()
 
@@ -98,12 +103,20 @@ class SVI:
             NonFiniteError: If the loss is infinite or NaN, naming the site; the parameters are untouched.
         """
         if self.engine == "eager":
-            return self._eager_step(*args, **kwargs)
-        settings = (self.model, self.guide, self.loss, self.optimizer, self.clip_norm)
-        if self._replay is None or self._replayed != settings:
-            self._replayed = settings
-            self._replay = Replay(*settings, eager_step=self._eager_step)
-        return self._replay.step(*args, **kwargs)
+            loss = self._eager_step(*args, **kwargs)
+        else:
+            settings = (self.model, self.guide, self.loss, self.optimizer, self.clip_norm)
+            if self._replay is None or self._replayed != (*settings, self.engine):
+                self._replayed = (*settings, self.engine)
+                self._replay = Replay(
+                    *settings,
+                    engine=self.engine,
+                    eager_step=self._eager_step,
+                    fastest=self.fastest_products,
+                )
+            loss = self._replay.step(self.steps, *args, **kwargs)
+        self.steps += 1
+        return loss
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> float:
         self.optimizer.zero_grad()

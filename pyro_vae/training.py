@@ -79,7 +79,7 @@ def fit(
     validation: float | Tensor | Images | None = None,
     binarize: str | None = None,
     kl_warmup: float = 0,
-    engine: str = "eager",
+    engine: str = "auto",
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -116,8 +116,8 @@ def fit(
             (at ½), for grey levels under a Bernoulli likelihood.
         kl_warmup: Epochs over which the weight on the KL rises linearly from 0 to 1. What is
             reported stays the value at weight 1.
-        engine: How the steps are taken: see `SVI`. "traced" is faster, and equal up to rounding; to the
-            bit, a resumed run is the same under "eager".
+        engine: How the steps are taken: "auto", "eager", "traced" or "compiled"; see `SVI`. All take the same
+            steps up to rounding.
         patience: Stop when this many epochs in a row brought no better value (validation ELBO, or
             training bound without validation data), and return to the parameters of the best epoch.
         callbacks: Called after each epoch, in evaluation mode; see `Callback`. What they draw does not

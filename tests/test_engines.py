@@ -13,9 +13,12 @@ from test_agreement import GUIDES, LIKELIHOODS
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import engines, products
+from pyro_vae.compiling import NotCompiled
 from pyro_vae.estimators import KLWeighted
 
 EVENT, K, BATCH, LAST = (2, 3), 4, 7, 5
+TRACED_AND_COMPILED = ["traced", pytest.param("compiled", marks=pytest.mark.slow)]
 
 ESTIMATORS = {
     **{name: case.make for name, case in CASES.items()},
@@ -84,14 +87,25 @@ def assert_same(found, expected, rtol=1e-10):
 
 def assert_traced(svi):
     assert not svi._replay.given_up
+    if svi.engine == "compiled":
+        assert svi._replay.engine == "compiled"
+        assert all(recording.is_compiled for recording in svi._replay.recordings.values())
 
 
-def compare(*, likelihood="Bernoulli", dtype=torch.float64, layer=None, guide="DiagonalNormal", **options):
+def compare(
+    engine="traced",
+    *,
+    likelihood="Bernoulli",
+    dtype=torch.float64,
+    layer=None,
+    guide="DiagonalNormal",
+    **options,
+):
     each = options.pop("each", lambda svi, step: None)
     runs = []
-    for engine in ("eager", "traced"):
+    for how in ("eager", engine):
         vae = make_vae(likelihood, guide, dtype, layer)
-        svi = make_svi(vae, engine, **options)
+        svi = make_svi(vae, how, **options)
         runs.append(train(vae, svi, batches(likelihood, dtype), each))
     assert_traced(svi)
     assert_same(runs[1], runs[0], rtol=1e-10 if dtype == torch.float64 else 1e-5)
@@ -99,19 +113,112 @@ def compare(*, likelihood="Bernoulli", dtype=torch.float64, layer=None, guide="D
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_estimator(estimator):
-    compare(estimator=ESTIMATORS[estimator])
+@pytest.mark.parametrize("engine", TRACED_AND_COMPILED)
+def test_every_estimator(estimator, engine):
+    compare(engine, estimator=ESTIMATORS[estimator])
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_likelihood(likelihood, dtype):
-    compare(likelihood=likelihood, dtype=dtype)
+@pytest.mark.parametrize("engine", TRACED_AND_COMPILED)
+def test_every_likelihood(likelihood, dtype, engine):
+    compare(engine, likelihood=likelihood, dtype=dtype)
+
+
+def test_the_compiled_step():
+    """One case of everything at once; all the others are among the slow tests."""
+    svi = compare("compiled", estimator=ESTIMATORS["scheduled β, IWAE"], clip_norm=0.5, layer=nn.Dropout)
+    assert svi._replay.num_recordings == svi._replay.num_compilations == 2  # one for each shape
+
+
+def test_auto_compiles_where_earlier_would_have_paid(monkeypatch, caplog):
+    """And a run that is resumed changes over at the same step."""
+    taken = []
+
+    def compile_graph(module, arguments):
+        taken.append((svi.steps, len(arguments[0])))
+        return module.forward
+
+    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    vae = make_vae()
+    svi = make_svi(vae, "auto")
+    svi.step(next(batches()))
+    (recording,) = svi._replay.recordings.values()
+    assert 1_000 < recording.break_even < 20.0 / (4e-6 * 50)  # seconds to compile, seconds saved a step
+    monkeypatch.setattr(engines, "_COMPILING", 20.0 * 6.5 / recording.break_even)
+    for start in (0, 4):
+        taken.clear()
+        svi = make_svi(vae, "auto")
+        svi.steps = start
+        train(vae, svi, list(batches())[start:])
+        assert taken == [(7, LAST), (8, BATCH)]
+        assert svi.steps == 20
+    assert not caplog.records
+
+
+def test_without_a_compiler_the_graph_is_interpreted(monkeypatch, caplog):
+    def compile_graph(module, arguments):
+        raise NotCompiled("no C++ compiler")
+
+    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    runs = []
+    for engine in ("traced", "compiled"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        runs.append(train(vae, svi, batches()))
+    assert not svi._replay.given_up
+    assert_same(runs[1], runs[0], rtol=0)
+    assert caplog.messages == ["the graph of the SVI step is not compiled, but interpreted: no C++ compiler"]
+
+
+def test_a_compiled_graph_that_disagrees_is_interpreted(monkeypatch, caplog):
+    def compile_graph(module, arguments):
+        def wrong(*arguments):
+            loss, does_not_hold, first, *gradients = module(*arguments)
+            return loss, does_not_hold, 1.01 * first, *gradients
+
+        return wrong
+
+    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    runs = []
+    for engine in ("traced", "compiled"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        runs.append(train(vae, svi, batches()))
+    assert not svi._replay.given_up
+    assert_same(runs[1], runs[0], rtol=0)
+    assert len(caplog.messages) == 1
+    assert "compiled, the graph disagrees" in caplog.messages[0]
+
+
+def test_the_faster_library_multiplies(monkeypatch):
+    """Whichever was found to be faster, the numbers are the same up to rounding."""
+    torch.manual_seed(1)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=pv.likelihoods.Bernoulli(K, (150,), hidden_features=(90,)),
+        guide=pv.guides.DiagonalNormal((150,), K, hidden_features=(90,)),
+    )
+    x = (torch.rand(110, 150) < 0.3).float()
+    start, losses = copy.deepcopy(vae.state_dict()), []
+    for library in ("mkl", "onednn"):
+        monkeypatch.setattr(products, "_measure", lambda a, b, with_bias, library=library: library)
+        vae.load_state_dict(start)
+        svi = make_svi(vae, "traced")
+        torch.manual_seed(2)
+        losses.append([svi.step(x) for _ in range(5)])
+        assert_traced(svi)
+        assert set(svi.fastest_products.values()) == {library}
+        (recording,) = svi._replay.recordings.values()
+        calls = str(recording.graph.module.code).count("onednn_linear")
+        assert calls == (0 if library == "mkl" else len(svi.fastest_products))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_guide(guide):
-    compare(guide=guide)
+@pytest.mark.parametrize("engine", TRACED_AND_COMPILED)
+def test_every_guide(guide, engine):
+    compare(engine, guide=guide)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,22 @@ def test_a_run_stopped_between_epochs_resumes_to_the_bit(tmp_path, uninterrupted
     assert history[best].validation_elbo == max(history.column("validation_elbo"))
 
 
+@pytest.mark.parametrize(
+    ("estimator", "engine"),
+    [
+        (lambda: Trace_ELBO(3, vectorize_particles=True), "eager"),  # Pyro looks for plates at its first step
+        (lambda: Trace_ELBO(3, vectorize_particles=True), "auto"),
+        (lambda: pv.IWAE(4), "auto"),
+    ],
+    ids=["Trace_ELBO, eager", "Trace_ELBO", "IWAE"],
+)
+def test_under_every_engine_a_run_resumes_to_the_bit(tmp_path, estimator, engine):
+    vaes = [make_vae(), make_vae(), make_vae()]
+    for vae, folder, epochs in zip(vaes, (None, tmp_path, tmp_path), (3, 1, 3), strict=True):
+        train(vae, folder, epochs=epochs, estimator=estimator(), engine=engine, resume=folder is not None)
+    assert_same_state(state_of(vaes[0]), state_of(vaes[2]))
+
+
 @pytest.mark.parametrize("steps", [1, 9, 23])
 def test_ctrl_c_finishes_the_step_and_the_run_resumes_to_the_bit(tmp_path, uninterrupted, monkeypatch, steps):
     state, history = uninterrupted
@@ -578,7 +594,7 @@ def test_training_works_beside_the_main_thread():
         ({"epochs": 0}, ValueError, "epochs must be at least 1; got 0"),
         ({"epochs": 2.5}, TypeError, "epochs must be an integer; got 2.5"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1; got 0"),
-        ({"engine": "warp"}, ValueError, "engine must be one of eager, traced.*got 'warp'"),
+        ({"engine": "warp"}, ValueError, "engine must be one of auto, eager, traced.*got 'warp'"),
         ({"kl_warmup": math.nan}, ValueError, "kl_warmup"),
         ({"data": torch.tensor(1.0)}, ValueError, "dense tensor"),
         ({"seed": -1}, ValueError, "seed must be a non-negative integer; got -1"),
