@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.compiling import NotCompiled, compile_graph
+from pyro_vae.costs import keep_freed_memory
 from pyro_vae.losses import KLWeighted
 from pyro_vae.products import choose_products
 from pyro_vae.recording import LossAndGradients, Untraceable, preserved, record
@@ -85,6 +86,8 @@ class Replay:
         self.num_recordings = self.num_compilations = 0
         self.given_up = False
         some = self._parameters()[0]
+        if some.device.type == "cpu":
+            keep_freed_memory()
         self.kl_weight = torch.ones((), dtype=some.dtype, device=some.device)
 
     def step(self, number: int, *args: Any, **kwargs: Any) -> float:

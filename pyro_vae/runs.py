@@ -105,7 +105,8 @@ class Run:
         own = {id(parameter) for parameter in self.vae.parameters()}
         with evaluating(self.vae, self.device, 0), poutine.block(), poutine.trace(param_only=True) as shown:
             self.vae.guide(x)
-            if math.isinf(estimator.max_plate_nesting):
+            looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
+            if looks_for_plates and math.isinf(estimator.max_plate_nesting):
                 # else found at the first step, by draws that a resumed run would make once more
                 estimator._guess_max_plate_nesting(self.vae.model, self.vae.guide, (x,), {})
         for name, site in shown.trace.nodes.items():

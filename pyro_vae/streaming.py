@@ -17,6 +17,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batches
+from pyro_vae.costs import keep_freed_memory
 from pyro_vae.data import Images
 from pyro_vae.randomness import isolated_generators
 from pyro_vae.svi import NonFiniteError
@@ -25,12 +26,6 @@ __all__ = ["Pair", "chunk_sizes", "evaluating", "head", "observe", "parts", "req
 
 _ROWS, _VALUES = 2**13, 2**22  # draws decoded at a time, and the numbers that they decode to
 _PARTICLES = 250  # of a datum at a time, so that encoding it costs little beside decoding them
-
-
-# The C library gives freed memory back to the kernel, which clears each page of it anew when it is next asked
-# for: a third of the time it takes to decode. Twice as much as the largest block that was ever freed is kept,
-# though, if that block is smaller than 32 MiB.
-_RETAINED = 31 * 2**20
 
 
 class Pair(Protocol):
@@ -84,7 +79,7 @@ def evaluating(pair: Pair, device: torch.device, seed: int) -> Iterator[None]:
     Pyro's validation, which reads every logit once more, is off where a `VAE` has checked its data already.
     """
     if device.type == "cpu":
-        torch.empty(_RETAINED, dtype=torch.uint8)  # and freed at once
+        keep_freed_memory()
     modes = [(module, module.training) for module in pair.modules()] if isinstance(pair, nn.Module) else []
     validation = is_validation_enabled() and not hasattr(pair, "check_data")
     with torch.no_grad(), isolated_generators(device, seed), pyro.validation_enabled(validation):
