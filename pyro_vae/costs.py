@@ -32,9 +32,9 @@ def peak_memory(computation: Callable[[], Any]) -> int:
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, for its next tensors.
 
-    The C library gives freed memory back to the kernel, which clears each page of it anew when it is next asked
-    for: up to a third of the time of a step, or of decoding. Twice as much as the largest block that was ever
-    freed is kept, though, if that block is smaller than 32 MiB.
+    The C library gives freed memory back to the kernel, which clears each page of it anew when it is next
+    asked for: up to a third of the time of a step, or of decoding. Twice as much as the largest block that
+    was ever freed is kept, though, if that block is smaller than 32 MiB.
 
     Example:
         >>> keep_freed_memory()
