@@ -150,6 +150,12 @@ def kl_fault(guide_site: Site, model_site: Site) -> str | None:
     *_, innermost = _layers(guide_site)
     if isinstance(innermost, Delta) and innermost.log_density.any():
         return "the guide's Delta carries a log_density, which its KL leaves out"
+    q, p = guide_site["scale"], model_site["scale"]
+    if not _equal(q, p):
+        return (
+            f"the guide is scaled by {q} and the model by {p}, and its KL by the guide's scale alone (for a "
+            "weight on the KL, see KLWeighted)"
+        )
     return None
 
 

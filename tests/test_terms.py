@@ -424,6 +424,18 @@ def delta_guide(log_density):
     return guide
 
 
+def scaled_pair(guide_scale, model_scale):
+    """A pair whose latent sites count for more, or less."""
+
+    def model(x):
+        with data_plate(x):
+            with poutine.scale(scale=model_scale):
+                z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    return no_kl(model, poutine.scale(Flat.guide, scale=guide_scale))
+
+
 def masked_pair(guide_mask, model_mask):
     """A pair whose distributions, and not its sites, are masked."""
 
@@ -543,8 +555,17 @@ def test_check_mean_field_sees_through_a_chain():
         (masked_pair(MASK, ~MASK), "guide and model carry different masks"),
         (masked_pair(MASK, True), "guide and model carry different masks"),
         (no_kl(Flat.model, delta_guide(0.3)), "the guide's Delta carries a log_density"),
+        (scaled_pair(1.0, 0.3), "at 'z', the guide is scaled by 1.0 and the model by 0.3.*see KLWeighted"),
+        (scaled_pair(torch.tensor([1.0, 3.0, 1.0, 2.0]), 1.0), r"scaled by tensor\(\[1., 3., 1., 2.\]\)"),
     ],
-    ids=["sites' masks", "distributions' masks", "mask of one distribution", "Delta with a density"],
+    ids=[
+        "sites' masks",
+        "distributions' masks",
+        "mask of one distribution",
+        "Delta with a density",
+        "scale of the model's alone",
+        "scale of the guide's alone",
+    ],
 )
 def test_check_mean_field_refuses_a_kl_that_is_not_its_sites(pair, fault):
     sampled, by_table = (
@@ -562,6 +583,7 @@ def test_check_mean_field_refuses_a_kl_that_is_not_its_sites(pair, fault):
     "pair",
     [
         masked_pair(MASK, MASK.clone()),
+        scaled_pair(0.3, torch.tensor(0.3)),
         no_kl(poutine.mask(Flat.model, mask=MASK), masked_guide),
         no_kl(Flat.model, delta_guide(0.0)),
         no_kl(
@@ -569,7 +591,7 @@ def test_check_mean_field_refuses_a_kl_that_is_not_its_sites(pair, fault):
             poutine.mask(pair_of(dist.StudentT(zeros(K) + 5.0).to_event(1), NORMAL).guide, mask=MASK),
         ),
     ],
-    ids=["distributions' masks", "sites' masks", "Delta", "other masks, but no KL in closed form"],
+    ids=["distributions' masks", "scales", "sites' masks", "Delta", "other masks, but no KL in closed form"],
 )
 def test_check_mean_field_accepts_a_kl_that_is_its_sites(pair):
     check_mean_field(pair.model, pair.guide, X)
