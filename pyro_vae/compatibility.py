@@ -1,6 +1,7 @@
 """Whether a guide fits a model, told before training, and which estimators are valid for the two."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.estimators import (
     CIWAE,
@@ -21,12 +23,12 @@ from pyro_vae.estimators import (
     Estimator,
     Renyi,
     check_mean_field,
-    terms,
 )
-from pyro_vae.misfits import latent_sites, misfits, parameters, plates, support, why_it_failed
+from pyro_vae.labels import label
+from pyro_vae.misfits import latent_sites, misfits, not_finite, parameters, plates, support, why_it_failed
 from pyro_vae.pairs import Program, Sites, analytic_kl, sample_sites, site_family
 
-__all__ = ["DistributionReport", "GuideError", "GuideReport", "SiteReport", "check_guide"]
+__all__ = ["DistributionReport", "GuideError", "GuideReport", "SiteReport", "check_guide", "check_training"]
 
 
 class DistributionReport(NamedTuple):
@@ -189,40 +191,73 @@ def check_guide(
         >>> report.estimators["DReG"] is None
         True
     """
-    with _nothing_left_behind(model, guide, data):
-        model_trace = poutine.trace(model).get_trace(*data, **kwargs)
-        model_sites = sample_sites(model_trace)
-        guide_trace, returned = _run_guide(guide, model_sites, data, kwargs)
-        guide_sites = sample_sites(guide_trace)
-        problems = tuple(misfits(model_sites, guide_sites, returned))
-        sites = tuple(_site_reports(model_sites, guide_sites))
-        if problems:
-            raise GuideError("\n".join(problems), GuideReport(sites, problems))
-
-        loss = Trace_ELBO().differentiable_loss(model, guide, *data, **kwargs)
+    with _nothing_left_behind(model, guide):
+        model_trace, guide_trace, sites = _fitting(model, guide, data, kwargs)
         shown = parameters(guide_trace, model_trace)
+        loss = Trace_ELBO().differentiable_loss(model, guide, *data, **kwargs)
         return GuideReport(
             sites,
-            estimators=_estimators(model, guide, data, kwargs, max_plate_nesting),
+            estimators={
+                type(estimator).__name__: _reason_against(estimator, model, guide, data, kwargs)
+                for estimator in _every_estimator(max_plate_nesting)
+            },
             without_gradient=_without_gradient(loss, shown),
             unregistered=tuple(tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in shown),
         )
 
 
+def check_training(
+    model: Program, guide: Program, estimator: ELBO, trained: Iterable[Tensor], *data: Any, **kwargs: Any
+) -> None:
+    """Refuse a pair that would train wrongly under an estimator, or a guide of which a part would not train.
+
+    Leaves behind what `check_guide` does: nothing.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+        estimator: A `pyro.infer.ELBO`.
+        trained: The parameters that the optimiser holds.
+        *data: Arguments of both.
+        **kwargs: Keyword arguments of both.
+
+    Raises:
+        GuideError: If the guide does not fit the model; see `check_guide`.
+        ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter that
+            nobody trains.
+    """
+    estimator = getattr(estimator, "estimator", estimator)  # the one that a KLWeighted holds
+    enumerates = isinstance(estimator, TraceEnum_ELBO)
+    with _nothing_left_behind(model, guide):
+        model_trace, guide_trace, _ = _fitting(model, guide, data, kwargs, enumerates=enumerates)
+        untrained = _untrained(model_trace, guide_trace, [*trained, *data])
+        reason = _reason_against(copy.copy(estimator), model, guide, data, kwargs)
+    if untrained:
+        raise ValueError(untrained)
+    if reason:
+        raise ValueError(f"{label(estimator)} is not valid for this model and guide: {reason}")
+
+
 @contextmanager
-def _nothing_left_behind(model: Program, guide: Program, data: tuple) -> Iterator[None]:
+def _nothing_left_behind(model: Program, guide: Program) -> Iterator[None]:
     """Run Pyro programs aside: no trace of it in generators, parameter store, buffers, or outer handlers.
 
     Validation is off, so that distributions with wrong parameters come to be, and can be told of.
     """
-    devices = {value.device for value in data if isinstance(value, Tensor) and value.is_cuda}
-    owners = [getattr(program, "__self__", program) for program in (model, guide)]
-    buffers = [buffer for owner in owners if isinstance(owner, nn.Module) for buffer in owner.buffers()]
-    before = [buffer.clone() for buffer in buffers]
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: Any, _: Any = None) -> None:
+        for buffer in module.buffers() if isinstance(module, nn.Module) else ():
+            before.setdefault(id(buffer), (buffer, buffer.clone()))
+
+    for program in (model, guide):
+        keep(getattr(program, "__self__", program))
+    hook = register_module_forward_pre_hook(keep)  # a function may call modules that nothing else shows
     store = pyro.get_param_store()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with (
-            torch.random.fork_rng(devices=devices),
+            torch.random.fork_rng(devices=cuda),
             torch.enable_grad(),
             store.scope(store.get_state()),
             pyro.validation_enabled(False),
@@ -230,9 +265,40 @@ def _nothing_left_behind(model: Program, guide: Program, data: tuple) -> Iterato
         ):
             yield
     finally:
+        hook.remove()
         with torch.no_grad():
-            for buffer, old in zip(buffers, before, strict=True):
+            for buffer, old in before.values():
                 buffer.copy_(old)
+
+
+def _fitting(
+    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], *, enumerates: bool = False
+) -> tuple[poutine.Trace, poutine.Trace, tuple[SiteReport, ...]]:
+    """Run a model and a guide, and refuse the guide if it does not fit.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+        data: Arguments of both.
+        kwargs: Keyword arguments of both.
+        enumerates: Whether sites that the model marks for enumeration need not be the guide's.
+    """
+    model_trace = poutine.trace(model).get_trace(*data, **kwargs)
+    model_sites = sample_sites(model_trace)
+    guide_trace, returned = _run_guide(guide, model_sites, data, kwargs)
+    guide_sites = sample_sites(guide_trace)
+    if enumerates:
+        model_sites = {
+            name: site
+            for name, site in model_sites.items()
+            if name in guide_sites or not site["infer"].get("enumerate")
+        }
+    problems = tuple(misfits(model_sites, guide_sites, returned))
+    sites = tuple(_site_reports(model_sites, guide_sites))
+    if problems:
+        problems += tuple(not_finite(guide_trace, data))
+        raise GuideError("\n".join(problems), GuideReport(sites, problems))
+    return model_trace, guide_trace, sites
 
 
 def _run_guide(
@@ -302,26 +368,59 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _estimators(
-    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], max_plate_nesting: int
-) -> dict[str, str | None]:
-    """From each estimator's name to why it is not valid; each is tried."""
+def _untrained(model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Iterable[Tensor]) -> str | None:
+    """Tell of a parameter that the guide depends on, and that is none of the tensors held.
 
-    def reason(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
-        try:
-            function(*args, **kwargs)
-        except (ValueError, NotImplementedError) as error:
-            return str(error)
-        return None
+    One that a `VAE` shows may be left out on purpose, but not one in Pyro's store, or that nothing shows.
+    """
+    shown = parameters(guide_trace, model_trace)
+    stored = {id(parameter) for _, parameter in pyro.get_param_store().named_parameters()}
+    known = {id(tensor) for tensor in held} | {id(leaf) for leaf in shown if id(leaf) not in stored}
+    draws = sample_sites(guide_trace).values()
+    guide = sum(site["value"].sum() + site["fn"].log_prob(site["value"]).sum() for site in draws)
+    for leaf in _leaves(guide):
+        if id(leaf) not in known:
+            what = f"a parameter of shape {tuple(leaf.shape)} that no Pyro statement shows"
+            if leaf in shown:
+                what = f"the parameter {shown[leaf]!r} of Pyro's global store (by pyro.param or pyro.module)"
+            return (
+                f"the guide depends on {what}, and the optimiser does not hold it, so that it would not be "
+                "trained: give the module that owns it to the VAE as the guide, train by pyro.infer.SVI, or "
+                "freeze it by requires_grad_(False)"
+            )
+    return None
 
-    reasons: dict[str, str | None] = {}
-    for upstream in (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO):
-        loss = upstream(max_plate_nesting=max_plate_nesting).loss
-        reasons[upstream.__name__] = reason(loss, model, guide, *data, **kwargs)
-    reasons["TraceMeanField_ELBO"] = reason(check_mean_field, model, guide, *data, **kwargs)
-    ours: list[Estimator] = [IWAE(2), PIWAE(1, 2), CIWAE(0.5, 2), Renyi(0.5, 2), STL(2), DReG(2), VIMCO(2)]
+
+def _every_estimator(max_plate_nesting: int) -> list[ELBO]:
+    """One of each kind, as small as it can be."""
+    nesting = {"max_plate_nesting": max_plate_nesting}
+    return [
+        *(kind(**nesting) for kind in _UPSTREAM),
+        TraceMeanField_ELBO(**nesting),
+        IWAE(2, **nesting),
+        PIWAE(1, 2, **nesting),
+        CIWAE(0.5, 2, **nesting),
+        Renyi(0.5, 2, **nesting),
+        STL(2, **nesting),
+        DReG(2, **nesting),
+        VIMCO(2, **nesting),
+    ]
+
+
+_UPSTREAM = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+
+
+def _reason_against(
+    estimator: ELBO, model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
+) -> str | None:
+    """Why an estimator, Pyro's or this library's, is not valid for a pair: it is tried."""
     try:
-        run = terms(model, guide, *data, num_particles=2, max_plate_nesting=max_plate_nesting, **kwargs)
-    except ValueError as error:
-        return reasons | {type(estimator).__name__: str(error) for estimator in ours}
-    return reasons | {type(estimator).__name__: reason(estimator.surrogate, run) for estimator in ours}
+        if isinstance(estimator, TraceMeanField_ELBO):
+            check_mean_field(model, guide, *data, **kwargs)
+        elif isinstance(estimator, Estimator):
+            estimator.differentiable_loss(model, guide, *data, **kwargs)
+        elif type(estimator) in _UPSTREAM:
+            estimator.loss(model, guide, *data, **kwargs)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+    return None

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyro_vae.pairs import Site, Sites, site_family
 
-__all__ = ["latent_sites", "misfits", "parameters", "plates", "support", "why_it_failed"]
+__all__ = ["latent_sites", "misfits", "not_finite", "parameters", "plates", "support", "why_it_failed"]
 
 _PLATE_MISMATCH = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"
 
@@ -36,10 +36,10 @@ def why_it_failed(error: Exception, trace: poutine.Trace, waiting: list[str], da
             f"{expected}, one for each datum in the plate {plate!r}: make what belongs to a datum its event "
             "shape, by .to_event(1), or give as many entries as there are data"
         )
-    before = f" before its site {waiting[0]!r}" if waiting else ""
+    before = f" before it draws {waiting[0]!r}" if waiting else ""
     tensors = [value for value in data if isinstance(value, Tensor)]
     shapes = ", ".join(f"{tuple(x.shape)} ({x.dtype}, {x.device})" for x in tensors)
-    message = f"the guide fails{before}, on data of shape {shapes}: {type(error).__name__}: {error}"
+    message = f"the guide fails{before}, given data of shape {shapes}, with {type(error).__name__}: {error}"
     for parameter, name in parameters(trace).items():
         for x in tensors:
             if x.device != parameter.device:
@@ -73,6 +73,17 @@ def misfits(model_sites: Sites, guide_sites: Sites, returned: Any) -> Iterator[s
                 f"{', '.join(map(repr, latent))}: rename or remove it, or mark it by "
                 'infer={"is_auxiliary": True} if it is part of how the guide draws'
             )
+
+
+def not_finite(trace: poutine.Trace, data: Iterable[Any]) -> Iterator[str]:
+    """Tell which data or parameters of a guide are infinite or NaN: its other faults may come of that."""
+    tensors = [("the data", "are", value) for value in data if isinstance(value, Tensor)]
+    tensors += [(f"its parameter {name!r}", "is", value) for value, name in parameters(trace).items()]
+    for what, verb, value in tensors:
+        wrong = ~torch.isfinite(value)
+        if wrong.any():
+            index, found = _first(wrong, value)
+            yield f"{what}, of shape {tuple(value.shape)}, {verb} {found} at index {index}"
 
 
 def latent_sites(model_sites: Sites) -> Sites:
@@ -134,7 +145,10 @@ def _misfits_of_a_site(where: str, p: Site, q: Site) -> Iterator[str]:
         remedy = "add .to_event(1)" if fewer_dims else "give guide and model the same latent size"
         yield f"{where} has {_shapes(q)}, expected {_shapes(p)} as in the model: {remedy}"
     elif same_plates and p["fn"].batch_shape != q["fn"].batch_shape:
-        yield f"{where} has {_shapes(q)}, expected {_shapes(p)}: make the rest event shape, by .to_event(1)"
+        yield (
+            f"{where} has {_shapes(q)}, expected {_shapes(p)} as in the model: draw once for each datum, or "
+            "make the rest event shape, by .to_event(1)"
+        )
     elif same_plates:
         yield from _misfits_of_a_draw(where, p, q)
 
@@ -183,7 +197,7 @@ def _invalid_parameter(fn: Any) -> str | None:
         where = f"the {name} of its {type(fn).__name__}, of shape {tuple(value.shape)},"
         if torch.isnan(value).any():
             index, _ = _first(torch.isnan(value), value)
-            return f"{where} is nan at index {index}: look at the data and at the network's parameters"
+            return f"{where} is nan at index {index}: look at the data, and at what its network computes"
         event_dims = value.dim() - valid.dim()  # which the constraint judges together
         index, entry = _first(~valid.reshape(*valid.shape, *[1] * event_dims).expand_as(value), value)
         remedy = "; pass the network's output through pyro_vae.networks.positive" if "scale" in name else ""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,7 +17,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import checkpoints
 from pyro_vae.batches import Batches
-from pyro_vae.compatibility import check_guide
 from pyro_vae.estimators import KLWeighted, terms
 from pyro_vae.history import Epoch, History
 from pyro_vae.randomness import derived_seed
@@ -85,38 +83,26 @@ class Run:
             warmup_steps = kl_warmup * self.steps_per_epoch
             estimator = KLWeighted(estimator, beta=lambda step: min(1.0, (step + 1) / warmup_steps))
         self.svi = SVI(vae.model, vae.guide, self.optimizer, estimator, clip_norm=clip_norm, engine=engine)
-        self._check_fit(getattr(estimator, "estimator", estimator))  # the one that KLWeighted holds
+        self._check_fit()
         self.history = History()
         self.done: list[tuple[int, float]] = []  # length and bound of each batch of the epoch under way
         self.total = 0.0  # of the bounds of the data in them
         self.seconds = 0.0
         self.best_state: dict[str, Tensor] = {}
 
-    def _check_fit(self, estimator: ELBO) -> None:
-        """Refuse a guide that does not fit, an estimator that is not valid, and parameters out of reach."""
+    def _check_fit(self) -> None:
+        """Check the pair on two data, before an earlier run in the folder gives way to this one."""
         state = self.train.bits.get_state()
         x = next(self.train.in_order(min(2, len(self.train))))
         self.train.bits.set_state(state)
         self.vae.eval()
-        if not isinstance(estimator, TraceEnum_ELBO):  # whose model may draw what the guide does not
-            report = check_guide(self.vae.model, self.vae.guide, x)
-            if reason := report.estimators.get(type(estimator).__name__):
-                raise ValueError(f"{_label(estimator)} is not valid for this model and guide: {reason}")
-        own = {id(parameter) for parameter in self.vae.parameters()}
-        with evaluating(self.vae, self.device, 0), poutine.block(), poutine.trace(param_only=True) as shown:
-            self.vae.guide(x)
-            looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
-            if looks_for_plates and math.isinf(estimator.max_plate_nesting):
-                # else found at the first step, by draws that a resumed run would make once more
+        self.svi.check(x)
+        estimator = getattr(self.svi.loss, "estimator", self.svi.loss)  # the one that KLWeighted holds
+        looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
+        if looks_for_plates and math.isinf(estimator.max_plate_nesting):
+            # else found at the first step, by draws that a resumed run would make once more
+            with evaluating(self.vae, self.device, 0):
                 estimator._guess_max_plate_nesting(self.vae.model, self.vae.guide, (x,), {})
-        for name, site in shown.trace.nodes.items():
-            # a value of Pyro's store knows the tensor that stands there
-            if hasattr(site["value"], "unconstrained") and id(site["value"].unconstrained()) not in own:
-                raise ValueError(
-                    f"the guide's parameter {name!r} lives in Pyro's global store (by pyro.param or "
-                    "pyro.module), where fit neither trains nor saves it: give its module to the VAE as the "
-                    "guide, or train by pyro.infer.SVI"
-                )
 
     def _beta(self) -> float:
         """Weight on the KL in the last step taken, or the first to come."""

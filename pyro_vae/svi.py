@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 
+from pyro_vae.compatibility import check_training
 from pyro_vae.engines import ENGINES, Replay
 
 __all__ = ["SVI", "NonFiniteError"]
@@ -91,17 +92,20 @@ class SVI:
         self.engine = engine
         self.steps = 0
         self.fastest_products: dict[str, str] = {}
+        self._checked: tuple = ()
         self._replay: Replay | None = None
         self._replayed: tuple = ()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step and return the loss, as the estimator defines it: Pyro's sum over the batch.
 
-        Args and kwargs go to the model and the guide.
+        Args and kwargs go to the model and the guide. The first step begins with `check`.
 
         Raises:
             NonFiniteError: If the loss is infinite or NaN, naming the site; the parameters are untouched.
         """
+        if self._checked != (self.model, self.guide, self.loss):
+            self.check(*args, **kwargs)
         if self.engine == "eager":
             loss = self._eager_step(*args, **kwargs)
         else:
@@ -117,6 +121,21 @@ class SVI:
             loss = self._replay.step(self.steps, *args, **kwargs)
         self.steps += 1
         return loss
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, before training, what would train wrongly or in part.
+
+        Parameters, buffers and random numbers are left as they were. Args and kwargs go to the model and the
+        guide; a small batch is enough. What has passed is not checked again.
+
+        Raises:
+            GuideError: If the guide does not fit the model; see `check_guide`.
+            ValueError: If the estimator is not valid for the two, or the guide depends on a parameter, of
+                Pyro's global store or of a module that nothing shows, which the optimiser does not hold.
+        """
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        check_training(self.model, self.guide, self.loss, trained, *args, **kwargs)
+        self._checked = (self.model, self.guide, self.loss)
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> float:
         self.optimizer.zero_grad()

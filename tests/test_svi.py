@@ -4,7 +4,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
 from torch import nn
 
 import pyro_vae as pv
@@ -120,10 +121,12 @@ def test_any_pyro_pair_trains():
 @pytest.mark.parametrize("validate", [True, False])
 def test_a_loss_that_is_not_finite_stops_before_the_parameters(spoil, message, validate):
     vae, x = make(), torch.randn(N, *EVENT, dtype=torch.float64)
+    svi = make_svi(vae)
+    svi.step(x)
     spoil(vae)
     before = copy.deepcopy(vae.state_dict())
     with pyro.validation_enabled(validate), pytest.raises(pv.NonFiniteError, match=message):
-        make_svi(vae).step(x)
+        svi.step(x)
     for name, value in vae.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
@@ -137,6 +140,134 @@ def test_a_network_that_overflows_is_named_by_site_and_datum(validate):
         pytest.raises(pv.NonFiniteError, match=r"site '[xz]' has (value|log prob) .* at index \[3"),
     ):
         make_svi(vae).step(x)
+
+
+# What is refused before the first step
+
+
+class Shuffled(nn.Module):
+    """An encoder with everything that a check could disturb: noise, running means, a function to call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, K))
+
+    def forward(self, x):
+        return dist.Normal(self.network(x), 0.5).to_event(1)
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+@pytest.mark.parametrize("as_function", [False, True])
+def test_the_check_disturbs_nothing_and_happens_once(as_function, engine):
+    """The very numbers of a run whose check was made beforehand, buffers included."""
+    x, runs = torch.randn(N, *EVENT), []
+    states = []
+    for beforehand in (False, True):
+        torch.manual_seed(7)
+        guide = Shuffled()
+        vae = make().float().with_guide((lambda x, guide=guide: guide(x)) if as_function else guide)
+
+        def counted(x, guide=vae.guide):
+            runs.append(len(x))
+            return guide(x)
+
+        parameters = [*vae.likelihood.parameters(), *guide.parameters()]
+        svi = pv.SVI(vae.model, counted, torch.optim.Adam(parameters, 0.01), Trace_ELBO(), engine=engine)
+        torch.manual_seed(11)
+        if beforehand:
+            svi.check(x)
+        runs.clear()
+        losses = [svi.step(x) for _ in range(3)]
+        if engine == "eager":
+            assert len(runs) == 3 + (0 if beforehand else 2)  # once for its sites, once for the estimator
+        states.append([*guide.state_dict().values(), torch.tensor(losses)])
+    assert all(map(torch.equal, *states))
+
+
+def test_an_unfit_guide_is_refused_before_anything_moves():
+    vae, x = make(), torch.randn(N, *EVENT, dtype=torch.float64)
+    vae.posterior = pv.guides.DiagonalNormal(EVENT, K + 1).double()
+    before = copy.deepcopy(vae.state_dict())
+    svi = make_svi(vae)
+    for _ in range(2):  # it does not give in
+        with pytest.raises(
+            pv.GuideError, match=r"'z' has .* event shape \(4,\), expected .* event shape \(3,\)"
+        ):
+            svi.step(x)
+    assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
+
+
+def test_a_guide_put_in_place_of_another_is_checked():
+    vae, x = make(), torch.randn(N, *EVENT, dtype=torch.float64)
+    svi = make_svi(vae)
+    svi.step(x)
+    svi.guide = lambda x: None
+    with pytest.raises(pv.GuideError, match="the guide has no site 'z'"):
+        svi.step(x)
+
+
+def test_an_estimator_that_is_wrong_for_the_pair_is_refused():
+    loc = torch.zeros(N, K, dtype=torch.float64, requires_grad=True)
+
+    def score_function(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", NonreparameterizedNormal(loc, 1.0).to_event(1))
+
+    vae, x = make(), torch.randn(N, *EVENT, dtype=torch.float64)
+    for loss in (TraceMeanField_ELBO(), pv.KLWeighted(TraceMeanField_ELBO(), 0.5), pv.IWAE(2)):
+        svi = pv.SVI(vae.model, score_function, torch.optim.Adam([loc]), loss)
+        with pytest.raises(ValueError, match=r"is not valid for this model and guide: .*'z'.*not reparam"):
+            svi.step(x)
+    pv.SVI(vae.model, score_function, torch.optim.Adam([loc]), Trace_ELBO()).step(x)
+
+
+def test_a_guide_that_the_optimiser_does_not_hold_is_refused():
+    encoder = nn.Linear(6, K).double()
+
+    def hidden(x):
+        return dist.Normal(encoder(x), 1.0).to_event(1)
+
+    def stored(x):
+        pyro.module("encoder", encoder)
+        return hidden(x)
+
+    x = torch.randn(N, *EVENT, dtype=torch.float64)
+    with pyro.get_param_store().scope():
+        for guide, message in [
+            (hidden, r"of shape \(3, 6\) that no Pyro"),
+            (stored, "'encoder\\$\\$\\$weight'"),
+        ]:
+            vae = make().with_guide(guide)
+            with pytest.raises(ValueError, match=f"{message}.* the optimiser does not hold it"):
+                make_svi(vae).step(x)
+            everything = [*vae.parameters(), *encoder.parameters()]
+            pv.SVI(vae.model, vae.guide, torch.optim.Adam(everything), Trace_ELBO()).step(x)
+    encoder.requires_grad_(False)
+    make_svi(make().with_guide(hidden), Trace_ELBO()).step(x)
+    vae = make()  # its guide left out on purpose
+    pv.SVI(vae.model, vae.guide, torch.optim.Adam(vae.likelihood.parameters()), Trace_ELBO()).step(x)
+
+
+def test_sites_that_the_model_enumerates_need_no_guide():
+    logits, loc = (torch.zeros(3, requires_grad=True) for _ in range(2))
+
+    @config_enumerate
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Categorical(logits=logits))
+            pyro.sample("x", dist.Normal(z + loc[k], 1.0), obs=x)
+
+    def guide(x, name="z"):
+        with pyro.plate("data", len(x)):
+            pyro.sample(name, dist.Normal(x, 1.0))
+
+    x = torch.randn(N)
+    enumerating = TraceEnum_ELBO(max_plate_nesting=1)
+    pv.SVI(model, guide, torch.optim.Adam([logits, loc]), enumerating).step(x)
+    for wrong, loss in [(guide, Trace_ELBO()), (lambda x: guide(x, "zz"), enumerating)]:
+        with pytest.raises(pv.GuideError, match="the guide has no site '[kz]'"):
+            pv.SVI(model, wrong, torch.optim.Adam([logits, loc]), loss).step(x)
 
 
 def test_wrong_arguments_are_refused():

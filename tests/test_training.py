@@ -489,9 +489,31 @@ def test_parameters_in_the_global_store_are_refused_not_left_untrained():
 
     with (
         pyro.get_param_store().scope(),
-        pytest.raises(ValueError, match="parameter 'W' lives in Pyro's global store"),
+        pytest.raises(ValueError, match="parameter 'W' of Pyro's global store.*not hold it"),
     ):
         pv.fit(normal_vae().with_guide(guide), torch.randn(9, 4), epochs=1, progress=False)
+
+
+def test_parameters_that_nothing_shows_are_refused_not_left_untrained():
+    hidden = torch.nn.Linear(4, 2)
+
+    def guide(x):
+        return dist.Normal(hidden(x), 1.0).to_event(1)
+
+    with pytest.raises(ValueError, match=r"a parameter of shape \(2, 4\) that no Pyro statement shows"):
+        pv.fit(normal_vae().with_guide(guide), torch.randn(9, 4), epochs=1, progress=False)
+
+
+def test_the_pair_is_checked_once():
+    calls = []
+
+    class Guide(torch.nn.Linear):
+        def forward(self, x):
+            calls.append(len(x))
+            return dist.Normal(super().forward(x), 1.0).to_event(1)
+
+    pv.fit(normal_vae().with_guide(Guide(4, 2)), torch.randn(9, 4), epochs=2, batch_size=5, progress=False)
+    assert calls == [2, 2, 5, 4, 5, 4]  # on two data: for the sites, and for the estimator
 
 
 def test_two_pyro_modules_with_the_same_names_train_apart():
