@@ -17,7 +17,7 @@ from pyro_vae.annealing import annealed_importance_sampling
 from pyro_vae.checkpoints import CheckpointError
 from pyro_vae.comparison import compare_estimators
 from pyro_vae.comparison_report import Comparison
-from pyro_vae.compatibility import GuideError, GuideReport, check_guide
+from pyro_vae.compatibility import check_guide
 from pyro_vae.estimators import (
     CIWAE,
     IWAE,
@@ -32,6 +32,7 @@ from pyro_vae.estimators import (
     terms,
 )
 from pyro_vae.evaluation import evaluate
+from pyro_vae.guide_report import GuideError, GuideReport
 from pyro_vae.history import Epoch, History
 from pyro_vae.inference_data import save_netcdf, to_inference_data
 from pyro_vae.report import Evaluation

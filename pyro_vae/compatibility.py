@@ -2,17 +2,15 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
+from pyro_vae.aside import nothing_left_behind
 from pyro_vae.estimators import (
     CIWAE,
     IWAE,
@@ -24,133 +22,12 @@ from pyro_vae.estimators import (
     Renyi,
     check_mean_field,
 )
+from pyro_vae.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
 from pyro_vae.labels import label
 from pyro_vae.misfits import latent_sites, misfits, not_finite, parameters, plates, support, why_it_failed
 from pyro_vae.pairs import Program, Sites, analytic_kl, sample_sites, site_family
 
-__all__ = ["DistributionReport", "GuideError", "GuideReport", "SiteReport", "check_guide", "check_training"]
-
-
-class DistributionReport(NamedTuple):
-    """A site's distribution: its family and shapes."""
-
-    family: str
-    batch_shape: tuple[int, ...]
-    event_shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """What is known of one latent site of a pair.
-
-    Args:
-        name: The site's.
-        status: "match", "missing" in the guide, "extra" in the guide, "auxiliary" to the guide, or "observed"
-            by the model though the guide draws it.
-        guide: The guide's distribution, or None.
-        model: The model's distribution, or None.
-        plates: Names of the guide's plates, the outermost first.
-        support: What each element of the guide's draws satisfies.
-        reparameterised: Whether the guide's draws carry gradients.
-        analytic_kl: Whether the KL of the two distributions is known in closed form.
-    """
-
-    name: str
-    status: str
-    guide: DistributionReport | None
-    model: DistributionReport | None
-    plates: tuple[str, ...] = ()
-    support: str = ""
-    reparameterised: bool = False
-    analytic_kl: bool = False
-
-
-@dataclass(frozen=True)
-class GuideReport:
-    """What `check_guide` found; printed, a table.
-
-    Args:
-        sites: The latent sites of both.
-        problems: Why the guide does not fit: empty if it does.
-        estimators: From each estimator's name to why it is not valid for the pair; None if it is.
-        without_gradient: Names of parameters that the ELBO does not depend on.
-        unregistered: Shapes of parameters that the ELBO depends on but that no Pyro statement shows, as when
-            `pyro.module` is forgotten: Pyro's SVI and `fit` do not train them.
-    """
-
-    sites: tuple[SiteReport, ...]
-    problems: tuple[str, ...] = ()
-    estimators: dict[str, str | None] = field(default_factory=dict)
-    without_gradient: tuple[str, ...] = ()
-    unregistered: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def mean_field(self) -> bool:
-        """Whether the KL is the sum of the sites' KLs, as `TraceMeanField_ELBO` takes it to be."""
-        return self.estimators.get("TraceMeanField_ELBO", "not tried") is None
-
-    def __str__(self) -> str:
-        lines = ["the guide does not fit the model" if self.problems else "the guide fits the model"]
-        lines += [f"  {problem}" for problem in self.problems]
-        lines += _table(self.sites)
-        if self.estimators:
-            valid = (name for name, reason in self.estimators.items() if reason is None)
-            lines.append(f"valid estimators: {', '.join(valid)}")
-            lines += [
-                f"not {name}: {reason}" for name, reason in self.estimators.items() if reason is not None
-            ]
-        if self.without_gradient:
-            lines.append(f"parameters without gradient: {', '.join(self.without_gradient)}")
-        if self.unregistered:
-            lines.append(
-                "parameters that no Pyro statement shows, so that Pyro does not train them: of shapes "
-                f"{', '.join(map(str, self.unregistered))}; call pyro.module, or make their module the guide"
-            )
-        return "\n".join(lines)
-
-
-def _table(sites: tuple[SiteReport, ...]) -> list[str]:
-    def cells(part: DistributionReport | None) -> list[str]:
-        return [str(cell) for cell in part] if part else ["-"] * 3
-
-    rows = [
-        [
-            "site",
-            "status",
-            "guide",
-            "batch",
-            "event",
-            "model",
-            "batch",
-            "event",
-            "plates",
-            "support",
-            "path",
-            "KL",
-        ]
-    ]
-    for site in sites:
-        path, kl = (
-            ("reparameterised" if site.reparameterised else "score function") if site.guide else "-",
-            ("closed form" if site.analytic_kl else "sampled") if site.status == "match" else "-",
-        )
-        about_guide = [", ".join(site.plates) or "-", site.support or "-", path, kl]
-        rows.append([site.name, site.status, *cells(site.guide), *cells(site.model), *about_guide])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-class GuideError(ValueError):
-    """A guide that does not fit its model.
-
-    Args:
-        message: What is wrong, and what to change.
-        report: What was found; None if the guide did not run.
-    """
-
-    def __init__(self, message: str, report: GuideReport | None = None):
-        super().__init__(message)
-        self.report = report
+__all__ = ["check_guide", "check_training"]
 
 
 def check_guide(
@@ -161,8 +38,8 @@ def check_guide(
     A guide fits if it draws the model's latent sites, each in plates and of an event shape as in the model,
     from a distribution with valid parameters, of which the model's covers the support.
 
-    Random numbers, parameters, gradients, buffers such as running means, and Pyro's parameter store are left
-    as they were.
+    Random numbers, parameters, gradients, buffers such as running means, attributes of the modules that run,
+    and Pyro's parameter store are left as they were.
 
     Args:
         model: A Pyro model; for a VAE, `vae.model`.
@@ -191,7 +68,7 @@ def check_guide(
         >>> report.estimators["DReG"] is None
         True
     """
-    with _nothing_left_behind(model, guide):
+    with nothing_left_behind(model, guide):
         model_trace, guide_trace, sites = _fitting(model, guide, data, kwargs)
         shown = parameters(guide_trace, model_trace)
         loss = Trace_ELBO().differentiable_loss(model, guide, *data, **kwargs)
@@ -228,7 +105,7 @@ def check_training(
     """
     estimator = getattr(estimator, "estimator", estimator)  # the one that a KLWeighted holds
     enumerates = isinstance(estimator, TraceEnum_ELBO)
-    with _nothing_left_behind(model, guide):
+    with nothing_left_behind(model, guide):
         model_trace, guide_trace, _ = _fitting(model, guide, data, kwargs, enumerates=enumerates)
         untrained = _untrained(model_trace, guide_trace, [*trained, *data])
         reason = _reason_against(copy.copy(estimator), model, guide, data, kwargs)
@@ -236,39 +113,6 @@ def check_training(
         raise ValueError(untrained)
     if reason:
         raise ValueError(f"{label(estimator)} is not valid for this model and guide: {reason}")
-
-
-@contextmanager
-def _nothing_left_behind(model: Program, guide: Program) -> Iterator[None]:
-    """Run Pyro programs aside: no trace of it in generators, parameter store, buffers, or outer handlers.
-
-    Validation is off, so that distributions with wrong parameters come to be, and can be told of.
-    """
-    before: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(module: Any, _: Any = None) -> None:
-        for buffer in module.buffers() if isinstance(module, nn.Module) else ():
-            before.setdefault(id(buffer), (buffer, buffer.clone()))
-
-    for program in (model, guide):
-        keep(getattr(program, "__self__", program))
-    hook = register_module_forward_pre_hook(keep)  # a function may call modules that nothing else shows
-    store = pyro.get_param_store()
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with (
-            torch.random.fork_rng(devices=cuda),
-            torch.enable_grad(),
-            store.scope(store.get_state()),
-            pyro.validation_enabled(False),
-            poutine.block(),
-        ):
-            yield
-    finally:
-        hook.remove()
-        with torch.no_grad():
-            for buffer, old in before.values():
-                buffer.copy_(old)
 
 
 def _fitting(
@@ -335,7 +179,7 @@ def _site_reports(model_sites: Sites, guide_sites: Sites) -> Iterator[SiteReport
             status = "auxiliary" if site["infer"].get("is_auxiliary") else "extra"
         else:
             status = "match" if name in latent else "observed"
-        comparable = p is not None and status == "match" and p.event_shape == q.event_shape
+        comparable = p is not None and status == "match" and p[1:] == q[1:]  # of the same shapes
         yield SiteReport(
             name,
             status,
@@ -381,12 +225,16 @@ def _untrained(model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Ite
     for leaf in _leaves(guide):
         if id(leaf) not in known:
             what = f"a parameter of shape {tuple(leaf.shape)} that no Pyro statement shows"
+            remedy = "give the module that owns it to the VAE as the guide"
             if leaf in shown:
                 what = f"the parameter {shown[leaf]!r} of Pyro's global store (by pyro.param or pyro.module)"
+                remedy = (
+                    "run the guide once before you make the optimiser, if its first run makes its "
+                    f"parameters, as an autoguide's does; {remedy}; train by pyro.infer.SVI"
+                )
             return (
                 f"the guide depends on {what}, and the optimiser does not hold it, so that it would not be "
-                "trained: give the module that owns it to the VAE as the guide, train by pyro.infer.SVI, or "
-                "freeze it by requires_grad_(False)"
+                f"trained: {remedy}; or freeze it by requires_grad_(False)"
             )
     return None
 

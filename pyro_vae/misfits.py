@@ -16,6 +16,10 @@ from pyro_vae.pairs import Site, Sites, site_family
 
 __all__ = ["latent_sites", "misfits", "not_finite", "parameters", "plates", "support", "why_it_failed"]
 
+_FIXED_SET = (
+    "(a guide with parameters for each datum of a fixed set goes with SVI on that whole set, not with fit, "
+    "which shuffles)"
+)
 _PLATE_MISMATCH = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"
 
 
@@ -34,7 +38,7 @@ def why_it_failed(error: Exception, trace: poutine.Trace, waiting: list[str], da
         return (
             f"the guide's site {site!r} has {found} entries at dim {dim} of its batch shape, expected "
             f"{expected}, one for each datum in the plate {plate!r}: make what belongs to a datum its event "
-            "shape, by .to_event(1), or give as many entries as there are data"
+            f"shape, by .to_event(1), or give as many entries as there are data {_FIXED_SET}"
         )
     before = f" before it draws {waiting[0]!r}" if waiting else ""
     tensors = [value for value in data if isinstance(value, Tensor)]
@@ -139,6 +143,8 @@ def _misfits_of_a_site(where: str, p: Site, q: Site) -> Iterator[str]:
     if not same_plates:
         inside = " and ".join(f'`with pyro.plate("{plate}", {size}):`' for plate, _, size in plates(p))
         remedy = f"draw it inside {inside}" if inside else "draw it outside of plates"
+        if [plate[:2] for plate in plates(p)] == [plate[:2] for plate in plates(q)]:
+            remedy += f" {_FIXED_SET}"
         yield f"{where} lies in plates {plates(q)}, expected {plates(p)} (name, dim, size): {remedy}"
     if p["fn"].event_shape != q["fn"].event_shape:
         fewer_dims = q["fn"].event_dim < p["fn"].event_dim

@@ -20,7 +20,8 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.compatibility import GuideError, check_guide
+from pyro_vae.compatibility import check_guide
+from pyro_vae.guide_report import GuideError
 from pyro_vae.networks import positive
 
 EVENT, K, N = (2, 3), 4, 5
@@ -233,10 +234,20 @@ def test_a_global_latent_leaves_pyros_estimators():
 @pytest.mark.parametrize("make", [AutoNormal, AutoLowRankMultivariateNormal])
 def test_pyros_autoguides_fit(make):
     vae = make_vae()
-    report = check_guide(vae.model, make(vae.model), torch.randn(N, *EVENT))
+    guide = make(vae.model)
+    report = check_guide(vae.model, guide, torch.randn(N, *EVENT))
+    assert not list(guide.parameters())  # it stays as new, for data of another number
+    assert check_guide(vae.model, guide, torch.randn(N + 2, *EVENT)).problems == ()
     assert report.estimators["Trace_ELBO"] is None
     assert {site.status for site in report.sites} == {"match", "auxiliary"}
     assert len(pyro.get_param_store()) == 0
+
+
+def test_what_rules_out_several_estimators_is_told_once():
+    vae = make_vae()
+    report = check_guide(vae.model, AutoLowRankMultivariateNormal(vae.model), torch.randn(N, *EVENT))
+    assert str(report).count("lies outside the data plate") == 1
+    assert "not IWAE, PIWAE, CIWAE, Renyi, STL, DReG, VIMCO: " in str(report)
 
 
 def test_parameters_without_gradient_are_named():

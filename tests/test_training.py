@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from training_run import make_data, make_vae, train
 
@@ -503,6 +504,20 @@ def test_parameters_that_nothing_shows_are_refused_not_left_untrained():
 
     with pytest.raises(ValueError, match=r"a parameter of shape \(2, 4\) that no Pyro statement shows"):
         pv.fit(normal_vae().with_guide(guide), torch.randn(9, 4), epochs=1, progress=False)
+
+
+def test_a_guide_of_a_fixed_set_is_sent_elsewhere():
+    vae = normal_vae()
+    vae = vae.with_guide(AutoNormal(vae.model))
+    x = torch.randn(9, 4)
+    for message in ("run the guide once before you make the optimiser", "not with fit, which shuffles"):
+        with pytest.raises(ValueError, match=message):
+            pv.fit(vae, x, epochs=1, batch_size=9, progress=False)
+        with pyro.get_param_store().scope():
+            vae.guide(x)
+    svi = pv.SVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters()), Trace_ELBO())
+    svi.step(x)
+    pyro.clear_param_store()
 
 
 def test_the_pair_is_checked_once():
