@@ -273,6 +273,8 @@ def test_a_shape_is_recorded_once_and_pyro_is_out_of_the_way():
 
     svi = pv.SVI(model, vae.guide, adam(vae.parameters()), TraceMeanField_ELBO(), engine="traced")
     data = list(batches(steps=100))
+    svi.check(data[0])
+    calls.clear()
     for x in data:
         svi.step(x)
     assert svi._replay.num_recordings == 2
