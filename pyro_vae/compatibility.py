@@ -221,8 +221,8 @@ def _untrained(model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Ite
     stored = {id(parameter) for _, parameter in pyro.get_param_store().named_parameters()}
     known = {id(tensor) for tensor in held} | {id(leaf) for leaf in shown if id(leaf) not in stored}
     draws = sample_sites(guide_trace).values()
-    guide = sum(site["value"].sum() + site["fn"].log_prob(site["value"]).sum() for site in draws)
-    for leaf in _leaves(guide):
+    terms = [site["value"].sum() + site["fn"].log_prob(site["value"]).sum() for site in draws]
+    for leaf in [leaf for term in terms for leaf in _leaves(term)]:
         if id(leaf) not in known:
             what = f"a parameter of shape {tuple(leaf.shape)} that no Pyro statement shows"
             remedy = "give the module that owns it to the VAE as the guide"
