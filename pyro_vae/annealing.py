@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from pyro_vae.data import Images
 from pyro_vae.pairs import Site, run, sample_sites, site_family
 from pyro_vae.particles import PairSites, require_count, terms
-from pyro_vae.streaming import Pair, chunk_sizes, evaluating, observe
+from pyro_vae.streaming import Pair, chunk_sizes, evaluating, observe, require_finite
 from pyro_vae.weights import WeightSummary, summarise_weights
 
 __all__ = ["AnnealedEvidence", "annealed_importance_sampling"]
@@ -99,6 +99,7 @@ def annealed_importance_sampling(
     Raises:
         TypeError: If the data are no floating-point tensor or `Images`, or a number is no integer.
         ValueError: If a number is below 1, the data are unfit, or a latent variable is not real.
+        NonFiniteError: If an importance weight is infinite or NaN; names the data and how many.
 
     Source: R. M. Neal (2001), Annealed importance sampling, Statistics and Computing 11; Y. Wu, Y. Burda,
     R. Salakhutdinov, R. Grosse (2017), On the quantitative analysis of decoder-based generative models,
@@ -128,7 +129,7 @@ def annealed_importance_sampling(
     ):
         bar.set_description("annealing")
         bar.unit_scale = True
-        for x in batches.in_order(at_once):
+        for number, x in enumerate(batches.in_order(at_once)):
             run_chains = functools.partial(
                 _run_chains,
                 vae,
@@ -140,6 +141,7 @@ def annealed_importance_sampling(
             )
             pilot = run_chains(num_chains=_PILOT_CHAINS, steps=None)
             chains = run_chains(num_chains=num_chains, steps=pilot.steps)
+            require_finite(chains.log_weight, first=number * at_once)
             log_weight.append(chains.log_weight)
             acceptance.append(chains.acceptance)
     return AnnealedEvidence(

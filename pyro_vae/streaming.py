@@ -48,10 +48,14 @@ def observe(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: in
         seed: Of the binarisation.
 
     Raises:
-        TypeError: If the data are no floating-point tensor or `Images`.
+        TypeError: If the data are no floating-point tensor or `Images`, or the pair is none.
         ValueError: If the data are empty, have another shape than the likelihood, or lie outside its support.
         NonFiniteError: If a parameter is infinite or NaN.
     """
+    if not callable(getattr(pair, "model", None)):
+        raise TypeError(
+            f"what is evaluated must have Pyro functions model and guide, as a VAE has; got {type(pair).__name__}"
+        )
     if isinstance(data, Images) and data.binarize == "dynamic":
         data, binarize = dataclasses.replace(data, binarize=None), binarize or "dynamic"
     parameters = dict(pair.named_parameters()) if isinstance(pair, nn.Module) else {}
@@ -68,6 +72,8 @@ def observe(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: in
 
 
 def _require_data(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"the data must be floating point; got {x.dtype}. Convert with .float()")
     if len(x) == 0:
         raise ValueError("the data are empty: there must be at least one datum")
 

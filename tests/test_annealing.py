@@ -10,6 +10,7 @@ import torch
 from solved import D, data, linear_gaussian, within
 
 import pyro_vae as pv
+from pyro_vae import streaming
 
 N, C, T = 3, 12, 40
 
@@ -95,6 +96,17 @@ def test_what_cannot_be_moved_along_gradients_is_refused():
         pair = SimpleNamespace(model=lambda x, latent=latent: model(x, latent), guide=None)
         with pytest.raises(ValueError, match=rf"must be real; 'z', a ({name}), has the support"):
             anneal(pair, torch.zeros(N))
+
+
+def test_weights_that_are_not_finite_name_the_data(monkeypatch):
+    exact, vae = linear_gaussian()
+    x = data(exact, 5)
+    x[3] = 1e200
+    with pytest.raises(pv.NonFiniteError, match=rf"of the data 0 to 4: number 3; .* {C} such weights of {C}"):
+        anneal(vae, x, num_temperatures=2)
+    monkeypatch.setattr(streaming, "_ROWS", 2 * C)  # two data at a time
+    with pytest.raises(pv.NonFiniteError, match="of the data 2 to 3: number 3; "):
+        anneal(vae, x, num_temperatures=2)
 
 
 @pytest.mark.parametrize(

@@ -381,9 +381,13 @@ def test_bad_input_is_refused(spoil, options, error, message):
         evaluate(vae, spoil(data(exact)), **options)
 
 
-def test_an_empty_batch_of_a_plain_pair_is_refused():
+def test_a_plain_pair_is_checked_as_far_as_it_can_be():
     with pytest.raises(ValueError, match="the data are empty"):
         evaluate(two_layers(), torch.zeros(0, D))
+    with pytest.raises(TypeError, match="the data must be floating point; got torch.int64"):
+        evaluate(two_layers(), torch.arange(N))
+    with pytest.raises(TypeError, match="functions model and guide, as a VAE has; got Linear"):
+        evaluate(nn.Linear(D, K), torch.zeros(N, D))
 
 
 def test_weights_that_are_not_finite_name_the_data(monkeypatch):
