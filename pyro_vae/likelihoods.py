@@ -111,7 +111,7 @@ class Bernoulli(Likelihood):
     def forward(self, z: Tensor) -> dist.Distribution:
         """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
         (logits,) = self.outputs(z)
-        return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
+        return distributions.Bernoulli(logits=logits).to_event(len(self.event_shape))
 
 
 @rebuildable

@@ -24,7 +24,7 @@ from pyro_vae.svi import NonFiniteError
 
 __all__ = ["Pair", "chunk_sizes", "evaluating", "head", "observe", "parts", "require_finite"]
 
-_ROWS, _VALUES = 2**13, 2**22  # draws decoded at a time, and the numbers that they decode to
+_ROWS, _VALUES = 2**13, 3 * 2**20  # draws decoded at a time, and the numbers that they decode to
 _PARTICLES = 250  # of a datum at a time, so that encoding it costs little beside decoding them
 
 
@@ -54,7 +54,8 @@ def observe(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: in
     """
     if not callable(getattr(pair, "model", None)):
         raise TypeError(
-            f"what is evaluated must have Pyro functions model and guide, as a VAE has; got {type(pair).__name__}"
+            "what is evaluated must have Pyro functions model and guide, as a VAE has; "
+            f"got {type(pair).__name__}"
         )
     if isinstance(data, Images) and data.binarize == "dynamic":
         data, binarize = dataclasses.replace(data, binarize=None), binarize or "dynamic"

@@ -5,9 +5,20 @@ import pytest
 import torch
 from scipy import integrate
 
-from pyro_vae.distributions import ContinuousBernoulli, DiscretizedLogistic
+from pyro_vae.distributions import Bernoulli, ContinuousBernoulli, DiscretizedLogistic
 
 LOGITS = [-800.0, -40.0, -3.0, -0.21, -0.19, -1e-4, 0.0, 1e-9, 0.05, 0.2, 1.0, 17.0, 300.0]
+
+
+def test_bernoulli_is_accurate_for_confident_logits_of_either_sign():
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    wide = logits.detach().double()
+    for x, size in ((0.0, wide), (1.0, -wide)):
+        log_prob = Bernoulli(logits=logits).log_prob(torch.full_like(wide, x).float())
+        truth = -torch.clamp(size, min=0) - torch.log1p(torch.exp(-size.abs()))
+        torch.testing.assert_close(log_prob.double(), truth, rtol=1e-6, atol=1e-38)
+        (gradient,) = torch.autograd.grad(log_prob.sum(), logits)
+        torch.testing.assert_close(gradient.double(), x - torch.sigmoid(wide), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("logit", LOGITS)
