@@ -20,7 +20,7 @@ import torch
 
 import pyro_vae as pv
 
-DATA, LATENT, HIDDEN, ROWS = 784, 50, (200, 200), 5000
+DATA, LATENT, HIDDEN, ROWS = 784, 50, (200, 200), 4000
 
 
 def main() -> None:

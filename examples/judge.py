@@ -119,8 +119,11 @@ def draw(vae: pv.VAE, images: pv.data.Images, report: pv.Evaluation, folder: Pat
             report.kl_per_dimension, report.kl_per_dimension_se
         )
         busiest = report.kl_per_dimension.argsort(descending=True)[:8].tolist()
+        standard = isinstance(vae.prior, pv.priors.StandardNormal)  # then drawn as a curve
         pictures["aggregate_posterior"] = plots.aggregate_posterior(
-            vae.encode(some).sample(), dims=busiest, prior=vae.prior().sample((len(some),))
+            vae.encode(some).sample(),
+            dims=busiest,
+            prior=None if standard else vae.prior().sample((len(some),)),
         )
     if report.per_datum.unit_mean.shape[1] > 1:
         pictures["latent"] = plots.latent_scatter(report.per_datum.unit_mean, images.labels)
@@ -168,7 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--annealed",
         type=int,
-        default=20,
+        default=10,
         metavar="N",
         help="images for annealed importance sampling, 0 for none (default: %(default)s)",
     )
