@@ -24,7 +24,8 @@ from pyro_vae.svi import NonFiniteError
 
 __all__ = ["Pair", "chunk_sizes", "evaluating", "head", "observe", "parts", "require_finite"]
 
-_ROWS, _VALUES = 2**13, 3 * 2**20  # draws decoded at a time, and the numbers that they decode to
+# draws decoded at a time, and the numbers that they decode to: four arrays of them are kept when freed
+_ROWS, _VALUES = 2**13, 3 * 2**20
 _PARTICLES = 250  # of a datum at a time, so that encoding it costs little beside decoding them
 
 
