@@ -2,14 +2,15 @@
 
     uv run benchmarks/estimator_overhead.py [--repeats 30] [--threads 1]
 
-784-200-200-50 tanh, 50 particles on a batch of 128, so 6,400 rows, forward and backward. The pass ends
-in the Bernoulli log-likelihood that the step needs too ("likelihood"), or in a bare sum of logits ("logits").
-All are run in turn; the table holds medians of the process's CPU time on one thread, which other processes
-disturb less than wall-clock time, and of its ratio to each pass.
+784-200-200-50 tanh, 50 particles on a batch of 128, so 6,400 rows, forward and backward. It is compared with
+two passes: one that ends in the Bernoulli log-likelihood that the step needs too ("likelihood"), and one that
+ends in a bare sum of the logits ("logits"). The difference between the two, a logarithm and a sigmoid of each
+of 5 million logits, is arithmetic that no estimator can do without; what an estimator adds of its own is its
+ratio to the first. All are run in turn. The table holds the first decile of the process's CPU time, which
+other processes disturb less than its mean, and far less than wall-clock time.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
@@ -71,12 +72,10 @@ def main() -> None:
                 seconds[name].append(time.process_time() - started)
     print(f"torch {torch.__version__}, pyro {pyro.__version__}, {options.threads} thread(s)")
     print(f"{'':30}{'ms':>8}{'/ likelihood':>14}{'/ logits':>10}")
-    for name, values in seconds.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(values[2:], seconds[reference][2:], strict=True))
-            for reference in ("likelihood", "logits")
-        ]
-        print(f"{name:30}{1000 * statistics.median(values[2:]):8.1f}{ratios[0]:14.3f}{ratios[1]:10.3f}")
+    decile = {name: sorted(values[2:])[len(values[2:]) // 10] for name, values in seconds.items()}
+    for name, value in decile.items():
+        ratios = [value / decile[reference] for reference in ("likelihood", "logits")]
+        print(f"{name:30}{1000 * value:8.1f}{ratios[0]:14.3f}{ratios[1]:10.3f}")
 
 
 if __name__ == "__main__":

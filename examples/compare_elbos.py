@@ -4,13 +4,16 @@
     uv run examples/compare_elbos.py --budget 20s              # the same time for each, not the same steps
     uv run examples/compare_elbos.py --checkpoint vae.pt       # compare at a model of your own, of digits
     uv run examples/compare_elbos.py --train elbo:1 stl:4 dreg:20 vimco:20
+    uv run examples/compare_elbos.py --model linear-gaussian   # where log p(x) and the ELBO are known exactly
 
-First, a small VAE is trained on digits for a while, and a batch shown to every estimator again and again: what
+First, a small VAE is trained on digits for a while, and a batch shown to each estimator again and again: what
 does it estimate, how noisy is its gradient, is it right, and what does a step cost? A tighter bound is not
 always a better guide: see how the signal-to-noise ratio goes with the number of particles.
 
 Then one model for each of some estimators is trained from the same start, on the same batches, for the same
 number of steps or seconds, and judged by the log-evidence of test digits, by importance sampling.
+
+In the linear-Gaussian model every estimator is held against what it should give; nothing is trained.
 
 The folder given by --output receives the tables (CSV, netCDF) and the pictures.
 """
@@ -25,16 +28,21 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import pyro_vae as pv
 from pyro_vae import plots
+from pyro_vae.closed_form import LinearGaussian
+from pyro_vae.files import replacing
 from pyro_vae.labels import label
+from pyro_vae.report import Estimate
+from pyro_vae.targets import Plain, target
 
 EVENT, K, HIDDEN = (1, 28, 28), 16, (200,)
 
-# to train with, by the number of particles
+# to train with, by the number of particles in each group
 ESTIMATORS = {
     "elbo": lambda S: Trace_ELBO(S, vectorize_particles=S > 1, max_plate_nesting=1),
     "mean-field": lambda S: TraceMeanField_ELBO(S, vectorize_particles=S > 1, max_plate_nesting=1),
@@ -50,13 +58,16 @@ ESTIMATORS = {
 
 
 def estimator(text: str) -> ELBO:
-    """Read "dreg:8": a name, and the number of particles."""
+    """Read "dreg:8": a name, and the number of particles in each group."""
     name, _, particles = text.partition(":")
     if name not in ESTIMATORS or not re.fullmatch("[1-9][0-9]*", particles):
         raise argparse.ArgumentTypeError(
             f'must read like "dreg:8", with a name among {", ".join(ESTIMATORS)}; got "{text}"'
         )
-    return ESTIMATORS[name](int(particles))
+    try:
+        return ESTIMATORS[name](int(particles))
+    except ValueError as error:  # VIMCO takes no single particle
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 class Budget(NamedTuple):
@@ -93,12 +104,13 @@ def small_vae(seed: int) -> pv.VAE:
     )
 
 
-def side_by_side(vae: pv.VAE, x: torch.Tensor, args: argparse.Namespace) -> pv.Comparison:
-    """Show a batch to the estimators, at the same parameters and from the same random numbers."""
-    few, some, many = (max(2, args.particles // fraction) for fraction in (16, 4, 1))
-    candidates = [
+def candidates(particles: int) -> list[ELBO]:
+    """What is compared, with up to that many particles."""
+    few, some, many = (max(2, particles // fraction) for fraction in (16, 4, 1))
+    return [
         Trace_ELBO(),
         TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
         pv.STL(),
         pv.STL(many),
         *(pv.IWAE(S) for S in (few, some, many)),
@@ -110,9 +122,86 @@ def side_by_side(vae: pv.VAE, x: torch.Tensor, args: argparse.Namespace) -> pv.C
         pv.VIMCO(many),
         pv.KLWeighted(pv.DReG(many), 0.5),
     ]
-    return pv.compare_estimators(
-        vae.model, vae.guide, x, candidates, num_repeats=args.repeats, seed=args.seed
+
+
+def side_by_side(
+    vae: pv.VAE, x: Tensor, args: argparse.Namespace, *, reference: Tensor | None = None
+) -> pv.Comparison:
+    """Show a batch to the estimators, at the same parameters and random numbers; print, write, draw."""
+    found = pv.compare_estimators(
+        vae.model,
+        vae.guide,
+        x,
+        candidates(args.particles),
+        num_repeats=args.repeats,
+        reference=reference,
+        seed=args.seed,
     )
+    print(found)
+    found.write_csv(args.output / "estimators.csv")
+    with replacing(args.output / "estimators.nc") as partial:
+        found.dataset.to_netcdf(partial)
+    plots.save(found.plot_forest(), args.output / "values.png")
+    for parameters in ("model", "guide"):
+        plots.save(found.plot_snr(parameters), args.output / f"snr_{parameters}.png")
+    return found
+
+
+def linear_gaussian(num_data: int, seed: int) -> tuple[LinearGaussian, pv.VAE, Tensor]:
+    """A model solved exactly, the same as a VAE whose guide is near its posterior but not there, and data."""
+    D, K = 8, 3
+    torch.manual_seed(seed)
+    exact = LinearGaussian(torch.randn(D, K).double(), torch.randn(D).double(), noise_variance=1.0)
+    x = exact.sample(num_data)
+    decoder, encoder = nn.Linear(K, D).double(), nn.Linear(D, 2 * K).double()
+    decoder.weight.data, decoder.bias.data = exact.W, exact.b
+    # the network gives q's means and raw scales: the means of the posterior, but for some noise
+    nn.init.normal_(encoder.weight, std=0.03)
+    origin = torch.zeros(1, D).double()
+    slope = torch.func.jacrev(lambda x: exact.posterior(x).mean)(origin)[0, :, 0]
+    encoder.weight.data[:K] += slope
+    encoder.bias.data[:K] = exact.posterior(origin).mean[0]
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(K).double(),
+        likelihood=pv.likelihoods.Normal(K, (D,), network=decoder, variance=1.0),
+        guide=pv.guides.DiagonalNormal((D,), K, network=encoder),
+    )
+    return exact, vae, x
+
+
+@torch.no_grad()
+def print_known_biases(
+    exact: LinearGaussian, vae: pv.VAE, x: Tensor, found: pv.Comparison, args: argparse.Namespace
+) -> None:
+    """Hold what was found against the ELBO, known exactly, and other bounds by very many draws."""
+    q = vae.encode(x)
+    evidence = exact.log_evidence(x).mean().item()
+    elbo = exact.elbo(x, q.mean, q.variance.diag_embed()).mean().item()
+    print(
+        f"\nbias against log p(x) = {evidence:.6f}, found in {args.repeats} steps and known; nats per datum"
+    )
+    print(f"{'estimator':27}{'found':>20}{'known':>22}{'t':>7}")
+    for name, estimator in zip(found["estimator"].values, candidates(args.particles), strict=True):
+        known = Estimate(elbo - evidence, 0.0)
+        if found["target"].sel(estimator=name).item() != "ELBO":
+            known = by_many_draws(estimator, vae, x, args)
+            known = known._replace(value=known.value - evidence)
+        value, se = (found[part].sel(estimator=name).item() for part in ("bias", "bias_se"))
+        t = (value - known.value) / math.hypot(se, known.standard_error)
+        label = f"{known.value:.6f} exactly" if known.standard_error == 0 else str(known)
+        print(f"{name:27}{Estimate(value, se)!s:>20}{label:>22}{t:>+7.1f}")
+
+
+def by_many_draws(
+    estimator: ELBO, vae: pv.VAE, x: Tensor, args: argparse.Namespace, *, rounds: int = 100
+) -> Estimate:
+    """An estimator's bound by its definition, with all the particles that go in a second or so."""
+    bound = target(estimator).plain["model"]
+    bound = getattr(bound, "estimator", bound) if isinstance(bound, pv.KLWeighted) else bound
+    many = Plain(bound.estimator, num_groups=2000 // bound.estimator.num_particles)
+    torch.manual_seed(args.seed + 1)
+    values = torch.tensor([many.loss(vae.model, vae.guide, x) for _ in range(rounds)]).double() / -len(x)
+    return Estimate(values.mean().item(), values.std().item() / math.sqrt(rounds))
 
 
 def train(
@@ -186,13 +275,14 @@ def report(results: dict[str, Trained]) -> list[dict[str, Any]]:
 
 def draw_curves(results: dict[str, Trained], args: argparse.Namespace) -> Figure:
     """Test log-evidence by steps or seconds: what training reaches, and how soon."""
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for colour, (name, result) in zip(plots.PALETTE, results.items(), strict=False):
+    for number, (name, result) in enumerate(results.items()):
+        style = {"color": plots.PALETTE[number % len(plots.PALETTE)], "marker": "osD^vP*X"[number % 8]}
         x = result.steps if args.budget.unit == "steps" else result.seconds
-        left.plot(x, result.curve, ".-", color=colour, label=name)
+        left.plot(x, result.curve, markersize=4, label=name, **style)
         value, se = result.final.mean("log_evidence")
-        right.errorbar(value, name, xerr=se, fmt="o", color=colour, capsize=4)
+        right.errorbar(value, name, xerr=se, linestyle="none", capsize=4, **style)
     low = min(result.curve[len(result.curve) // 4] for result in results.values())
     high = max(max(result.curve) for result in results.values())
     left.set_ylim(low, high + 0.1 * (high - low))  # the start is far below
@@ -207,9 +297,20 @@ def draw_curves(results: dict[str, Trained], args: argparse.Namespace) -> Figure
 
 
 def main() -> None:
-    """Compare at one model, write and draw; then train with some estimators, and compare what came of it."""
+    """Compare, print, write, draw."""
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.model == "linear-gaussian":
+        exact, vae, x = linear_gaussian(args.compare_size, args.seed)
+        found = side_by_side(vae, x, args, reference=exact.log_evidence(x))
+        print_known_biases(exact, vae, x, found, args)
+    else:
+        compare_on_digits(args)
+    print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+
+
+def compare_on_digits(args: argparse.Namespace) -> None:
+    """Compare at one VAE of digits; then train VAEs with some estimators, and compare those."""
     data = pv.data.load("digits", split="train", binarize="dynamic")
     test = pv.data.load("digits", split="test", binarize="fixed", seed=args.seed)
     test = test.subset(slice(args.test_size))
@@ -219,29 +320,24 @@ def main() -> None:
     else:
         vae = small_vae(args.seed)
         pv.fit(vae, data, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
-    found = side_by_side(vae, test[: args.compare_size], args)
-    print(found)
-    found.write_csv(args.output / "estimators.csv")
-    found.dataset.to_netcdf(args.output / "estimators.nc")
-    plots.save(found.plot_forest(), args.output / "values.png")
-    for parameters in ("model", "guide"):
-        plots.save(found.plot_snr(parameters), args.output / f"snr_{parameters}.png")
+    side_by_side(vae, test[: args.compare_size], args)
 
-    print(
-        f"\ntraining a model with each of {len(args.train)} estimators, {args.budget.amount:g} {args.budget.unit}"
-    )
+    amount, unit = args.budget
+    print(f"\ntraining a model with each of {len(args.train)} estimators, {amount:g} {unit} each")
     results = {}
-    with tqdm(total=len(args.train) * args.budget.amount, unit=f" {args.budget.unit}") as bar:
+    with tqdm(total=len(args.train) * amount, unit=f" {unit}") as bar:
         for candidate in args.train:
             bar.set_description(label(candidate))
             results[label(candidate)] = train(candidate, data, test, args, bar)
     table = report(results)
-    with (args.output / "training.csv").open("w", newline="") as file:
+    with (
+        replacing(args.output / "training.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    draw_curves(results, args).savefig(args.output / "training.png", dpi=150)
-    print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+    plots.save(draw_curves(results, args).axes[0], args.output / "training.png")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -250,32 +346,33 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("comparison").add_argument
+    add("--model", choices=("digits", "linear-gaussian"), default="digits", help="(default: %(default)s)")
     add("--checkpoint", type=Path, metavar="FILE", help="compare at a VAE that VAE.save wrote, of digits")
     add("--epochs", type=int, default=15, help="to train the model compared at (default: %(default)s)")
-    add("--particles", type=int, default=32, help="S, the most that are compared (default: %(default)s)")
-    add("--compare-size", type=int, default=64, help="digits in the batch (default: %(default)s)")
+    add("--particles", type=int, default=32, help="S, the most (default: %(default)s)")
+    add("--compare-size", type=int, default=32, help="data in the batch (default: %(default)s)")
     add("--repeats", type=int, default=60, help="of each estimator's step (default: %(default)s)")
     add = parser.add_argument_group("training").add_argument
     add(
         "--train",
         type=estimator,
         nargs="+",
-        default=["mean-field:1", "stl:8", "iwae:8", "dreg:8", "piwae:8"],
+        default=["mean-field:1", "stl:8", "iwae:8", "dreg:8", "piwae:2"],
         metavar="NAME:S",
-        help=f"estimators, among {', '.join(ESTIMATORS)}, and their numbers of particles "
-        "(default: mean-field:1 stl:8 iwae:8 dreg:8 piwae:8)",
+        help=f"estimators, among {', '.join(ESTIMATORS)}, and their particles, for miwae and "
+        "piwae in each of 4 groups (default: mean-field:1 stl:8 iwae:8 dreg:8 piwae:2)",
     )
     add(
         "--budget",
         type=Budget.parse,
-        default="1000steps",
-        help='for each model: "1000steps", or "20s" of training; rounded up to epochs (default: %(default)s)',
+        default="600steps",
+        help='for each model: "600steps", or "20s" of training; rounded up to epochs (default: %(default)s)',
     )
     add("--batch-size", type=int, default=100, help="images a step (default: %(default)s)")
     add("--curve-size", type=int, default=200, help="test digits for the curves (default: %(default)s)")
     add("--curve-particles", type=int, default=50, help="S for the curves (default: %(default)s)")
     add("--test-size", type=int, default=500, help="test digits in the end, of 1,000 (default: %(default)s)")
-    add("--test-particles", type=int, default=500, help="S in the end (default: %(default)s)")
+    add("--test-particles", type=int, default=200, help="S in the end (default: %(default)s)")
     add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
     add(
         "--output",

@@ -88,6 +88,8 @@ class Likelihood(nn.Module, ABC):
                 f"{type(self).__name__}: for latent vectors of batch shape {tuple(batch_shape)} the network "
                 f"must return {self.num_parameters} x {self.event_shape} numbers each; got {tuple(raw.shape)}"
             )
+        if self.num_parameters == 1:  # for the gradient of `unbind` is a copy
+            return (raw.reshape(*batch_shape, *self.event_shape),)
         return raw.reshape(expected).unbind(len(batch_shape))
 
     @abstractmethod

@@ -116,3 +116,16 @@ def test_values_outside_the_support_are_refused():
         ContinuousBernoulli(torch.tensor(0.4)).log_prob(torch.tensor(1.2))
     with pytest.raises(ValueError, match="levels must be at least 2"):
         DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.2), levels=1)
+
+
+def test_bernoulli_has_torchs_numbers():
+    logits = torch.tensor([[-800.0, -40.0, -3.0, 0.0], [2.0, 21.0, 40.0, 800.0]]).double().requires_grad_()
+    x = torch.tensor([[[0.0, 1.0, 1.0, 0.0]], [[1.0, 0.0, 1.0, 1.0]], [[0.0, 0.0, 1.0, 1.0]]]).double()
+    ours = Bernoulli(logits=logits).log_prob(x)
+    theirs = torch.distributions.Bernoulli(logits=logits).log_prob(x)
+    assert ours.shape == (3, 2, 4)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="support"):
+        Bernoulli(logits=logits).log_prob(x + 0.5)
