@@ -386,6 +386,10 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("epochs", "batch_size", "compare_size", "curve_size", "curve_particles", "test_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.repeats < 10:
+        parser.error("--repeats must be at least 10")
+    if args.checkpoint and args.model != "digits":
+        parser.error("--checkpoint goes with --model digits")
     if args.test_particles < 2 or args.particles < 2:
         parser.error("--particles and --test-particles must be at least 2")
     return args

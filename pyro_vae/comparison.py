@@ -19,7 +19,7 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_vae.comparison_report import PARAMETERS, Comparison, Measured, Reference, comparison
+from pyro_vae.comparison_report import PARAMETERS, Comparison, Measured, Reference, summarise
 from pyro_vae.costs import peak_memory
 from pyro_vae.estimators import KLWeighted, check_mean_field, terms
 from pyro_vae.evaluation import evaluate
@@ -131,7 +131,7 @@ def compare_estimators(
                     _repeat(step, group, derived_seed(seed, _NOISE, repeat), num_repeats)
                     bar.update(len(group))
         seconds = _seconds(step, candidates)
-        return comparison(
+        return summarise(
             [_measured(step, candidate, seconds[candidate.name]) for candidate in candidates],
             known,
             num_data=len(data),

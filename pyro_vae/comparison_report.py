@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-__all__ = ["PARAMETERS", "Comparison", "Measured", "Reference", "comparison"]
+__all__ = ["PARAMETERS", "Comparison", "Measured", "Reference", "summarise"]
 
 PARAMETERS = ("model", "guide")
+_MARKERS = "osD^vP*X<>"
 _NOTHING = GradientSummary(math.nan, math.nan, math.nan, math.nan)
 _NATS = "nats per datum"
 # name: (a number for each of, unit, meaning)
@@ -110,7 +111,7 @@ class Measured:
     peak_bytes: int
 
 
-def comparison(rows: Sequence[Measured], reference: Reference, *, dtype: str, **attrs: Any) -> "Comparison":
+def summarise(rows: Sequence[Measured], reference: Reference, *, dtype: str, **attrs: Any) -> "Comparison":
     """Put what was measured, with floating-point numbers of a `dtype`, into a labelled dataset."""
     import xarray  # noqa: PLC0415 (slow)
 
@@ -298,7 +299,8 @@ class Comparison:
             alpha=0.15,
             linewidth=0,
         )
-        axes.set_xlabel(f"mean bound, nats per datum; dashed: {attrs['reference']}")
+        doubt = ", likely too low" if attrs["reference_unreliable"] else ""
+        axes.set_xlabel(f"mean bound, nats per datum; dashed: {attrs['reference']}{doubt}")
         axes.set_title(f"Mean of {attrs['num_repeats']} steps, 94 % intervals")
         return axes
 
@@ -313,6 +315,7 @@ class Comparison:
             ValueError: If `parameters` is neither, or no SNR could be told from 0.
         """
         from matplotlib.figure import Figure  # noqa: PLC0415 (slow)
+        from matplotlib.ticker import LogLocator, NullFormatter, NullLocator  # noqa: PLC0415 (slow)
 
         if parameters not in PARAMETERS:
             raise ValueError(f'parameters must be "model" or "guide"; got {parameters!r}')
@@ -326,14 +329,22 @@ class Comparison:
             line = part.isel(estimator=np.flatnonzero(part["family"].values == name))
             style = {
                 "color": PALETTE[number % len(PALETTE)],
+                "marker": _MARKERS[number % len(_MARKERS)],
                 "linewidth": 1 + 2 * (len(families) - number) / len(families),  # some coincide
                 "markersize": 4 + 5 * (len(families) - number) / len(families),
             }
             _draw_line(axes, line, label=name, **style)
         _draw_slopes(axes, part["num_particles"].values, part["snr"].values)
-        axes.set(xscale="log", yscale="log", xlabel="particles S", ylabel="signal-to-noise ratio ± SE")
+        axes.set(xscale="log", yscale="log", xlabel="particles S, in each group")
+        axes.set_ylabel("signal-to-noise ratio ± SE")
+        sizes = sorted(set(part["num_particles"].values.tolist()))
+        axes.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         lost = " (arrows: not to be told from 0)" if (part["snr"] == 0).any() else ""
-        axes.set_title(f"Gradient in the {parameters} parameters{lost}")
+        axes.set_title(f"Gradient in the {parameters}'s parameters{lost}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(edgecolor="none", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         return axes
@@ -345,7 +356,7 @@ def _draw_line(axes: "Axes", line: "xarray.Dataset", *, label: str, **style: Any
     found = snr > 0
     below = np.minimum(se, 0.9 * snr)  # a logarithmic scale has no zero
     axes.errorbar(
-        particles[found], snr[found], np.stack([below, se])[:, found], fmt="o-", label=label, **style
+        particles[found], snr[found], np.stack([below, se])[:, found], linestyle="-", label=label, **style
     )
     lost = ~found
     axes.errorbar(
