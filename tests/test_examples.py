@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
 
@@ -134,8 +134,8 @@ def test_estimators_are_compared_on_digits(monkeypatch, tmp_path, capsys):
 
 
 def test_estimators_are_held_against_what_is_known(monkeypatch, tmp_path, capsys):
-    compare(monkeypatch, tmp_path, "--model", "linear-gaussian", "--repeats", "30")
-    _, table = capsys.readouterr().out.split("found in 30 steps, and known\n")
+    compare(monkeypatch, tmp_path, "--model", "linear-gaussian", "--repeats", "20")
+    _, table = capsys.readouterr().out.split("found in 20 steps and known; nats per datum\n")
     lines = [line for line in table.splitlines()[1:] if "±" in line]
     assert len(lines) == len(rows(tmp_path / "estimators.csv"))
     assert sum("exactly" in line for line in lines) == 5
@@ -192,6 +192,8 @@ def test_a_mixture_is_trained_in_three_ways(monkeypatch, tmp_path, capsys):
 def test_at_the_exact_posterior_the_enumerated_elbo_is_the_evidence():
     example = runpy.run_path(str(MIXTURE))
     vae = example["solved"](seed=2)[0].double()
+    W = vae.likelihood.network.weight
+    W.data = torch.linalg.qr(W.data).Q * W.data.norm(dim=0)  # at right angles in float64 too
     mixture = example["marginal"](vae)
     x = example["sample"](mixture, 7)
     with torch.no_grad():
@@ -199,7 +201,7 @@ def test_at_the_exact_posterior_the_enumerated_elbo_is_the_evidence():
         posterior = vae.encode(x)[0].softmax(-1)
     torch.testing.assert_close(posterior, mixture.posterior(x), rtol=0, atol=1e-10)
     evidence = mixture.log_evidence(x)
-    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(vae.model, vae.guide, x)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(vae.model, config_enumerate(vae.guide), x)
     assert loss == pytest.approx(-evidence.sum().item(), abs=1e-10)
     found = pv.terms(vae.model, vae.guide, x, num_particles=3).log_weight
     torch.testing.assert_close(found, evidence.expand(3, 7), rtol=0, atol=1e-10)
@@ -210,7 +212,7 @@ def set_to_posterior(vae):
     W, b = vae.likelihood.network.weight, vae.likelihood.network.bias
     noise, scale = vae.likelihood.scale**2, torch.nn.functional.softplus(vae.raw_scales[0]) + 1e-6
     means = vae.locs @ W.T  # of x − b, given c
-    covariance = (W * scale.square()) @ W.T + noise * torch.eye(len(b))
+    covariance = (W * scale.square()) @ W.T + noise * torch.eye(len(b), dtype=b.dtype)
     # log p(c|x) is linear in x, as the classes share their covariance
     slope = torch.linalg.solve(covariance, means.T).T
     offset = vae.logits.log_softmax(0) - (slope * means).sum(-1) / 2 - slope @ b
