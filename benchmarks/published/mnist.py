@@ -340,7 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--test-size", type=int, default=10_000, help="test images, the first (default: %(default)s)")
     add("--data-root", type=Path, help="folder of a local copy, as torchvision lays it out")
     add("--device", default="cpu")
-    add("--engine", choices=("eager", "traced"), default="traced")
+    add("--engine", choices=("auto", "eager", "traced", "compiled"), default="auto")
     add("--runs", type=Path, default=Path("runs/published"), help="checkpoints (default: %(default)s)")
     add("--results", type=Path, default=HERE / "results", help="numbers (default: %(default)s)")
     add("--resume", action="store_true", help="go on with a run that was stopped")
