@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["PARAMETERS", "Comparison", "Measured", "Reference", "summarise"]
 
 PARAMETERS = ("model", "guide")
-_MARKERS = "osD^vP*X<>"
+_MARKERS = "osD^vP*X<"  # nine, and ten colours: ninety estimators are told apart
 _NOTHING = GradientSummary(math.nan, math.nan, math.nan, math.nan)
 _NATS = "nats per datum"
 # name: (a number for each of, unit, meaning)
