@@ -10,8 +10,9 @@ splits in two: with q* the best member of the guide's family for one datum,
     log p(x) − ELBO[q]  =  (log p(x) − ELBO[q*])  +  (ELBO[q*] − ELBO[q])
           gap           =      approximation       +     amortisation
 
-q* is found by `SemiAmortised`, many steps up the ELBO of each datum from what the network returns. The
-folder given by --output receives the pictures and the table.
+q* is found by `SemiAmortised`, many steps up the ELBO of each datum from what the network returns. Where they
+end on a lesser hill, q* is not the best and the approximation part too large; a few images with two modes are
+enough to show in the mean. The folder given by --output receives the pictures and the table.
 """
 
 import argparse
@@ -148,15 +149,19 @@ def draw_gaps(table: list[dict[str, Any]], k: dict[str, Tensor]) -> Figure:
         left.barh([row["guide"] for row in table], width, left=start, xerr=error, color=colour, label=part)
         start = width
     left.invert_yaxis()
-    left.set(xlabel="log p(x) − ELBO (nats per image)", title="What each guide loses, and why")
-    left.legend()
+    left.margins(x=0.3)  # room for the legend
+    left.set(
+        xlabel="log p(x) − ELBO (nats per image, ± one standard error)",
+        title="What each guide loses, and why",
+    )
+    left.legend(loc="lower right")
     for colour, (name, values) in zip(plots.PALETTE, k.items(), strict=False):
         ordered = values.sort().values
         share = torch.arange(1, len(ordered) + 1) / len(ordered)
         right.step(ordered, share, where="post", color=colour, label=name)
     right.axvline(0.7, color="black", linestyle="--", linewidth=1)
     right.set(
-        xlabel="Pareto k̂ of the importance weights (above 0.7: not to be trusted)",
+        xlabel="Pareto k̂ of the importance weights (above 0.7: unreliable)",
         ylabel="share of the images",
         title="How well each guide covers the posterior",
     )
@@ -191,8 +196,13 @@ def draw_posteriors(
                 ax.contour(
                     density[:, row].view(POINTS, POINTS).T, levels, colors=colour, linewidths=1, **plane
                 )
-            ax.set(xticks=[], yticks=[])
             ax.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
+            ax.locator_params(nbins=3)
+            ax.tick_params(labelsize=7)
+            if ax is axes[row, 1]:
+                ax.set(xlabel="z[0]", ylabel="z[1]")
+            else:  # the same window all along the row
+                ax.set(xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(name, fontsize=10)
     figure.suptitle(

@@ -3,10 +3,20 @@
     uv run examples/mnist_svi.py                      # MNIST, binarised afresh at each pass
     uv run examples/mnist_svi.py --conv --epochs 50   # convolutional networks
     uv run examples/mnist_svi.py --likelihood discretized-logistic --latent-dim 2
-    uv run examples/mnist_svi.py --estimator iwae --particles 10
+    uv run examples/mnist_svi.py --guide iaf --prior flow --estimator iwae --particles 10
     uv run examples/mnist_svi.py --resume             # continue after Ctrl-C
 
 The folder given by --output receives the trained model, its numbers and pictures.
+
+--prior, p(z):    standard, N(0, I); learned, a normal with learned means and scales; mixture, of 10 such;
+                  flow, a normalising flow; vamp, the guide's average over 100 learned images (slow where the
+                  guide is a flow)
+--guide, q(z|x):  diagonal, a normal with independent dimensions; full or low-rank, with correlated ones;
+                  mixture, of 4 diagonal ones; iaf, maf or nsf, normalising flows, of which iaf draws fastest;
+                  semi-amortised, diagonal and refined for each image by 10 steps up its ELBO
+--estimator:      trace, the ELBO with its KL drawn; trace-mean-field, with the KL in closed form, where guide
+                  and prior have one; stl, drawn with less noise in the guide's gradient; iwae, piwae, ciwae,
+                  renyi, dreg, vimco, bounds that weigh several --particles
 """
 
 import argparse
@@ -31,10 +41,23 @@ LIKELIHOODS = {
     "normal": pv.likelihoods.Normal,
     "discretized-logistic": pv.likelihoods.DiscretizedLogistic,
 }
-DISCRETE = (
-    "bernoulli",
-    "discretized-logistic",
-)  # their losses are probabilities, so they have a length in bits
+DISCRETE = ("bernoulli", "discretized-logistic")  # their losses are probabilities, so have a length in bits
+GUIDES = {
+    "diagonal": (pv.guides.DiagonalNormal, {}),
+    "full": (pv.guides.FullCovarianceNormal, {}),
+    "low-rank": (pv.guides.LowRankNormal, {}),
+    "mixture": (pv.guides.Mixture, {}),
+    "iaf": (pv.guides.Flow, {"flow": "iaf"}),
+    "maf": (pv.guides.Flow, {"flow": "maf"}),
+    "nsf": (pv.guides.Flow, {"flow": "nsf"}),
+    "semi-amortised": (pv.guides.DiagonalNormal, {}),  # refined for each image
+}
+PRIORS = {
+    "standard": pv.priors.StandardNormal,
+    "learned": pv.priors.LearnedNormal,
+    "mixture": pv.priors.Mixture,
+    "flow": pv.priors.Flow,
+}
 ESTIMATORS = {
     "trace": lambda a: Trace_ELBO(a.particles, 1, vectorize_particles=a.particles > 1),
     "trace-mean-field": lambda a: TraceMeanField_ELBO(a.particles, 1, vectorize_particles=a.particles > 1),
@@ -48,25 +71,45 @@ ESTIMATORS = {
 }
 
 
-def build_vae(args: argparse.Namespace, image: tuple[int, int, int]) -> pv.VAE:
-    """p(z) p(x|z) and q(z|x): three distributions, two of them given by networks."""
-    K = args.latent_dim
-    likelihood, guide = LIKELIHOODS[args.likelihood], pv.guides.DiagonalNormal
+def build_vae(args: argparse.Namespace, train: pv.data.Images) -> pv.VAE:
+    """p(z) p(x|z) and q(z|x): three distributions, given by networks."""
+    K, image = args.latent_dim, tuple(train.shape[1:])
+    likelihood, (guide, options) = LIKELIHOODS[args.likelihood], GUIDES[args.guide]
+    decoder_options, encoder_options = (
+        {"hidden_features": args.hidden[::-1]},
+        {"hidden_features": args.hidden},
+    )
     if args.conv:
         channels, height, width = image
         decoder = pv.networks.ConvDecoder(K, (likelihood.num_parameters * channels, height, width))
         encoder = pv.networks.ConvEncoder(image, sum(guide.sizes(K)))
         decoder_options, encoder_options = {"network": decoder}, {"network": encoder}
-    else:
-        decoder_options = {"hidden_features": args.hidden[::-1]}
-        encoder_options = {"hidden_features": args.hidden}
     if args.likelihood == "normal":
         decoder_options["variance"] = "shared"
-    return pv.VAE(
-        prior=pv.priors.StandardNormal(K),
-        likelihood=likelihood(K, image, **decoder_options),
-        guide=guide(image, K, **encoder_options),
-    )
+    posterior = guide(image, K, **options, **encoder_options)
+    if (
+        args.prior == "vamp"
+    ):  # the guide's average over images that are learned, and begin as some of the data
+        first = torch.randperm(len(train))[:100]
+        prior = pv.priors.VampPrior(posterior, num_components=len(first))
+        prior.set_pseudo_inputs(train[first])
+    else:
+        prior = PRIORS[args.prior](K)
+    if args.guide == "semi-amortised":
+        posterior = pv.guides.SemiAmortised(posterior)
+    return pv.VAE(prior=prior, likelihood=likelihood(K, image, **decoder_options), guide=posterior)
+
+
+def choose_estimator(args: argparse.Namespace, vae: pv.VAE, x: torch.Tensor) -> None:
+    """The ELBO by default, with KL(q(z|x) ‖ p(z)) in closed form if that is known, else drawn."""
+    closed = all(site.analytic_kl for site in pv.check_guide(vae.model, vae.guide, x).sites)
+    if args.estimator is None:
+        args.estimator = "trace-mean-field" if closed else "trace"
+    if args.estimator == "trace-mean-field" and not closed:
+        raise ValueError(
+            f"--estimator trace-mean-field wants KL(q(z|x) ‖ p(z)) in closed form, and none is known for "
+            f"--guide {args.guide} and --prior {args.prior}: use --estimator trace, which draws it"
+        )
 
 
 def build_estimator(args: argparse.Namespace) -> ELBO:
@@ -98,9 +141,11 @@ def main() -> None:
     dimensions = math.prod(train.shape[1:])
 
     torch.manual_seed(args.seed)  # the networks' first weights
-    vae = build_vae(args, tuple(train.shape[1:])).to(args.device)
+    vae = build_vae(args, train).to(args.device)
+    choose_estimator(args, vae, train[:2].to(args.device))
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{train.name}: {len(train):,} to train, {len(test):,} to test; {parameters:,} parameters")
+    print(f"guide {args.guide}, prior {args.prior}, estimator {args.estimator}")
     print("ELBO in nats per image, higher is better, ± one standard error")
     if args.estimator not in ("trace", "trace-mean-field", "stl"):
         print(f"the column train is the bound of {build_estimator(args)}")
@@ -169,7 +214,7 @@ def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -
     with torch.no_grad():
         shown = test[:10].to(device)
         sample = vae.sample(64, mean=True)
-        codes = torch.cat([vae.encode(x.to(device)).mean for x in test[:].split(1000)])
+        codes = torch.cat([vae.encode(x.to(device)).sample() for x in test[:].split(1000)])
         curves = {
             name.replace("train_bound", "train_elbo").replace("validation", "test"): column
             for name, column in history.columns().items()
@@ -182,7 +227,8 @@ def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -
         if codes.shape[1] > 1:
             pictures["latent"] = plots.latent_scatter(codes, test.labels)
         else:
-            pictures["latent"] = plots.aggregate_posterior(vae.encode(test[:1000].to(device)).sample())
+            prior = vae.prior().sample((len(codes),))
+            pictures["latent"] = plots.aggregate_posterior(codes, prior=prior)
         if codes.shape[1] == 2:
             axis = torch.linspace(-3, 3, 20, device=device)
             z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
@@ -213,41 +259,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument_group("model").add_argument
     add("--likelihood", choices=LIKELIHOODS, default="bernoulli", help="p(x|z) (default: %(default)s)")
+    add("--prior", choices=[*PRIORS, "vamp"], default="standard", help="p(z) (default: %(default)s)")
+    add("--guide", choices=GUIDES, default="diagonal", help="q(z|x) (default: %(default)s)")
     add("--latent-dim", type=int, default=20, metavar="K", help="dimensions of z (default: %(default)s)")
-    add(
-        "--hidden",
-        type=int,
-        nargs="+",
-        metavar="UNITS",
-        help="hidden layers of the encoder; the decoder mirrors them (default: 400)",
-    )
+    add("--hidden", type=int, nargs="+", metavar="UNITS", help="layers of the encoder (default: 400)")
     add("--conv", action="store_true", help="convolutional networks in place of the hidden layers")
     add = parser.add_argument_group("training").add_argument
     add(
         "--estimator",
         choices=ESTIMATORS,
-        default="trace-mean-field",
-        help="the bound: the ELBO with its KL drawn (trace) or in closed form (trace-mean-field), or one of "
-        "iwae, piwae, ciwae, renyi, stl, dreg, vimco (default: %(default)s)",
         metavar="NAME",
+        help="see above (default: trace-mean-field, or trace where the KL has no closed form)",
     )
-    add(
-        "--groups",
-        type=int,
-        default=1,
-        metavar="G",
-        help="groups of particles, of iwae and piwae (default: 1)",
-    )
+    add("--particles", type=int, default=1, metavar="S", help="draws of z for each image (default: 1)")
+    add("--groups", type=int, default=1, metavar="G", help="of particles, of iwae and piwae (default: 1)")
     add("--alpha", type=float, default=0.5, help="α of renyi, weight of the ELBO in ciwae (default: 0.5)")
     add("--beta", type=float, default=1.0, help="weight on the KL (default: 1); what is printed has weight 1")
     add("--free-bits", type=float, default=0.0, help="bits a latent dimension may carry free (default: 0)")
-    add(
-        "--particles",
-        type=int,
-        default=1,
-        metavar="S",
-        help="draws of z for each image (default: %(default)s)",
-    )
     add("--epochs", type=int, help="passes over the data (default: 20, or 100 for small sets)")
     add("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
@@ -260,13 +288,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/mnist_svi"),
-        metavar="DIR",
-        help="folder for the model, its numbers and pictures (default: %(default)s)",
-    )
+    add("--output", type=Path, default=Path("runs/mnist_svi"), metavar="DIR", help="(default: %(default)s)")
     add("--resume", action="store_true", help="continue the run in the output folder, with the same options")
     args = parser.parse_args()
     if args.binarize is None:
@@ -283,7 +305,8 @@ def parse_arguments() -> argparse.Namespace:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
     try:
-        build_estimator(args)
+        if args.estimator:
+            build_estimator(args)
     except ValueError as error:
         parser.error(f"--estimator {args.estimator}: {error}")
     return args

@@ -19,6 +19,7 @@ from pyro_vae.estimators import (
     VIMCO,
     DReG,
     Estimator,
+    KLWeighted,
     Renyi,
     check_mean_field,
 )
@@ -103,16 +104,20 @@ def check_training(
         ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter that
             nobody trains.
     """
-    estimator = getattr(estimator, "estimator", estimator)  # the one that a KLWeighted holds
+    tried = [copy.copy(estimator)]  # a copy, for some learn from the pair that they see first
+    if isinstance(estimator, KLWeighted):
+        tried[0].estimator = copy.copy(estimator.estimator)
+        tried.insert(0, tried[0].estimator)
     enumerates = isinstance(estimator, TraceEnum_ELBO)
     with nothing_left_behind(model, guide):
         model_trace, guide_trace, _ = _fitting(model, guide, data, kwargs, enumerates=enumerates)
         untrained = _untrained(model_trace, guide_trace, [*trained, *data])
-        reason = _reason_against(copy.copy(estimator), model, guide, data, kwargs)
-    if untrained:
-        raise ValueError(untrained)
-    if reason:
-        raise ValueError(f"{label(estimator)} is not valid for this model and guide: {reason}")
+        if untrained:
+            raise ValueError(untrained)
+        for each in tried:
+            reason = _reason_against(each, model, guide, data, kwargs)
+            if reason:
+                raise ValueError(f"{label(each)} is not valid for this model and guide: {reason}")
 
 
 def _fitting(
@@ -265,7 +270,7 @@ def _reason_against(
     try:
         if isinstance(estimator, TraceMeanField_ELBO):
             check_mean_field(model, guide, *data, **kwargs)
-        elif isinstance(estimator, Estimator):
+        elif isinstance(estimator, Estimator | KLWeighted):
             estimator.differentiable_loss(model, guide, *data, **kwargs)
         elif type(estimator) in _UPSTREAM:
             estimator.loss(model, guide, *data, **kwargs)

@@ -43,6 +43,9 @@ def run(monkeypatch, folder, *options):
         ("--latent-dim", "1", "--estimator", "trace", "--particles", "3"),
         ("--likelihood", "discretized-logistic", "--latent-dim", "2", "--estimator", "iwae", "--groups", "2"),
         ("--likelihood", "normal", "--conv", "--beta", "0.5", "--free-bits", "0.1", "--batch-size", "1000"),
+        ("--guide", "full", "--prior", "learned", "--batch-size", "1000"),
+        ("--guide", "iaf", "--prior", "mixture", "--conv", "--batch-size", "2000"),
+        ("--guide", "semi-amortised", "--prior", "vamp", "--latent-dim", "1", "--batch-size", "2000"),
         (
             "--likelihood",
             "continuous-bernoulli",
@@ -62,6 +65,9 @@ def test_the_example_leaves_model_numbers_and_pictures(monkeypatch, tmp_path, ca
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     printed = capsys.readouterr().out
     assert f"test ELBO {metrics['test_elbo']:.2f} ± {metrics['test_elbo_se']:.2f} nats per image" in printed
+    closed = "mixture" not in options and "vamp" not in options
+    if "--estimator" not in options:
+        assert metrics["settings"]["estimator"] == ("trace-mean-field" if closed else "trace")
     is_discrete = metrics["settings"]["likelihood"] in ("bernoulli", "discretized-logistic")
     assert (metrics["bits_per_dimension"] is not None) == is_discrete
     if is_discrete:
@@ -86,6 +92,14 @@ def test_the_example_takes_pictures_of_ones_own(monkeypatch, tmp_path):
     [
         (("--dataset", "mnits"), "mnist"),
         (("--device", "tpu"), "--device tpu cannot be used here"),
+        (
+            ("--guide", "nsf", "--estimator", "trace-mean-field"),
+            "none is known for --guide nsf .*use --estimator trace",
+        ),
+        (
+            ("--prior", "mixture", "--free-bits", "0.1"),
+            "free bits need the KL of the site 'z' in closed form",
+        ),
         (("--estimator", "vimco"), "num_particles must be at least 2"),
         (("--binarize", "none"), r"outside the support of Bernoulli.*binarize="),
         (("--conv", "--hidden", "30"), "--hidden goes without --conv"),

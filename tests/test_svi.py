@@ -220,6 +220,12 @@ def test_an_estimator_that_is_wrong_for_the_pair_is_refused():
             svi.step(x)
     pv.SVI(vae.model, score_function, torch.optim.Adam([loc]), Trace_ELBO()).step(x)
 
+    vae.posterior = pv.guides.Mixture(EVENT, K).double()
+    free = pv.KLWeighted(Trace_ELBO(), lambda step: 0.1 * step, free_bits=0.1)
+    with pytest.raises(ValueError, match=r"^KLWeighted\(.* is not valid for .*: free bits need the KL"):
+        make_svi(vae, free).check(x)
+    assert free.steps == 0
+
 
 def test_a_guide_that_the_optimiser_does_not_hold_is_refused():
     encoder = nn.Linear(6, K).double()
