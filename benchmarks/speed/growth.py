@@ -21,6 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from machine import describe, head
+from matplotlib.ticker import LogLocator
 from pyro.infer import TraceMeanField_ELBO
 
 import pyro_vae as pv
@@ -160,13 +161,15 @@ def figure(results: dict) -> plt.Figure:
         for (engine, times), marker in zip(engines.items(), itertools.cycle("os^D")):
             milliseconds = [1000 * statistics.median(times[size]) for size in SIZES[varied]]
             axis.loglog(SIZES[varied], milliseconds, marker=marker, label=engine)
-        axis.autoscale(False)
+        axis.axis(axis.axis())  # the line that follows does not widen the view
         smallest, largest = SIZES[varied][0], SIZES[varied][-1]
         axis.loglog(
             [smallest, largest], [milliseconds[-1] * smallest / largest, milliseconds[-1]],
             color="grey", linestyle=":", label="proportional",
         )  # fmt: skip
         axis.set_xticks(SIZES[varied], [f"{size:,}" for size in SIZES[varied]])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.set_xlabel(LABELS[varied])
         axis.set_ylabel("ms an epoch" if varied == "data" else "ms a step")
