@@ -10,6 +10,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -185,7 +186,9 @@ GUIDES: dict[str, tuple[Callable[..., nn.Module], Callable[[VAE, Tensor], Draw]]
     "FullCovarianceNormal": (guides.FullCovarianceNormal, full_covariance_normal),
     "LowRankNormal": (guides.LowRankNormal, low_rank_normal),
     "Mixture": (guides.Mixture, mixture),
-    "Flow": (guides.Flow, flow),
+    "Flow, iaf": (partial(guides.Flow, flow="iaf"), flow),
+    "Flow, maf": (partial(guides.Flow, flow="maf"), flow),
+    "Flow, nsf": (partial(guides.Flow, flow="nsf"), flow),
     "SemiAmortised": (refined, semi_amortised),
     "a user's own": (UsersOwn, users_own),
 }

@@ -112,6 +112,16 @@ def test_every_guide_and_estimator_goes_with_it(name, guide):
     assert (run.kl is not None) == (
         normal and guide in ("DiagonalNormal", "FullCovarianceNormal", "LowRankNormal")
     )
+    assert_every_estimator_trains(vae, x)
+
+
+@every_prior
+def test_every_estimator_goes_with_it_and_a_refined_guide(name):
+    guide = guides.SemiAmortised(GUIDES["FullCovarianceNormal"](), num_steps=2)
+    assert_every_estimator_trains(make_vae(PRIORS[name](), guide), data(N))
+
+
+def assert_every_estimator_trains(vae, x):
     for estimator in ESTIMATORS:
         vae.zero_grad()
         assert math.isfinite(estimator.loss_and_grads(vae.model, vae.guide, x)), estimator
