@@ -8,6 +8,7 @@ loss and gradients for the same random numbers, which is tried at its 1st, 2nd, 
 
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -236,9 +237,10 @@ class _Recording:
             raise Untraceable(f"recording it raised {type(error).__name__}: {error}") from error
         self.run = self.graph.module.forward
         self.is_compiled = False
-        self.attributes = list(_attributes({id(o): o for o in [*watched, *self.graph.modules]}.values()))
+        objects = {id(o): o for o in [*watched, *self.graph.modules]}.values()
+        self.spaces, self.names, self.values = zip(*_attributes(objects), strict=True)
         self.uses = 0
-        made = [node.meta["val"].numel() for node in self.graph.module.graph.nodes if "val" in node.meta]
+        made = [node.meta["form"].numel() for node in self.graph.module.graph.nodes if "form" in node.meta]
         self.break_even = _COMPILING / (_PER_OPERATION * len(made) + _PER_VALUE * sum(made))  # steps
 
     def compile(self, tensors: Sequence[Tensor]) -> bool:
@@ -255,7 +257,7 @@ class _Recording:
 
     def is_current(self) -> bool:
         """Whether the attributes are the same."""
-        return all(space.get(name) is value for space, name, value in self.attributes)
+        return all(map(operator.is_, map(dict.get, self.spaces, self.names), self.values))
 
     def use(self, tensors: Sequence[Tensor]) -> None:
         """Count a use, and now and then compare the graph with the function that it was made from.

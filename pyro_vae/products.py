@@ -38,15 +38,15 @@ def choose_products(module: fx.GraphModule, fastest: MutableMapping[str, str]) -
     """Let each matrix product of a graph be taken by the library that is the fastest for its shapes.
 
     Args:
-        module: A graph of operations on CPU tensors whose nodes hold tensors of their form in `meta["val"]`;
+        module: A graph of operations on CPU tensors whose nodes hold tensors of their form in `meta["form"]`;
             changed in place.
         fastest: From shapes to "mkl" or "onednn". What is missing is measured, and added.
 
     Example:
         >>> graph = fx.Graph()
         >>> a, b = graph.placeholder("a"), graph.placeholder("b")
-        >>> a.meta["val"] = torch.empty(256, 784, device="meta")
-        >>> b.meta["val"] = torch.empty(784, 400, device="meta")
+        >>> a.meta["form"] = torch.empty(256, 784, device="meta")
+        >>> b.meta["form"] = torch.empty(784, 400, device="meta")
         >>> _ = graph.output(graph.call_function(aten.mm.default, (a, b)))
         >>> module, fastest = fx.GraphModule({}, graph), {}
         >>> choose_products(module, fastest)
@@ -62,7 +62,7 @@ def choose_products(module: fx.GraphModule, fastest: MutableMapping[str, str]) -
         if operands is None:
             continue
         bias, a, b = operands
-        forms = [part.meta["val"] for part in (a, b)]
+        forms = [part.meta["form"] for part in (a, b)]
         shapes = " ".join(f"{tuple(form.shape)}/{form.stride()}" for form in forms)
         name = "mm" if bias is None else "addmm"
         key = f"{name} {shapes}, {torch.get_num_threads()} threads"
@@ -80,11 +80,11 @@ def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node, fx.Node] | None:
     arguments: Any = node.args
     if node.target is aten.mm.default:
         bias, (a, b) = None, arguments
-    elif node.target is aten.addmm.default and not node.kwargs and arguments[0].meta["val"].dim() == 1:
+    elif node.target is aten.addmm.default and not node.kwargs and arguments[0].meta["form"].dim() == 1:
         bias, a, b = arguments
     else:
         return None
-    forms = a.meta["val"], b.meta["val"]
+    forms = a.meta["form"], b.meta["form"]
     size = forms[0].shape[0] * forms[0].shape[1] * forms[1].shape[1]
     return (bias, a, b) if size >= _SMALL and all(f.dtype == torch.float32 for f in forms) else None
 

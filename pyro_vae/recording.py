@@ -197,7 +197,7 @@ class _Recorder(TorchDispatchMode):
 
         def define(tensor: Tensor, new: fx.Node) -> None:
             nodes[id(tensor)] = new
-            new.meta["val"] = _shell(tensor)
+            new.meta["form"] = _shell(tensor)
 
         for index, tensor in enumerate([*arguments, *self.outside]):
             define(tensor, graph.placeholder(f"input_{index}"))
