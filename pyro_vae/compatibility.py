@@ -28,7 +28,7 @@ from pyro_vae.labels import label
 from pyro_vae.misfits import latent_sites, misfits, not_finite, parameters, plates, support, why_it_failed
 from pyro_vae.pairs import Program, Sites, analytic_kl, sample_sites, site_family
 
-__all__ = ["check_guide", "check_training"]
+__all__ = ["check_guide", "check_training", "require_fit"]
 
 
 def check_guide(
@@ -82,6 +82,16 @@ def check_guide(
             without_gradient=_without_gradient(loss, shown),
             unregistered=tuple(tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in shown),
         )
+
+
+def require_fit(model: Program, guide: Program, *data: Any, **kwargs: Any) -> None:
+    """Refuse a guide that does not fit its model, as `check_guide` does, and try no estimator.
+
+    Raises:
+        GuideError: See `check_guide`.
+    """
+    with nothing_left_behind(model, guide):
+        _fitting(model, guide, data, kwargs)
 
 
 def check_training(

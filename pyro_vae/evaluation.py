@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.aggregate import AggregatePosterior, aggregate_posterior
+from pyro_vae.compatibility import require_fit
 from pyro_vae.data import Images
 from pyro_vae.particles import PairSites, Terms, require_count, terms
 from pyro_vae.report import Estimate, Evaluation, PerDatum, standard_error
@@ -56,7 +57,7 @@ def evaluate(
     Raises:
         TypeError: If the data are no floating-point tensor or `Images`, or a number is no integer.
         ValueError: If `num_particles` is below 1, or the data are empty, have another shape than the
-            likelihood, or lie outside its support.
+            likelihood, or lie outside its support; or the guide does not fit (a `GuideError`).
         NonFiniteError: If an importance weight is infinite or NaN; names the data and how many.
 
     Source: Y. Burda, R. Grosse, R. Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519;
@@ -84,6 +85,8 @@ def evaluate(
     ):
         data_at_once, particles_at_once = chunk_sizes(batches, num_particles)
         for number, x in enumerate(batches.in_order(data_at_once)):
+            if number == 0:
+                require_fit(vae.model, vae.guide, x)
             log_terms: list[Tensor] = []
             for count in parts(num_particles, particles_at_once):
                 t = terms(vae.model, vae.guide, x, num_particles=count, max_plate_nesting=max_plate_nesting)

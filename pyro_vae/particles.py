@@ -11,8 +11,8 @@ and may not enter a logarithm of weights, so it is kept apart, as `Terms.scale`.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -161,6 +161,7 @@ def terms(
             the guide has one too many; if a site lies outside the data plate; if the batch is empty; if
             sites are scaled differently; if a value lies outside its distribution's support or a
             distribution's batch shape has a dimension that is no plate's. The message names the site.
+        Exception: Whatever the model or guide raises; `check_guide` explains it.
 
     Example:
         >>> import torch
@@ -185,7 +186,7 @@ def terms(
     particles: AbstractContextManager = nullcontext()
     if num_particles > 1:
         particles = pyro.plate(name, num_particles, dim=-1 - max_plate_nesting)
-    with particles:
+    with particles, _advised():
         guide_trace = run(guide, data, kwargs)
         guide_sites = sample_sites(guide_trace)
         # The model gets other views of the draws, so that `weigh_paths` can tell the gradients apart.
@@ -232,6 +233,18 @@ def terms(
         scale=shared_scale(guide_sites, model_sites, sites.num_data),
         sites=sites,
     )
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Say where to ask, when a pair fails with an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            "pyro_vae.check_guide(model, guide, *data) tells what does not fit, and what to change"
+        )
+        raise
 
 
 @dataclass(frozen=True)

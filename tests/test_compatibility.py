@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
@@ -127,6 +128,24 @@ def test_the_error_carries_the_report(name):
     else:
         assert "\n".join(error.report.problems) == str(error)
         assert str(error.report).startswith("the guide does not fit the model")
+
+
+@pytest.mark.parametrize("name", [n for n in BROKEN if n not in ("NaN from the network", "another device")])
+def test_no_broken_guide_is_judged_or_trained(name):
+    """Not for a parameter that is NaN or has no values: `evaluate` looks at these first."""
+    vae, x = make_vae(BROKEN[name]()), torch.randn(N, *EVENT)
+    svi = pv.SVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters()), Trace_ELBO())
+    for use in (svi.step, lambda x: pv.evaluate(vae, x, num_particles=3, progress=False)):
+        with pytest.raises(GuideError) as caught:
+            use(x)
+        assert str(caught.value).partition(":")[0] == str(error_of(name)).partition(":")[0]
+
+
+def test_terms_tell_where_to_ask():
+    vae = make_vae(BROKEN["another dtype"]())
+    with pytest.raises(RuntimeError) as caught:
+        pv.terms(vae.model, vae.guide, torch.randn(N, *EVENT))
+    assert "check_guide" in caught.value.__notes__[0]
 
 
 def test_a_forgotten_to_event_is_seen_where_sizes_agree():
