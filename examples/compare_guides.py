@@ -165,7 +165,7 @@ def draw_gaps(table: list[dict[str, Any]], k: dict[str, Tensor]) -> Figure:
         ylabel="share of the images",
         title="How well each guide covers the posterior",
     )
-    right.legend(loc="lower right")
+    right.legend(loc="upper left")
     return figure
 
 
