@@ -58,4 +58,4 @@ def test_the_page_says_which_targets_are_missed_and_which_bounds_differ(table):
     assert verdicts["floor: MKL", "pyro_vae.SVI, traced", "0.67"] == "reached"  # 5 of 7
     bounds = [line.split("|")[-2].strip() for line in page.splitlines() if line.startswith("| pyro_vae.SVI,")]
     assert bounds == ["-90.00 ⚠", "-99.10"]
-    assert "- pythae: failed: ValueError" in page
+    assert "- pythae: failed: ValueError." in page

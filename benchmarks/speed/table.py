@@ -77,7 +77,10 @@ def _case(name: str, case: dict) -> str:
             _bound(case, peer),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    absent = [f"- {peer}: {reason}" for peer, reason in case["absent"].items()]
+    reasons: dict[str, list[str]] = {}
+    for peer, reason in case["absent"].items():
+        reasons.setdefault(reason, []).append(peer)
+    absent = [f"- {'; '.join(peers)}: {reason}." for reason, peers in reasons.items()]
     return "\n".join([*lines, "", "Not in the table:", "", *absent] if absent else lines)
 
 
@@ -108,7 +111,7 @@ def _ratio_text(times: dict[str, list[float]], slower: str, faster: str) -> str:
     found = ratios(times, slower, faster)
     if not found:
         return ""
-    low, middle, high = statistics.quantiles(found, n=4) if len(found) > 1 else 3 * found
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else 3 * found
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
