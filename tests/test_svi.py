@@ -175,7 +175,9 @@ def test_the_check_disturbs_nothing_and_happens_once(as_function, engine):
         svi = pv.SVI(vae.model, counted, torch.optim.Adam(parameters, 0.01), Trace_ELBO(), engine=engine)
         torch.manual_seed(11)
         if beforehand:
+            kept = copy.deepcopy(guide.state_dict())
             svi.check(x)
+            assert all(torch.equal(kept[name], value) for name, value in guide.state_dict().items())
         runs.clear()
         losses = [svi.step(x) for _ in range(3)]
         if engine == "eager":
