@@ -122,6 +122,15 @@ def test_under_every_engine_a_run_resumes_to_the_bit(tmp_path, estimator, engine
     assert_same_state(state_of(vaes[0]), state_of(vaes[2]))
 
 
+@pytest.fixture
+def in_the_foreground():
+    """A shell lets the commands that it starts in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("steps", [1, 9, 23])
 def test_ctrl_c_finishes_the_step_and_the_run_resumes_to_the_bit(tmp_path, uninterrupted, monkeypatch, steps):
     state, history = uninterrupted
@@ -584,6 +593,7 @@ def test_parameters_that_stop_being_finite_are_told_without_a_checkpoint_too():
         pv.fit(normal_vae().with_guide(Guide()), torch.randn(9, 4), epochs=1, progress=False)
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_ctrl_c_after_the_last_step_is_not_lost(tmp_path):
     press = [lambda _, epoch: os.kill(os.getpid(), signal.SIGINT) if epoch.epoch == 2 else None]
     with pytest.raises(KeyboardInterrupt):
