@@ -6,15 +6,21 @@ at other things, such as a global variable; so a graph is believed only as long 
 loss and gradients for the same random numbers, which is tried at its 1st, 2nd, 4th, 8th ... use.
 """
 
+import copy
 import logging
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -23,7 +29,14 @@ from pyro_vae.compiling import NotCompiled, compile_graph
 from pyro_vae.costs import keep_freed_memory
 from pyro_vae.losses import KLWeighted
 from pyro_vae.products import choose_products
-from pyro_vae.recording import LossAndGradients, Untraceable, preserved, record
+from pyro_vae.recording import (
+    LossAndGradients,
+    Untraceable,
+    preserved,
+    python_noise,
+    record,
+    restore_python_noise,
+)
 from pyro_vae.updates import Update
 
 __all__ = ["ENGINES", "Replay"]
@@ -32,6 +45,7 @@ logger = logging.getLogger("pyro_vae")
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 
+_PLAIN = (Tensor, bool, int, float, str, bytes, NoneType, torch.dtype, torch.device, torch.Size)
 _MAX_RECORDINGS = 32  # where shapes keep changing, recording costs more than it saves
 
 # What compiling costs, and what it saves at each step: rough, and the same on every machine, so that a run
@@ -89,11 +103,11 @@ class Replay:
         some = self._parameters()[0]
         if some.device.type == "cpu":
             keep_freed_memory()
-        self.kl_weight = torch.ones((), dtype=some.dtype, device=some.device)
+        self.kl_weight = torch.ones((), dtype=torch.float64, device=some.device)  # it promotes nothing
 
     def step(self, number: int, *args: Any, **kwargs: Any) -> float:
         """Take the step of that number, counted from 0, and return its loss."""
-        if self.given_up:
+        if self.given_up or _PYRO_STACK:  # a handler around the step may do anything
             return self.eager_step(*args, **kwargs)
         if isinstance(self.estimator, KLWeighted):
             self.kl_weight.fill_(self.estimator.beta)  # in a tensor: a number would be the same at every step
@@ -135,12 +149,19 @@ class Replay:
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not all(isinstance(leaf, _PLAIN) for leaf in leaves):
+            raise Untraceable(f"its arguments are more than tensors, numbers and words: {spec}")
+        identities = [id(tensor) for tensor in tensors]
         parameters = self._parameters()
         key = (
             spec,
             *[_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
             *[(p.dtype, p.device, p.requires_grad) for p in parameters],
+            *map(identities.index, identities),  # which of them are the same
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+            torch.get_default_dtype(),
+            is_validation_enabled(),
+            Distribution._validate_args,
         )
 
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -149,12 +170,7 @@ class Replay:
             args, kwargs = pytree.tree_unflatten(filled, spec) if spec else (filled, {})
             return self._loss_and_gradients(parameters, args, kwargs)
 
-        try:
-            recording = self.recordings.get(key)
-        except TypeError as error:
-            raise Untraceable(
-                f"an argument of the step is neither a tensor nor hashable ({error})"
-            ) from error
+        recording = self.recordings.get(key)
         if recording is None or not recording.is_current():
             self.num_recordings += 1
             if self.num_recordings > _MAX_RECORDINGS:
@@ -193,13 +209,16 @@ class Replay:
         else:
             raise Untraceable(f"{type(estimator).__name__} has no differentiable_loss")
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if any(parameter._post_accumulate_grad_hooks for parameter in trained):
+            raise Untraceable("a parameter has hooks that wait for a gradient to be accumulated")
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         if self.clip_norm is not None:
             norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
             shrink = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
             gradients = tuple(None if gradient is None else gradient * shrink for gradient in gradients)
         found = dict(zip(map(id, trained), gradients, strict=True))
-        return loss, [_laid_out_like(parameter, found.get(id(parameter))) for parameter in parameters]
+        laid_out = [_laid_out_like(parameter, found.get(id(parameter))) for parameter in parameters]
+        return loss, _apart(laid_out)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -229,16 +248,19 @@ class _Recording:
         self.loss_and_gradients = loss_and_gradients
         try:
             self.graph = record(loss_and_gradients, tensors)
+            self.plain = copy.deepcopy(self.graph.module).forward  # by the products of eager torch
             if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.outside]):
                 choose_products(self.graph.module, fastest)
+            objects = {id(o): o for o in [*watched, *self.graph.modules]}.values()
+            self.spaces, self.names, self.values = zip(*_attributes(objects), strict=True)
+            self.all_spaces = [space for item in objects for space in _spaces(item)]
+            self.sizes = list(map(len, self.all_spaces))
         except Untraceable:
             raise
         except Exception as error:
             raise Untraceable(f"recording it raised {type(error).__name__}: {error}") from error
         self.run = self.graph.module.forward
         self.is_compiled = False
-        objects = {id(o): o for o in [*watched, *self.graph.modules]}.values()
-        self.spaces, self.names, self.values = zip(*_attributes(objects), strict=True)
         self.uses = 0
         made = [node.meta["form"].numel() for node in self.graph.module.graph.nodes if "form" in node.meta]
         self.break_even = _COMPILING / (_PER_OPERATION * len(made) + _PER_VALUE * sum(made))  # steps
@@ -257,7 +279,8 @@ class _Recording:
 
     def is_current(self) -> bool:
         """Whether the attributes are the same."""
-        return all(map(operator.is_, map(dict.get, self.spaces, self.names), self.values))
+        same = all(map(operator.is_, map(dict.get, self.spaces, self.names), self.values))
+        return same and list(map(len, self.all_spaces)) == self.sizes
 
     def use(self, tensors: Sequence[Tensor]) -> None:
         """Count a use, and now and then compare the graph with the function that it was made from.
@@ -278,17 +301,34 @@ class _Recording:
         )
 
     def _agrees(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the graph gives what the function does, up to rounding.
+
+        Where another library multiplies, rounding may put a number on the other side of a kink, as that of a
+        ReLU: the graph is right if it agrees with eager torch's own products in it.
+        """
         graph = self.graph
-        with preserved(graph.generators, graph.changed), torch.no_grad():
-            loss, does_not_hold, *gradients = self.run(*tensors, *graph.outside)
-            states = [generator.get_state() for generator in graph.generators]
+
+        def draw(run: Callable[..., Sequence[Any]], *inputs: Tensor) -> tuple[Sequence[Any], list[Tensor]]:
+            with preserved(graph.generators, graph.changed):
+                return run(*inputs), [generator.get_state() for generator in graph.generators]
+
+        with torch.no_grad():
+            (loss, does_not_hold, *gradients), states = draw(self.run, *tensors, *graph.outside)
         if does_not_hold:
             return True  # it says so itself
-        with preserved(graph.generators, graph.changed):
-            expected_loss, expected = self.loss_and_gradients(*tensors)
-            expected_states = [generator.get_state() for generator in graph.generators]
-        same_draws = all(map(torch.equal, states, expected_states))
-        return same_draws and _agree([loss, *gradients], [expected_loss.detach(), *expected])
+        noise = python_noise()
+        (expected_loss, expected), expected_states = draw(self.loss_and_gradients, *tensors)
+        restore_python_noise(noise)
+        if not all(map(torch.equal, states, expected_states)):
+            return False
+        wanted = [expected_loss.detach(), *expected]
+        if _agree([loss, *gradients], wanted):
+            return True
+        if self.is_compiled:
+            return False
+        with torch.no_grad():
+            (loss, _, *gradients), _ = draw(self.plain, *tensors, *graph.outside)
+        return _agree([loss, *gradients], wanted)
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -298,20 +338,40 @@ def _laid_out_like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     return torch.empty_like(parameter).copy_(gradient)
 
 
+def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copy those that share memory with an earlier one: whoever scales one must not scale the other."""
+    seen: set[int] = set()
+    result = []
+    for gradient in gradients:
+        own = gradient
+        if gradient is not None:
+            memory = gradient.untyped_storage()._cdata
+            own = gradient.clone() if memory in seen else gradient
+            seen.add(memory)
+        result.append(own)
+    return result
+
+
 def _form(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
+def _spaces(item: Any) -> list[dict]:
+    """The namespaces of an object: of a module its parts and hooks too."""
+    inner = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+    return [vars(item), *(vars(item)[name] for name in inner if isinstance(vars(item).get(name), dict))]
+
+
 def _attributes(objects: Iterable[Any]) -> Iterable[tuple[dict, str, Any]]:
-    """Plain attributes of objects; the parameters, buffers and children of modules too."""
+    """Plain attributes of objects; the parameters, buffers, children and hooks of modules too."""
     for item in objects:
-        for name, value in vars(item).items():
-            if value is None or isinstance(value, bool | int | float | str):
-                yield vars(item), name, value
-        if isinstance(item, nn.Module):
-            for space in (item._parameters, item._buffers, item._modules):
-                for name, member in space.items():
-                    yield space, name, member
+        attributes, *inner = _spaces(item)
+        for name, value in attributes.items():
+            if isinstance(value, (*_PLAIN, np.generic, np.ndarray)):
+                yield attributes, name, value
+        for space in inner:
+            for name, member in space.items():
+                yield space, name, member
 
 
 def _agree(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:

@@ -13,11 +13,13 @@ pass as one list of operations, while the step itself runs as ever. In the graph
 
 import math
 import operator
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -25,7 +27,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Graph", "LossAndGradients", "Untraceable", "preserved", "record"]
+__all__ = [
+    "Graph",
+    "LossAndGradients",
+    "Untraceable",
+    "preserved",
+    "python_noise",
+    "record",
+    "restore_python_noise",
+]
 
 aten = torch.ops.aten
 _PLAIN = {aten._is_all_true.default: aten.all.default}  # the same, and known to compilers
@@ -78,9 +88,11 @@ def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) ->
     """
     modules: dict[int, nn.Module] = {}
     recorder = _Recorder(arguments)
+    values = [argument.detach().clone() for argument in arguments]
+    noise = python_noise()
     hook = register_module_forward_pre_hook(lambda module, _: modules.update({id(module): module}))
     try:
-        with preserved(_all_generators(), []), recorder, _NumbersAsTensors():
+        with preserved(_all_generators(), []), recorder, _NumbersAsTensors(recorder):
             loss, gradients = loss_and_gradients(*arguments)
             holds = loss.isfinite()
             for answer, expected in recorder.answers:
@@ -89,6 +101,13 @@ def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) ->
     finally:
         hook.remove()
         changed = recorder.restore()
+        for argument, value in zip(arguments, values, strict=True):
+            if _memory(argument) in recorder.written:
+                recorder.obstacle = "it changes an argument in place"
+                argument.detach().copy_(value)
+        if not _same(python_noise(), noise):
+            recorder.obstacle = "it draws from the generator of Python or NumPy"
+            restore_python_noise(noise)
     if recorder.obstacle is not None:
         raise Untraceable(recorder.obstacle)
     module = recorder.graph_module(arguments, outputs)
@@ -108,6 +127,17 @@ def preserved(generators: Sequence[Generator], tensors: Sequence[Tensor]) -> Ite
             generator.set_state(state)
         for tensor, value in zip(tensors, values, strict=True):
             tensor.detach().copy_(value)
+
+
+def python_noise() -> tuple:
+    """The states of Python's and NumPy's global generators."""
+    return random.getstate(), np.random.get_state(legacy=True)  # noqa: NPY002 (which a model may still use)
+
+
+def restore_python_noise(states: tuple) -> None:
+    """Put those generators back."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _all_generators() -> list[Generator]:
@@ -132,6 +162,7 @@ class _Recorder(TorchDispatchMode):
         self.outside: list[Tensor] = []
         self.before: list[Tensor] = []  # what those held
         self.constant: set[int] = set()  # memory whose content depends on nothing
+        self.written: set[int] = set()  # memory changed in place
         self.answers: list[tuple[Tensor, bool]] = []
         self.obstacle: str | None = None
 
@@ -154,6 +185,8 @@ class _Recorder(TorchDispatchMode):
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         self.known.update(map(id, made))
+        if func._schema.is_mutable:
+            self.written.update(map(_memory, _written(func, args, kwargs)))
         if self._is_constant(func, inputs):
             self.constant.update(map(_memory, made))
         else:
@@ -179,10 +212,11 @@ class _Recorder(TorchDispatchMode):
         return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags))
 
     def restore(self) -> list[Tensor]:
-        """Give the tensors outside back what they held, and return those that had changed."""
+        """Give the tensors outside back what they held, and return those that may have changed."""
         changed = []
         for tensor, value in zip(self.outside, self.before, strict=True):
-            if not torch.equal(tensor, value):
+            # the schema of batch normalisation does not tell what it writes
+            if _memory(tensor) in self.written or not torch.equal(tensor, value):
                 tensor.detach().copy_(value)
                 changed.append(tensor)
         return changed
@@ -231,10 +265,21 @@ def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves([given.get(name) for name in written]) if leaf is not None]
 
 
+def _same(one: tuple, other: tuple) -> bool:
+    """Whether two states of Python's and NumPy's generators are equal."""
+    return one[0] == other[0] and all(map(np.array_equal, one[1], other[1]))
+
+
 class _NumbersAsTensors(TorchFunctionMode):
     """Answers `tensor.item()` with the tensor, detached: it calculates like the number."""
+
+    def __init__(self, recorder: _Recorder):
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.item:
             return args[0].detach()
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            self.recorder.obstacle = f"it takes values out of tensors, by {func.__name__}"
         return func(*args, **(kwargs or {}))

@@ -96,6 +96,10 @@ class SVI:
         self._replay: Replay | None = None
         self._replayed: tuple = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the graphs, which a copy records anew."""
+        return {**vars(self), "_replay": None, "_replayed": (), "_checked": ()}
+
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step and return the loss, as the estimator defines it: Pyro's sum over the batch.
 

@@ -4,14 +4,18 @@
 called on lists that were gathered once. The state stays the optimiser's, so that its `state_dict` is as ever.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = ["Update"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Update:
@@ -40,31 +44,44 @@ class Update:
     def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor) -> None:
         """Take a step along the gradients of the parameters in order; none if `skip`, (), is not 0.0."""
         optimizer = self.optimizer
+        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+            parameter.grad = gradient  # as an eager step leaves it
         moved = [gradient is not None for gradient in gradients]
-        if moved != self.moved or not all(kernel.is_current() for kernel in self.kernels):
+        watched = self._is_watched()
+        if watched or moved != self.moved or not all(kernel.is_current() for kernel in self.kernels):
             self.kernels = []
-        if not self.kernels:
+        if not self.kernels and not watched:
             self.kernels, self.moved = self._gather(moved), moved
         for kernel in self.kernels:
             kernel(gradients, skip)
         if self.kernels:
             optimizer._opt_called = True  # type: ignore[attr-defined] # else schedules warn of a missing step
         elif not skip:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
             optimizer.step()
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _is_watched(self) -> bool:
+        """Whether somebody waits for the optimiser's own step: by a hook, or by one in its place."""
+        hooks = (
+            self.optimizer._optimizer_step_pre_hooks
+            or self.optimizer._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
+        step = vars(self.optimizer).get("step")
+        return bool(hooks) or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
 
     def _gather(self, moved: Sequence[bool]) -> "list[_FusedAdam]":
         """Make a kernel for each group, device and dtype; none if the optimiser has to take the step."""
         optimizer = self.optimizer
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if type(optimizer) not in (Adam, AdamW) or hooks:
+        if type(optimizer) not in (Adam, AdamW):
             return []
         index = 0
         members: dict[tuple, list[tuple[int, Tensor]]] = {}
         for number, group in enumerate(optimizer.param_groups):
-            if group["differentiable"] or any(isinstance(beta, Tensor) for beta in group["betas"]):
+            if group["differentiable"] or any(isinstance(o, Tensor) for o in (group["lr"], *group["betas"])):
                 return []
             for parameter in group["params"]:
                 if moved[index]:
@@ -90,20 +107,21 @@ class _FusedAdam:
         self.steps = list(self.step.unbind())  # views, so that one operation counts the step for all
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
-        self.lists = [
-            [state[name] for state in self.states if name in state]
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        ]
+        self.lists = [[state[name] for state in self.states if name in state] for name in _MOMENTS]
         self.kernel: Callable[..., None] = (
             torch._fused_adamw_ if self.group["decoupled_weight_decay"] else torch._fused_adam_
         )
 
     def is_current(self) -> bool:
-        """Whether the optimiser still holds what was gathered; loading a state, for one, replaces it."""
-        state = self.optimizer.state
-        if state.get(self.parameters[0]) is not self.states[0]:
+        """Whether the optimiser still holds what was gathered, which a user or another kernel may replace."""
+        held = [self.optimizer.state.get(parameter) for parameter in self.parameters]
+        if not all(map(operator.is_, held, self.states)):
             return False
-        return all(held["exp_avg"] is mean for held, mean in zip(self.states, self.lists[0], strict=True))
+        names = ("step", *_MOMENTS)
+        return all(
+            all(map(operator.is_, [state.get(name) for state in self.states if name in state], tensors))
+            for name, tensors in zip(names, (self.steps, *self.lists), strict=True)
+        )
 
     def __call__(self, gradients: Sequence[Tensor | None], skip: Tensor) -> None:
         group = self.group
