@@ -45,6 +45,11 @@ class VAE(nn.Module):
             shape (N,) and event shape (K,), see `guides`; or a Pyro guide function of x with its
             own plate and the sample site "z".
 
+    Raises:
+        TypeError: If a part cannot be called for a distribution.
+        ValueError: If prior and likelihood have unlike latent dimensions. Whether the guide fits is told by
+            `check_guide`, which `fit` and `pyro_vae.SVI` ask.
+
     Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114.
 
     Example:
@@ -63,6 +68,7 @@ class VAE(nn.Module):
         self, *, prior: nn.Module, likelihood: nn.Module, guide: nn.Module | Callable[[Tensor], Any]
     ):
         super().__init__()
+        _require_parts(prior=prior, likelihood=likelihood, guide=guide)
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = guide  # q(z|x), which approximates p(z|x)
@@ -245,6 +251,20 @@ def _covering(p: dist.Distribution, x: Tensor) -> dist.Distribution:
     if len(x) == 0:
         raise ValueError("x is empty: there must be at least one datum")
     return p
+
+
+def _require_parts(**parts: Any) -> None:
+    """Refuse what cannot be called for a distribution, and parts that were built for other latent vectors."""
+    for name, part in parts.items():
+        if isinstance(part, type) or not callable(part) or isinstance(part, dist.Distribution):
+            got = f"the class {part.__name__} itself: build one" if isinstance(part, type) else repr(part)
+            raise TypeError(
+                f"{name} must be a module that returns a distribution when it is called, such as those of "
+                f"pyro_vae.priors, likelihoods and guides; got {got}"
+            )
+    prior, likelihood = (getattr(parts[name], "latent_dim", None) for name in ("prior", "likelihood"))
+    if prior != likelihood and None not in (prior, likelihood):
+        raise ValueError(f"the prior has {prior} latent dimensions, the likelihood expects {likelihood}")
 
 
 def _show_parameters(**modules: Any) -> None:

@@ -315,3 +315,27 @@ def test_wrong_networks_and_arguments_are_refused():
         pv.VAE(prior=pv.priors.StandardNormal(K), likelihood=nn.Linear(K, 6), guide=make().posterior).model(
             data()
         )
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"prior": dist.Normal(0.0, 1.0)}, TypeError, "prior must be a module that returns a distribution"),
+        ({"likelihood": pv.likelihoods.Normal}, TypeError, "got the class Normal itself: build one"),
+        ({"guide": None}, TypeError, "guide must be .*; got None"),
+        (
+            {"prior": pv.priors.StandardNormal(5)},
+            ValueError,
+            "prior has 5 latent dimensions, the likelihood .* 3",
+        ),
+    ],
+    ids=["a distribution", "a class", "None", "sizes"],
+)
+def test_parts_that_make_no_vae_are_refused(parts, error, message):
+    fitting = {
+        "prior": pv.priors.StandardNormal(3),
+        "likelihood": pv.likelihoods.Normal(3, (4,)),
+        "guide": pv.guides.DiagonalNormal((4,), 3),
+    }
+    with pytest.raises(error, match=message):
+        pv.VAE(**fitting | parts)
