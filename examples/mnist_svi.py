@@ -204,6 +204,7 @@ def main() -> None:
         + f" ({test.name}, {len(test):,} images)"
     )
     print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+    print(f"to judge it: uv run examples/judge.py {args.output / 'vae.pt'}")
 
 
 def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -> None:
@@ -215,8 +216,9 @@ def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -
         shown = test[:10].to(device)
         sample = vae.sample(64, mean=True)
         codes = torch.cat([vae.encode(x.to(device)).sample() for x in test[:].split(1000)])
+        start = len(history) // 20  # the first epochs would press the others into a line
         curves = {
-            name.replace("train_bound", "train_elbo").replace("validation", "test"): column
+            name.replace("train_bound", "train_elbo").replace("validation", "test"): column[start:]
             for name, column in history.columns().items()
         }
         pictures = {
