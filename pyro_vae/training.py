@@ -131,7 +131,7 @@ def fit(
         The history, one `Epoch` each.
 
     Raises:
-        TypeError: If the data are no floating-point tensor or `Images`.
+        TypeError: If the data are no floating-point tensor or `Images`, or the estimator no ELBO.
         ValueError: If an argument is out of range; the data are empty, have another shape than the
             likelihood, or lie outside its support; the guide does not fit the model (a `GuideError`,
             see `check_guide`), or the estimator not the two.
@@ -156,6 +156,9 @@ def fit(
     )
     for name, count in counts.items():
         require_count(name, count)
+    if not isinstance(estimator, ELBO | None):
+        got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
+        raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
     if not 0 <= kl_warmup < math.inf:
         raise ValueError(f"kl_warmup must be a number of epochs, at least 0; got {kl_warmup}")
     if resume and checkpoint_dir is None:

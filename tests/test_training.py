@@ -658,7 +658,7 @@ def test_training_works_beside_the_main_thread():
         ({"data": torch.full((20, 4), math.nan)}, ValueError, r"x\[0, 0\] = nan"),
         ({"data": torch.zeros(20, 4, dtype=torch.int64)}, TypeError, "floating point; got torch.int64"),
         ({"data": [[1.0]]}, TypeError, "got list: convert with torch.as_tensor"),
-        ({"estimator": "elbo"}, TypeError, "pyro.infer.ELBO.*got str"),
+        ({"estimator": "elbo"}, TypeError, "estimator must be a pyro.infer.ELBO.*got .elbo"),
     ],
 )
 def test_bad_arguments_are_refused(options, error, message):
