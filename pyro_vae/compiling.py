@@ -1,6 +1,7 @@
 """Compile a recorded graph by Inductor, torch's compiler: C++ on a CPU, Triton on a GPU."""
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of a machine without a GPU
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of one part of torch about another
             return torch._inductor.compile(module, list(arguments), options=options)
     except Exception as error:  # whatever a compiler may raise
         reason = str(error).strip().splitlines() or [""]

@@ -39,6 +39,9 @@ __all__ = [
 
 aten = torch.ops.aten
 _PLAIN = {aten._is_all_true.default: aten.all.default}  # the same, and known to compilers
+_ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operations that need values
+_INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+_MASK = (torch.bool, torch.uint8)
 LossAndGradients = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
 
@@ -171,7 +174,7 @@ class _Recorder(TorchDispatchMode):
         return False  # True, torch's default, imports its compiler: seconds before the first step
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = self._without_constant_masks(func, args), kwargs or {}
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and id(leaf) not in self.known:
                 self.known.add(id(leaf))
@@ -184,17 +187,19 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.known.update(map(id, made))
         if func._schema.is_mutable:
             self.written.update(map(_memory, _written(func, args, kwargs)))
         if self._is_constant(func, inputs):
             self.constant.update(map(_memory, made))
+            if _ASKS.intersection(func.tags):
+                return out  # no compiler takes it; whatever reads the result finds it outside
         else:
             self.constant.difference_update(map(_memory, made + _written(func, args, kwargs)))
             if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
                 self.answers.append((args[0], out))
             elif self._depends_on_values(func, args):
                 self.obstacle = f"it takes values out of tensors, by {func}"
+        self.known.update(map(id, made))
         if made or func._schema.is_mutable:
             self.tape.append((func, args, kwargs, out))
         return out
@@ -204,12 +209,25 @@ class _Recorder(TorchDispatchMode):
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         return not drawn and all(_memory(tensor) in self.constant for tensor in inputs)
 
+    def _without_constant_masks(self, func: Any, args: tuple) -> tuple:
+        """Index by numbers where a constant mask does, which would not tell a compiler the shape."""
+        if func not in _INDEXING:
+            return args
+        indices: list[Tensor | None] = []
+        for index in args[1]:
+            if index is not None and index.dtype in _MASK and _memory(index) in self.constant:
+                numbers = index.nonzero()
+                self.constant.add(_memory(numbers))
+                indices += numbers.unbind(1)
+            else:
+                indices.append(index)
+        return args[0], indices, *args[2:]
+
     def _depends_on_values(self, func: Any, args: tuple) -> bool:
         """Whether an operation gives numbers, or a shape, that depend on the values of tensors."""
-        if func is aten.index.Tensor:  # indices give a known shape; masks do not, unless they are constant
-            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            return not all(_memory(mask) in self.constant for mask in masks)
-        return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags))
+        if func is aten.index.Tensor:  # indices give a known shape, masks do not
+            return any(index is not None and index.dtype in _MASK for index in args[1])
+        return bool(_ASKS.intersection(func.tags))
 
     def restore(self) -> list[Tensor]:
         """Give the tensors outside back what they held, and return those that may have changed."""
