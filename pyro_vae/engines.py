@@ -125,6 +125,8 @@ class Replay:
         graph = recording.graph
         states = [generator.get_state() for generator in graph.generators]
         values = [tensor.clone() for tensor in graph.changed]
+        for parameter in self._parameters():
+            parameter.grad = None  # the new gradients find its memory in the cache
         with torch.no_grad():
             loss, does_not_hold, *gradients = recording.run(*tensors, *graph.outside)
             self.update(gradients, skip=does_not_hold)
