@@ -1,20 +1,17 @@
 """Take steps of SVI by graphs, as recorded or compiled, and eagerly wherever a graph does not serve.
 
 A graph holds while what Python code looks at stays the same. That is watched as far as it can be: numbers
-among the arguments, dtypes, attributes of the modules that ran and of the estimator. A model may still look
-at other things, such as a global variable; so a graph is believed only as long as it agrees with the eager
-loss and gradients for the same random numbers, which is tried at its 1st, 2nd, 4th, 8th ... use.
+among the arguments, dtypes, and what `watching` finds. A model may still look at other things, such as the
+attribute of a class; so a graph is believed only as long as it agrees with the eager loss and gradients for
+the same random numbers, which is tried at its 1st, 2nd, 4th, 8th ... use.
 """
 
 import copy
 import logging
 import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
-from types import NoneType
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
@@ -38,6 +35,7 @@ from pyro_vae.recording import (
     restore_python_noise,
 )
 from pyro_vae.updates import Update
+from pyro_vae.watching import PLAIN, Watch
 
 __all__ = ["ENGINES", "Replay"]
 
@@ -45,7 +43,6 @@ logger = logging.getLogger("pyro_vae")
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 
-_PLAIN = (Tensor, bool, int, float, str, bytes, NoneType, torch.dtype, torch.device, torch.Size)
 _MAX_RECORDINGS = 32  # where shapes keep changing, recording costs more than it saves
 
 # What compiling costs, and what it saves at each step: rough, and the same on every machine, so that a run
@@ -151,7 +148,7 @@ class Replay:
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not all(isinstance(leaf, _PLAIN) for leaf in leaves):
+        if not all(isinstance(leaf, PLAIN) for leaf in leaves):
             raise Untraceable(f"its arguments are more than tensors, numbers and words: {spec}")
         identities = [id(tensor) for tensor in tensors]
         parameters = self._parameters()
@@ -173,13 +170,14 @@ class Replay:
             return self._loss_and_gradients(parameters, args, kwargs)
 
         recording = self.recordings.get(key)
-        if recording is None or not recording.is_current():
+        if recording is None or not recording.watch.is_same():
             self.num_recordings += 1
             if self.num_recordings > _MAX_RECORDINGS:
                 raise Untraceable(f"shapes or attributes keep changing, {_MAX_RECORDINGS} times by now")
             estimator = getattr(self.estimator, "estimator", self.estimator)  # the one that KLWeighted holds
             nesting = estimator.max_plate_nesting
-            recording = _Recording(loss_and_gradients, tensors, self._watched(), self.fastest)
+            pair = (self.model, self.guide)
+            recording = _Recording(loss_and_gradients, tensors, pair, self._watched(), self.fastest)
             if estimator.max_plate_nesting != nesting:
                 estimator.max_plate_nesting = nesting
                 raise _NotYet(
@@ -244,6 +242,7 @@ class _Recording:
         self,
         loss_and_gradients: LossAndGradients,
         tensors: Sequence[Tensor],
+        functions: Sequence[Callable],
         watched: list[Any],
         fastest: dict[str, str],
     ):
@@ -253,10 +252,8 @@ class _Recording:
             self.plain = copy.deepcopy(self.graph.module).forward  # by the products of eager torch
             if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.outside]):
                 choose_products(self.graph.module, fastest)
-            objects = {id(o): o for o in [*watched, *self.graph.modules]}.values()
-            self.spaces, self.names, self.values = zip(*_attributes(objects), strict=True)
-            self.all_spaces = [space for item in objects for space in _spaces(item)]
-            self.sizes = list(map(len, self.all_spaces))
+            ran = [type(module).forward for module in self.graph.modules]
+            self.watch = Watch([*functions, *ran], [*watched, *self.graph.modules])
         except Untraceable:
             raise
         except Exception as error:
@@ -278,11 +275,6 @@ class _Recording:
         self.run = compile_graph(self.graph.module, [*tensors, *self.graph.outside])
         self.is_compiled, self.uses = True, 0
         return True
-
-    def is_current(self) -> bool:
-        """Whether the attributes are the same."""
-        same = all(map(operator.is_, map(dict.get, self.spaces, self.names), self.values))
-        return same and list(map(len, self.all_spaces)) == self.sizes
 
     def use(self, tensors: Sequence[Tensor]) -> None:
         """Count a use, and now and then compare the graph with the function that it was made from.
@@ -365,24 +357,6 @@ def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _form(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
-def _spaces(item: Any) -> list[dict]:
-    """The namespaces of an object: of a module its parts and hooks too."""
-    inner = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-    return [vars(item), *(vars(item)[name] for name in inner if isinstance(vars(item).get(name), dict))]
-
-
-def _attributes(objects: Iterable[Any]) -> Iterable[tuple[dict, str, Any]]:
-    """Plain attributes of objects; the parameters, buffers, children and hooks of modules too."""
-    for item in objects:
-        attributes, *inner = _spaces(item)
-        for name, value in attributes.items():
-            if isinstance(value, (*_PLAIN, np.generic, np.ndarray)):
-                yield attributes, name, value
-        for space in inner:
-            for name, member in space.items():
-                yield space, name, member
 
 
 def _agree(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], *, power: float) -> bool:

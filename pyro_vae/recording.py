@@ -40,7 +40,7 @@ __all__ = [
 aten = torch.ops.aten
 _PLAIN = {aten._is_all_true.default: aten.all.default}  # the same, and known to compilers
 _ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operations that need values
-_INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+_PUTTING = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 _MASK = (torch.bool, torch.uint8)
 LossAndGradients = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
@@ -211,7 +211,7 @@ class _Recorder(TorchDispatchMode):
 
     def _without_constant_masks(self, func: Any, args: tuple) -> tuple:
         """Index by numbers where a constant mask does, which would not tell a compiler the shape."""
-        if func not in _INDEXING:
+        if func is not aten.index.Tensor and func not in _PUTTING:
             return args
         indices: list[Tensor | None] = []
         for index in args[1]:
