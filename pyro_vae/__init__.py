@@ -12,7 +12,7 @@ The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
     history = pv.fit(vae, pv.data.load("mnist"), binarize="dynamic", epochs=10)
 """
 
-from pyro_vae import data, guides, likelihoods, networks, plots, priors
+from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors
 from pyro_vae.annealing import annealed_importance_sampling
 from pyro_vae.checkpoints import CheckpointError
 from pyro_vae.comparison import compare_estimators
@@ -64,6 +64,7 @@ __all__ = [
     "annealed_importance_sampling",
     "check_guide",
     "check_mean_field",
+    "closed_form",
     "compare_estimators",
     "data",
     "evaluate",
@@ -77,3 +78,8 @@ __all__ = [
     "terms",
     "to_inference_data",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: tab completion shows no file that was imported on the way."""
+    return __all__

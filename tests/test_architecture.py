@@ -60,6 +60,11 @@ def test_every_file_says_what_is_public():
         assert any(isinstance(n, ast.Assign) and n.targets[0].id == "__all__" for n in tree.body), name
 
 
+def test_the_package_shows_its_public_names_alone():
+    assert dir(pyro_vae) == sorted(pyro_vae.__all__)
+    assert all(hasattr(pyro_vae, name) for name in pyro_vae.__all__)
+
+
 def test_importing_the_package_loads_nothing_slow():
     slow = ("torchvision", "matplotlib", "arviz", "zuko", "pandas", "sklearn", "torch.utils.tensorboard")
     slow += ("torch._inductor", "torch._dynamo")
