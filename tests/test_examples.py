@@ -74,7 +74,7 @@ def test_the_example_leaves_model_numbers_and_pictures(monkeypatch, tmp_path, ca
         assert metrics["bits_per_dimension"] == pytest.approx(-metrics["test_elbo"] / 784 / np.log(2))
 
 
-def test_the_example_resumes(monkeypatch, tmp_path, capsys):
+def test_the_example_resumes(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path)
     run(monkeypatch, tmp_path, "--epochs", "2", "--resume")
     rows = (tmp_path / "history.csv").read_text().splitlines()

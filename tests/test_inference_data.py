@@ -194,7 +194,7 @@ def test_two_vaes_are_compared_by_their_evidence():
     assert found == pytest.approx(expected, abs=3.0)
 
 
-def test_summaries_and_figures_of_arviz(tmp_path):
+def test_summaries_and_figures_of_arviz():
     exact, vae = linear_gaussian(scale=1.1)
     x = data(exact)
     idata = convert(vae, x)

@@ -7,47 +7,25 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from test_agreement import LIKELIHOODS
 from torch import nn
 
 import pyro_vae as pv
 
 EVENT, K, N, S = (2, 3), 4, 5, 7
 
-LIKELIHOODS = {
-    "Bernoulli": (pv.likelihoods.Bernoulli, {}, lambda: torch.bernoulli(torch.full((N, *EVENT), 0.4))),
-    "ContinuousBernoulli": (pv.likelihoods.ContinuousBernoulli, {}, lambda: torch.rand(N, *EVENT)),
-    "Normal": (pv.likelihoods.Normal, {"variance": 0.3}, lambda: torch.randn(N, *EVENT)),
-    "Normal-shared": (pv.likelihoods.Normal, {"variance": "shared"}, lambda: torch.randn(N, *EVENT)),
-    "Normal-per_element": (
-        pv.likelihoods.Normal,
-        {"variance": "per_element"},
-        lambda: torch.randn(N, *EVENT),
-    ),
-    "DiscretizedLogistic": (
-        pv.likelihoods.DiscretizedLogistic,
-        {},
-        lambda: torch.randint(0, 256, (N, *EVENT)) / 255,
-    ),
-    "Poisson": (pv.likelihoods.Poisson, {}, lambda: torch.poisson(torch.full((N, *EVENT), 3.0))),
-    "NegativeBinomial": (
-        pv.likelihoods.NegativeBinomial,
-        {},
-        lambda: torch.poisson(torch.full((N, *EVENT), 3.0)),
-    ),
-}
-
 
 def make(name="Bernoulli"):
-    likelihood, arguments, _ = LIKELIHOODS[name]
+    case = LIKELIHOODS[name]
     return pv.VAE(
         prior=pv.priors.StandardNormal(K),
-        likelihood=likelihood(K, EVENT, hidden_features=(6,), **arguments),
+        likelihood=case.make(K, EVENT, hidden_features=(6,), **case.options),
         guide=pv.guides.DiagonalNormal(EVENT, K, hidden_features=(8,)),
     )
 
 
 def data(name="Bernoulli"):
-    return LIKELIHOODS[name][2]()
+    return LIKELIHOODS[name].data(torch.rand(N, *EVENT))
 
 
 def upstream(vae, estimator=None):
