@@ -102,19 +102,15 @@ def aggregate_posterior(
 
 def _as_particles(sites: PairSites, name: str) -> Tensor:
     """Make n particles of the draws of n data: (…, n, …, *event) to (n, …, 1, …, *event)."""
-    values, event_dim = sites.draws[name], sites.guide[name]["fn"].event_dim
-    missing = sites.rank - (values.dim() - event_dim)
-    values = values.reshape((1,) * missing + values.shape)
-    return values.transpose(0, sites.rank + sites.data_dim)
+    values = sites.in_full(sites.draws[name], sites.guide[name]["fn"].event_dim)
+    return values.transpose(0, sites.data_axis)
 
 
 def _log_guide(pair: Pair, x: Tensor, values: dict[str, Tensor], sites: PairSites) -> Tensor:
     """Score B draws under the guide of each of n data, (B, n)."""
     count = len(next(iter(values.values())))
-    data_axis = sites.rank + sites.data_dim
-    spread = {
-        name: z.expand(*z.shape[:data_axis], len(x), *z.shape[data_axis + 1 :]) for name, z in values.items()
-    }
+    axis = sites.data_axis
+    spread = {name: z.expand(*z.shape[:axis], len(x), *z.shape[axis + 1 :]) for name, z in values.items()}
     with pyro.plate("draws", count, dim=-sites.rank):
         guide_sites = sample_sites(run(poutine.condition(pair.guide, data=spread), (x,), {}))
     total = x.new_zeros(count, len(x))
@@ -125,6 +121,5 @@ def _log_guide(pair: Pair, x: Tensor, values: dict[str, Tensor], sites: PairSite
             raise ValueError(
                 f"the guide's site {name!r} cannot score a value that it has not just drawn"
             ) from error
-        axes = [axis for axis in range(1, log_prob.dim()) if axis != data_axis]
-        total = total + (log_prob.sum(axes) if axes else log_prob)
+        total = total + (log_prob.sum(sites.other_dims) if sites.other_dims else log_prob)
     return total

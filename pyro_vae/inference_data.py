@@ -261,7 +261,7 @@ class _Simulated:
     def _dims(self) -> tuple[list[bool], list[str]]:
         """Which of the batch's other dimensions are plates', and the names of these and of the event's."""
         plates = {frame.dim: frame.name for frame in self.site["cond_indep_stack"] if frame.vectorized}
-        others = [dim for dim in range(1 - self.sites.rank, 0) if dim != self.sites.data_dim]
+        others = self.sites.other_dims
         match self.site["fn"].event_dim:
             case 1:
                 event = ["dim"]
@@ -302,9 +302,7 @@ def _simulate(
     simulated: dict[str, _Simulated] = {}
     model, start = poutine.uncondition(pair.model), 0
     for count in counts:
-        part = {
-            name: v[start : start + count].movedim(1, sites.rank + sites.data_dim) for name, v in z.items()
-        }
+        part = {name: v[start : start + count].movedim(1, sites.data_axis) for name, v in z.items()}
         start += count
         with pyro.plate("samples", count, dim=-sites.rank):
             trace = run(poutine.condition(model, data=part), (x,), {})

@@ -210,9 +210,8 @@ def terms(
     check_sites(latent, observed, guide_sites)
     check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     plate = data_plate(guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=name)
-    for key, site in guide_sites.items():
-        parts = _scored(f"the guide's site {key!r}", site)
-        site["score_function"] = parts.score_function
+    for key, site in guide_sites.items():  # each site is given its log_prob, summed over below
+        site["score_function"] = _scored(f"the guide's site {key!r}", site).score_function
     for key, site in model_sites.items():
         _scored(f"the model's site {key!r}", site)
 
@@ -260,6 +259,21 @@ class PairSites:
     data_dim: int  # from the right, negative
     at_fixed_draws: Callable[[], Sites]  # the guide's sites, their values and what depends on them detached
 
+    @property
+    def data_axis(self) -> int:
+        """The data's place in a batch shape of all dimensions, from the left."""
+        return self.rank + self.data_dim
+
+    @property
+    def other_dims(self) -> list[int]:
+        """The batch dimensions that are neither the particles' nor the data's, from the right, negative."""
+        return [dim for dim in range(1 - self.rank, 0) if dim != self.data_dim]
+
+    def in_full(self, values: Tensor, event_dim: int = 0) -> Tensor:
+        """Give values (*batch, *event) all batch dimensions: the ones that are missing, of size 1."""
+        missing = self.rank + event_dim - values.dim()
+        return values.reshape((1,) * missing + values.shape)
+
     def sum(self, log_probs: Iterable[Tensor]) -> Tensor:
         """Add up sites' log-probabilities by particle and datum, other plates' dimensions too: (S, N)."""
         nothing = next(iter(self.guide.values()))["log_prob"].new_zeros(())
@@ -267,9 +281,8 @@ class PairSites:
         return total.expand(self.num_particles, self.num_data)
 
     def _per_datum(self, log_prob: Tensor) -> Tensor:
-        log_prob = log_prob.reshape(((1,) * self.rank + log_prob.shape)[-self.rank :])
-        others = [dim for dim in range(1 - self.rank, 0) if dim != self.data_dim]
-        return log_prob.sum(others) if others else log_prob
+        log_prob = self.in_full(log_prob)
+        return log_prob.sum(self.other_dims) if self.other_dims else log_prob
 
     def along(self, weight: Tensor, site: Site) -> Tensor:
         """Shape `weight` (S, N) so that it multiplies the values of a site."""

@@ -112,9 +112,7 @@ def by_datum(sites: PairSites, site: Site, values: Tensor) -> Tensor:
 
     S or another dimension of the batch may be 1 where the numbers do not depend on it.
     """
-    batch_shape = values.shape[: values.dim() - site["fn"].event_dim]
-    values = values.reshape((1,) * (sites.rank - len(batch_shape)) + values.shape)
-    return values.movedim(sites.rank + sites.data_dim, 1)
+    return sites.in_full(values, site["fn"].event_dim).movedim(sites.data_axis, 1)
 
 
 def _side_by_side(sites: PairSites, site: Site, values: Tensor) -> Tensor:
