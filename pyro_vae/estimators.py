@@ -110,6 +110,7 @@ class PIWAE(IWAE):
         # rounding beside the largest, so that raising them to it changes no gradient.
         floor = torch.finfo(log_weight.dtype).eps ** 2
         model_weight = log_weight.softmax(0).clamp(min=floor)
+        # The gradient of log p through z has the factor model_weight below, and is to have guide_weight.
         terms.weigh_paths(guide_weight / model_weight)
         log_joint = terms.log_likelihood + terms.kl_weight * terms.log_prior
         return (model_weight * log_joint - guide_weight * terms.kl_weight * terms.log_guide).sum(0)
@@ -270,9 +271,11 @@ class DReG(Estimator):
         self._require_reparameterised(terms)
         weight = terms.log_weight.detach().softmax(0)
         path_weight = 1 - terms.kl_weight + terms.kl_weight * weight
-        terms.weigh_paths(path_weight)
+        terms.weigh_paths(path_weight)  # of the gradient of log p through z: w̃ becomes w̃²
         log_joint = terms.log_likelihood + terms.kl_weight * terms.log_prior
-        path = terms.kl_weight * (terms.log_score - terms.log_guide)
+        path = terms.kl_weight * (
+            terms.log_score - terms.log_guide
+        )  # of −log q, its gradient through z alone
         return (weight * (log_joint + path_weight * path)).sum(0)
 
 

@@ -26,6 +26,9 @@ from pyro_vae.particles import Terms, require_count, terms
 
 __all__ = ["Estimator", "KLWeighted"]
 
+# The weighted loss; the loss with β = 1; guide's and latent sites of each run; particles within a run
+_Evaluated = tuple[Tensor, Tensor, list[tuple[Sites, Sites]], int]
+
 
 class _Loss(ELBO):
     """A `pyro.infer.ELBO` by its `differentiable_loss`."""
@@ -221,32 +224,43 @@ class KLWeighted(_Loss):
         self, beta: float | Tensor, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss, and the value of the loss with β = 1 on the same draws."""
-        if isinstance(self.estimator, Estimator):
-            terms = self.estimator.terms(model, guide, *args, **kwargs)
-            weighted = replace(terms, kl_weight=beta)
-            objective = with_gradient_of(
-                total_loss(terms, self.estimator.surrogate(weighted)),
-                value=total_loss(terms, self.estimator.bound(weighted)),
-            )
-            value = total_loss(terms, self.estimator.bound(terms))
-            runs, particles = [(terms.sites.guide, terms.sites.latent)], terms.sites.num_particles
-        else:
-            if isinstance(poutine.unwrap(guide), Messenger):
-                raise TypeError("KLWeighted takes no GuideMessenger: give a guide that is a function")
-            weighing = _WeighLatents(beta)
-            with weighing:
-                objective = self.estimator.differentiable_loss(
-                    weighing.model(model), weighing.guide(guide), *args, **kwargs
-                )
-            runs = [run for run in weighing.runs if run[0]]
-            if not runs:
-                raise ValueError("the guide has no sample site: there is no KL to weigh")
-            particles = self.num_particles // len(runs)
-            value = objective.detach() + (1 - beta) * self._kl(runs) / self.num_particles
+        evaluate = self._ours if isinstance(self.estimator, Estimator) else self._pyros
+        objective, value, runs, particles = evaluate(beta, model, guide, args, kwargs)
         if self.free_bits:
             penalties = [self._free_bits_penalty(guide, latent, particles) for guide, latent in runs]
             objective = objective + beta * sum(penalties) / len(runs)
         return objective, value
+
+    def _ours(
+        self, beta: float | Tensor, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
+    ) -> _Evaluated:
+        """Weigh an `Estimator`'s KL in its terms."""
+        terms = self.estimator.terms(model, guide, *args, **kwargs)
+        weighted = replace(terms, kl_weight=beta)
+        objective = with_gradient_of(
+            total_loss(terms, self.estimator.surrogate(weighted)),
+            value=total_loss(terms, self.estimator.bound(weighted)),
+        )
+        value = total_loss(terms, self.estimator.bound(terms))
+        return objective, value, [(terms.sites.guide, terms.sites.latent)], terms.sites.num_particles
+
+    def _pyros(
+        self, beta: float | Tensor, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
+    ) -> _Evaluated:
+        """Weigh a Pyro estimator's KL by the scale of the latent sites, in all of its runs of the pair."""
+        if isinstance(poutine.unwrap(guide), Messenger):
+            raise TypeError("KLWeighted takes no GuideMessenger: give a guide that is a function")
+        weighing = _WeighLatents(beta)
+        with weighing:
+            objective = self.estimator.differentiable_loss(
+                weighing.model(model), weighing.guide(guide), *args, **kwargs
+            )
+        runs = [run for run in weighing.runs if run[0]]
+        if not runs:
+            raise ValueError("the guide has no sample site: there is no KL to weigh")
+        # the loss is −E_q[log p(x|z)] + β KL; adding (1 − β) KL of the same draws makes it that with β = 1
+        value = objective.detach() + (1 - beta) * self._kl(runs) / self.num_particles
+        return objective, value, runs, self.num_particles // len(runs)
 
     @torch.no_grad()
     def _kl(self, runs: list[tuple[Sites, Sites]]) -> Tensor:
@@ -293,9 +307,11 @@ class KLWeighted(_Loss):
 
 
 class _WeighLatents(Messenger):
-    """Scale the latent sites of model and guide by β, and keep them as they were.
+    """Scale the latent sites of model and guide by β, and keep them with the scale that they had.
 
-    To be entered around an ELBO, where it is the last to see a site before it is sampled and the first after.
+    To be entered around an ELBO: Pyro's handlers see a site from the inside out before it is sampled, so that
+    this one, the outermost, sees it last, with the scale that plates have given it; after it, the other way
+    round.
     """
 
     def __init__(self, weight: float | Tensor):
@@ -303,7 +319,7 @@ class _WeighLatents(Messenger):
         self.weight = weight
         self.runs: list[tuple[Sites, Sites]] = []
         self.in_guide = False
-        self.scale: float | Tensor = 1.0
+        self.scale: float | Tensor = 1.0  # of the site that is being sampled, without β
 
     def guide(self, program: Program) -> Program:
         def guide(*args: Any, **kwargs: Any) -> Any:
