@@ -37,7 +37,7 @@ from pyro_vae import plots
 from pyro_vae.closed_form import LinearGaussian
 from pyro_vae.files import replacing
 from pyro_vae.labels import label
-from pyro_vae.report import Estimate
+from pyro_vae.tables import Estimate
 from pyro_vae.targets import target
 
 EVENT, K, HIDDEN = (1, 28, 28), 16, (200,)

@@ -213,9 +213,9 @@ def _coordinates(rows: Sequence[Measured]) -> dict[str, tuple[list[str], list, s
     }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Estimators side by side, from `compare_estimators`; `print` shows tables and what follows from them.
+    """Estimators side by side, from `compare_estimators`; shown as tables, and as what follows from them.
 
     `found["snr"]` gives a variable with its dimensions, units and meaning; `found.dataset` all of them, as
     `found.dataset.to_netcdf(path)` writes and `Comparison(xarray.load_dataset(path))` reads again.
@@ -230,7 +230,7 @@ class Comparison:
         """Give a variable of the dataset."""
         return self.dataset[name]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join([*tables(self.dataset), "", *self.findings()])
 
     def findings(self) -> list[str]:

@@ -4,14 +4,14 @@ A t is a difference over its standard error.
 """
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pyro_vae.report import Estimate
+from pyro_vae.tables import Estimate, aligned
 
 if TYPE_CHECKING:
     import xarray
@@ -34,8 +34,78 @@ def rounding_error(value: Array, dtype: str) -> Array:
     return _ROUNDING * torch.finfo(getattr(torch, dtype)).eps * np.abs(value)
 
 
+class _Column(NamedTuple):
+    """A column of a table: its heading, its cell for an estimator, and what the legend says of it."""
+
+    heading: str
+    cell: Callable[["xarray.Dataset"], str]
+    meaning: str
+
+
+_VALUES = [
+    _Column(
+        "bound",
+        lambda row: str(row["target"].item()),
+        "what the value estimates; L_S is the importance-weighted bound of S particles",
+    ),
+    _Column(
+        "value",
+        lambda row: _estimate(row, "value"),
+        "mean of {repeats} estimates ± standard error over them, for this batch of {data}; nats per datum",
+    ),
+    _Column(
+        "− reference",
+        lambda row: _estimate(row, "bias"),
+        "value less the reference above ± standard error, with the reference's and that of rounding",
+    ),
+    _Column("t", lambda row: _signed(row["bias_t"].item()), "− reference, over its standard error"),
+    _Column(
+        "t, own bound",
+        lambda row: _signed(row["bound_bias_t"].item()),
+        "value less a plain estimate of the same bound, over its standard error over {repeats} repeats",
+    ),
+    _Column(
+        "ms/step",
+        lambda row: _short(1e3 * row["time_per_step"].item()),
+        "wall-clock time of one estimate and its gradient, the shortest of several",
+    ),
+    _Column(
+        "MiB",
+        lambda row: _short(row["peak_memory"].item() / 2**20),
+        "most memory that the tensors of one step take at a time",
+    ),
+]
+_GRADIENTS = [
+    _Column(
+        "of",
+        lambda row: str(row["gradient_target"].item()),
+        "bound per datum whose gradient g is followed, in the parameters of the model or the guide",
+    ),
+    _Column(
+        "variance",
+        lambda row: _short(row["gradient_variance"].item()),
+        "E ‖g − E g‖², summed over the parameters, for the g of one step; from {repeats} repeats",
+    ),
+    _Column(
+        "SNR",
+        lambda row: _estimate(row, "snr"),
+        "signal-to-noise ratio ‖E g‖ / √E ‖g − E g‖² of one step ± standard error",
+    ),
+    _Column(
+        "t, bias",
+        lambda row: _signed(row["gradient_bias_t"].item()),
+        "g less a plain gradient, where half of {repeats} repeats differ most, over its error in the rest",
+    ),
+    _Column(
+        "ms/effective sample",
+        lambda row: _short(1e3 * row["time_per_effective_sample"].item()),
+        "ms/step over SNR²: until the noise of an averaged g is no longer than its mean",
+    ),
+]
+
+
 def tables(dataset: "xarray.Dataset") -> Iterator[str]:
-    """Lines of the tables of values, and of the gradients in each kind of parameters."""
+    """Lines of the tables of values, and of the gradients in each kind of parameters; then what they mean."""
     attrs = dataset.attrs
     value, se = attrs["reference_value"], attrs["reference_se"]
     yield (
@@ -44,38 +114,26 @@ def tables(dataset: "xarray.Dataset") -> Iterator[str]:
     )
     yield f"reference: {attrs['reference']}, {Estimate(value, se) if se else f'{value:.6g}'}"
     yield ""
-    yield from _aligned(
-        ["estimator", "bound", "value", "− reference", "t", "t, own bound", "ms/step", "MiB"],
-        [
-            [
-                name,
-                str(row["target"].item()),
-                _estimate(row, "value"),
-                _estimate(row, "bias"),
-                _signed(row["bias_t"].item()),
-                _signed(row["bound_bias_t"].item()),
-                _short(1e3 * row["time_per_step"].item()),
-                _short(row["peak_memory"].item() / 2**20),
-            ]
-            for name, row in _rows(dataset)
-        ],
-    )
+    yield from _table("estimator", _VALUES, dataset)
+    columns = list(_VALUES)
     for kind in dataset["parameters"].values:
-        yield ""
-        yield from _aligned(
-            [f"gradient, {kind}", "of", "variance", "SNR", "t, bias", "ms/effective sample"],
-            [
-                [
-                    name,
-                    str(row["gradient_target"].item()),
-                    _short(row["gradient_variance"].item()),
-                    _estimate(row, "snr"),
-                    _signed(row["gradient_bias_t"].item()),
-                    _short(1e3 * row["time_per_effective_sample"].item()),
-                ]
-                for name, row in _rows(dataset.sel(parameters=kind))
-            ],
-        )
+        part = dataset.sel(parameters=kind)
+        if part["gradient_variance"].notnull().any():
+            yield ""
+            yield from _table(f"gradient, {kind}", _GRADIENTS, part)
+            columns = [*_VALUES, *_GRADIENTS]
+    yield ""
+    width = max(len(column.heading) for column in columns)
+    for column in columns:
+        meaning = column.meaning.format(repeats=f"{attrs['num_repeats']:,}", data=f"{attrs['num_data']:,}")
+        yield f"{column.heading:{width}}  {meaning}"
+    yield f"A t between −{_LARGE:g} and {_LARGE:g} may be chance; so may what ≈ stands between, below."
+
+
+def _table(title: str, columns: list[_Column], dataset: "xarray.Dataset") -> Iterator[str]:
+    """Lines of a table with a row an estimator."""
+    rows = [[name, *(column.cell(row) for column in columns)] for name, row in _rows(dataset)]
+    return aligned([title, *(column.heading for column in columns)], rows, left=2)
 
 
 def findings(dataset: "xarray.Dataset") -> list[str]:
@@ -185,14 +243,3 @@ def _signed(t: float) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "-"
-
-
-def _aligned(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Lines of a table: the first two columns flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()

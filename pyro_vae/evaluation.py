@@ -15,8 +15,9 @@ from pyro_vae.aggregate import AggregatePosterior, aggregate_posterior
 from pyro_vae.compatibility import require_fit
 from pyro_vae.data import Images
 from pyro_vae.particles import PairSites, Terms, require_count, terms
-from pyro_vae.report import Estimate, Evaluation, PerDatum, standard_error
+from pyro_vae.report import Evaluation, PerDatum, standard_error
 from pyro_vae.streaming import Pair, chunk_sizes, evaluating, head, observe, parts, require_finite
+from pyro_vae.tables import Estimate
 from pyro_vae.units import units
 from pyro_vae.weights import bound_by_particles, summarise_weights
 

@@ -8,35 +8,18 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.aggregate import AggregatePosterior
 from pyro_vae.arviz_bridge import MIN_DRAWS
+from pyro_vae.tables import Estimate
 
-__all__ = ["Estimate", "Evaluation", "PerDatum", "standard_error"]
+__all__ = ["Evaluation", "PerDatum", "standard_error"]
 
 _ACTIVE = 0.01  # least variance over the data of an active unit's posterior mean (Burda et al. 2016)
-
-
-class Estimate(NamedTuple):
-    """A value and its standard error.
-
-    Example:
-        >>> print(Estimate(-86.3512, 0.0241))
-        -86.351 ± 0.024
-    """
-
-    value: float
-    standard_error: float
-
-    def __str__(self) -> str:
-        se = self.standard_error
-        digits = 1 - math.floor(math.log10(se)) if 0 < se < math.inf else 2  # two of the error's
-        digits = min(max(digits, 0), 6)
-        return f"{self.value:.{digits}f} ± {se:.{digits}f}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pyro
@@ -529,6 +530,19 @@ def test_the_tables_are_aligned_and_whole(linear):
     value = next(line for line in lines if line.startswith("DReG(24)"))
     assert f"{row(found, 'DReG(24)', 'value'):.4f}" in value
     assert lines[1].startswith("reference: log p(x), as given")
+    assert repr(found) == str(found)
+
+
+def test_the_legend_explains_the_columns_there_are(linear):
+    *_, found = linear
+    _, header, model_header, _, legend, _ = (part.splitlines() for part in str(found).split("\n\n"))
+    headings = re.split("  +", header[0])[1:] + re.split("  +", model_header[0])[1:]
+    assert [re.split("  +", line)[0] for line in legend[:-1]] == headings
+    assert "mean of 40 estimates ± standard error over them, for this batch of 7" in legend[1]
+    x, exact, pair = cases.linear_gaussian(2, exact=False)  # no parameters, no gradients
+    plain = str(compare(pair, x, [IWAE(3)], num_repeats=10, reference=exact.log_evidence(x)))
+    assert "t, own bound" in plain
+    assert "SNR  " not in plain
 
 
 def test_rankings_tell_apart_what_differs(linear):
