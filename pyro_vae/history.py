@@ -2,12 +2,17 @@
 
 import csv
 import dataclasses
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pyro_vae.files import replacing
+from pyro_vae.tables import Estimate, aligned
 
 __all__ = ["Epoch", "History"]
+
+_SHOWN = 10  # rows of the table, at most
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,20 @@ class Epoch:
 
 
 class History(list[Epoch]):
-    """The epochs of a run, in order.
+    """The epochs of a run, in order; shown as a table of the first, the last, and some between.
 
     Example:
         >>> history = History([Epoch(1, -120.5, 0.4, -110.2, 0.3, 1.0, 1e-3, 2.5)])
         >>> history.column("validation_elbo")
         [-110.2]
+        >>> history
+        1 epoch; bounds at β = 1, in nats per datum ± standard error
+        epoch     train bound  validation ELBO  β  learning rate  seconds
+            1  -120.50 ± 0.40   -110.20 ± 0.30  1          0.001      2.5
     """
+
+    def __repr__(self) -> str:
+        return "\n".join(_table(self))
 
     def column(self, name: str) -> list[float]:
         """Return one field of every epoch, such as "validation_elbo"."""
@@ -59,3 +71,26 @@ class History(list[Epoch]):
             writer = csv.writer(file)
             writer.writerow(self.columns())
             writer.writerows(dataclasses.astuple(epoch) for epoch in self)
+
+
+def _table(history: History) -> Iterator[str]:
+    """Lines of a table: all epochs if they are few, else some of them, at about equal distances."""
+    count = len(history)
+    shown = min(count, _SHOWN)
+    some = f", {shown} of them shown" if shown < count else ""
+    epochs = "1 epoch" if count == 1 else f"{count:,} epochs"
+    yield f"{epochs}{some}; bounds at β = 1, in nats per datum ± standard error"
+    rows = [history[round(place * (count - 1) / max(shown - 1, 1))] for place in range(shown)]
+    columns = {
+        "epoch": [f"{each.epoch:,}" for each in rows],
+        "train bound": [_estimate(each.train_bound, each.train_bound_se) for each in rows],
+        "validation ELBO": [_estimate(each.validation_elbo, each.validation_elbo_se) for each in rows],
+        "β": [f"{each.beta:.3g}" for each in rows],
+        "learning rate": [f"{each.learning_rate:.3g}" for each in rows],
+        "seconds": [f"{each.seconds:.1f}" for each in rows],
+    }
+    yield from aligned(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _estimate(value: float, standard_error: float) -> str:
+    return "-" if math.isnan(value) else str(Estimate(value, standard_error))

@@ -207,6 +207,22 @@ def test_history_reports_the_elbo_per_datum():
     assert (last.beta, last.learning_rate, last.epoch) == (1.0, 0.0, 2)
 
 
+def test_a_history_is_shown_as_a_table_of_its_first_and_last_epochs_and_some_between():
+    epochs = [pv.Epoch(n, -9.5 - n, 0.25, math.nan, math.nan, 0.5, 2e-3, 1.5) for n in range(1, 1235)]
+    shown = str(pv.History(epochs))
+    assert shown == repr(pv.History(epochs))
+    heading, names, *rows = shown.splitlines()
+    assert heading == "1,234 epochs, 10 of them shown; bounds at β = 1, in nats per datum ± standard error"
+    assert names.split("  ")[0] == "epoch"
+    assert " ".join(row.split()[0] for row in rows) == "1 138 275 412 549 686 823 960 1,097 1,234"
+    assert " ".join(rows[-1].split()) == "1,234 -1243.50 ± 0.25 - 0.5 0.002 1.5"
+    assert len({len(row) for row in rows}) == 1
+    few = str(pv.History(epochs[:3])).splitlines()
+    assert few[0].startswith("3 epochs; ")
+    assert [row.split()[0] for row in few[2:]] == ["1", "2", "3"]
+    assert len(str(pv.History()).splitlines()) == 2
+
+
 def test_standard_error_of_the_validation_elbo_is_that_of_a_mean_over_data():
     vae, x = normal_vae(), torch.randn(4000, 4)
     small, large = (
