@@ -325,7 +325,7 @@ def compare_on_digits(args: argparse.Namespace) -> None:
     amount, unit = args.budget
     print(f"\ntraining a model with each of {len(args.train)} estimators, {amount:g} {unit} each")
     results = {}
-    with tqdm(total=len(args.train) * amount, unit=f" {unit}") as bar:
+    with tqdm(total=len(args.train) * amount, unit=f" {unit}", disable=None) as bar:
         for candidate in args.train:
             bar.set_description(label(candidate))
             results[label(candidate)] = train(candidate, data, test, args, bar)

@@ -223,7 +223,7 @@ def main() -> None:
     print(f"log p(x) of {len(test)} test digits, by quadrature: {evidence.mean():.2f} nats on average")
 
     pairs, splits, costs = {}, {}, {}
-    for name in tqdm(GUIDES, unit=" guides"):
+    for name in tqdm(GUIDES, unit=" guides", disable=None):
         guided, seconds = train_guide(vae, name, train, args)
         pairs[name] = guided, refined(guided, args)
         splits[name] = split_gap(*(log_weights(pair, test, args.draws) for pair in pairs[name]), evidence)

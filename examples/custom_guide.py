@@ -64,7 +64,7 @@ def train_by_pyro(vae: pv.VAE, batches: Iterable[Tensor], *, lr: float) -> None:
 def judge(vae: pv.VAE, x: Tensor, num_particles: int = 400) -> Tensor:
     """Log importance weights log p(x, z) − log q(z|x), (S, N)."""
     at_once = 20
-    runs = trange(0, num_particles, at_once, desc="judging", unit=" runs", leave=False)
+    runs = trange(0, num_particles, at_once, desc="judging", unit=" runs", leave=False, disable=None)
     return torch.cat([pv.terms(vae.model, vae.guide, x, num_particles=at_once).log_weight for _ in runs])
 
 
@@ -107,14 +107,17 @@ def main() -> None:
     print("\n(b) a plain Pyro guide function")
     own_function = vae.with_guide(pyro_guide)
     print(pv.check_guide(own_function.model, own_function.guide, train[:8]))
-    shuffled = (train[torch.randperm(len(train))].split(128) for _ in trange(args.epochs, unit=" epochs"))
+    shuffled = (
+        train[torch.randperm(len(train))].split(128)
+        for _ in trange(args.epochs, unit=" epochs", disable=None)
+    )
     train_by_pyro(own_function, itertools.chain.from_iterable(shuffled), lr=1e-3)
     weights["(b) function"] = judge(own_function, test)
 
     print(f"\n(c) a global guide, for the {len(test)} test digits alone")
     own_global = vae.with_guide(AutoNormal(vae.model, init_scale=0.3))  # its rows are those of `test`
     print(pv.check_guide(own_global.model, own_global.guide, test))
-    train_by_pyro(own_global, (test for _ in trange(600, unit=" steps")), lr=0.02)
+    train_by_pyro(own_global, (test for _ in trange(600, unit=" steps", disable=None)), lr=0.02)
     weights["(c) global"] = judge(own_global, test)
     pyro.clear_param_store()  # where Pyro keeps the parameters of (b) and (c)
 

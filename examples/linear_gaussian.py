@@ -143,7 +143,7 @@ def main() -> None:
     predicted = {"diagonal": model.diagonal_gap().item(), "full covariance": 0.0}
 
     gaps = {}
-    for guide, estimator in tqdm([(g, e) for g in GUIDES for e in ESTIMATORS], unit=" guides"):
+    for guide, estimator in tqdm([(g, e) for g in GUIDES for e in ESTIMATORS], unit=" guides", disable=None):
         gaps[guide, estimator] = train(
             model, x, GUIDES[guide](), ESTIMATORS[estimator](), epochs=args.epochs, seed=args.seed
         )

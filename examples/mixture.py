@@ -144,7 +144,9 @@ def train(
     svi = pv.SVI(vae.model, guide, optimizer, estimator)
     steps, curve, seconds = [0], [enumerated_elbo(vae, test)], 0.0
     every = max(1, args.steps // 25)
-    for step in trange(1, args.steps + 1, desc=type(estimator).__name__, unit=" steps", leave=False):
+    for step in trange(
+        1, args.steps + 1, desc=type(estimator).__name__, unit=" steps", leave=False, disable=None
+    ):
         started = time.perf_counter()
         svi.step(next(batches))
         schedule.step()

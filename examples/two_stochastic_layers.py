@@ -101,7 +101,7 @@ def train(pair: TwoLayers, data: pv.data.Images, estimator: ELBO, args: argparse
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=args.steps)
     svi = pv.SVI(pair.model, pair.guide, optimizer, estimator)
     started = time.perf_counter()
-    for _ in trange(args.steps, desc=str(type(estimator).__name__), unit=" steps", leave=False):
+    for _ in trange(args.steps, desc=type(estimator).__name__, unit=" steps", leave=False, disable=None):
         svi.step(data[torch.randint(len(data), (args.batch_size,))])
         schedule.step()
     return time.perf_counter() - started

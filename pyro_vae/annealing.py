@@ -15,11 +15,11 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.data import Images
 from pyro_vae.pairs import Site, run, sample_sites, site_family
 from pyro_vae.particles import PairSites, require_count, terms
+from pyro_vae.progress import progress_bar
 from pyro_vae.streaming import Pair, chunk_sizes, evaluating, observe, require_finite
 from pyro_vae.weights import WeightSummary, summarise_weights
 
@@ -94,7 +94,7 @@ def annealed_importance_sampling(
         binarize: As in `evaluate`.
         seed: As in `evaluate`.
         max_plate_nesting: As in `evaluate`.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a terminal or a notebook.
 
     Raises:
         TypeError: If the data are no floating-point tensor or `Images`, or a number is no integer.
@@ -125,7 +125,7 @@ def annealed_importance_sampling(
     log_weight, acceptance = [], []
     with (
         evaluating(vae, batches.device, seed),
-        tqdm(total=2 * len(batches) * num_temperatures, disable=not progress, unit=" steps") as bar,
+        progress_bar(2 * len(batches) * num_temperatures, shown=progress, unit=" steps") as bar,
     ):
         bar.set_description("annealing")
         bar.unit_scale = True

@@ -17,7 +17,6 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyro_vae.comparison_report import PARAMETERS, Comparison, Measured, Reference, summarise
 from pyro_vae.costs import peak_memory
@@ -27,6 +26,7 @@ from pyro_vae.gradients import GradientMoments, ZeroMeanTest
 from pyro_vae.labels import family, label
 from pyro_vae.pairs import Program
 from pyro_vae.particles import require_count
+from pyro_vae.progress import progress_bar
 from pyro_vae.randomness import derived_seed, isolated_generators
 from pyro_vae.svi import NonFiniteError
 from pyro_vae.targets import Target, target
@@ -85,7 +85,7 @@ def compare_estimators(
         num_reference_particles: Draws for each datum of that estimate.
         seed: Non-negative integer from which every random number is derived.
         max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a terminal or a notebook.
 
     Raises:
         TypeError: If the estimators are not all a `pyro.infer.ELBO`, the data no tensor, or a number no
@@ -125,7 +125,7 @@ def compare_estimators(
             if isinstance(_innermost(candidate.estimator), TraceMeanField_ELBO):
                 check_mean_field(model, guide, data)
         known = _reference(step, reference, num_reference_particles, derived_seed(seed, _REFERENCE), progress)
-        with tqdm(total=num_repeats * len(candidates), disable=not progress, unit=" steps") as bar:
+        with progress_bar(num_repeats * len(candidates), shown=progress, unit=" steps") as bar:
             for group in _by_target(candidates):
                 for repeat in range(num_repeats):
                     _repeat(step, group, derived_seed(seed, _NOISE, repeat), num_repeats)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.aggregate import AggregatePosterior, aggregate_posterior
 from pyro_vae.compatibility import require_fit
 from pyro_vae.data import Images
 from pyro_vae.particles import PairSites, Terms, require_count, terms
+from pyro_vae.progress import progress_bar
 from pyro_vae.report import Evaluation, PerDatum, standard_error
 from pyro_vae.streaming import Pair, chunk_sizes, evaluating, head, observe, parts, require_finite
 from pyro_vae.tables import Estimate
@@ -53,7 +53,7 @@ def evaluate(
         aggregate_size: How many of the data, the first, make up the aggregate posterior for the mutual
             information; the cost is its square. 0 leaves it out.
         max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a terminal or a notebook.
 
     Raises:
         TypeError: If the data are no floating-point tensor or `Images`, or a number is no integer.
@@ -82,7 +82,7 @@ def evaluate(
     chunks: list[_Chunk] = []
     with (
         evaluating(vae, batches.device, seed),
-        tqdm(total=len(batches) * num_particles, disable=not progress, unit=" draws", unit_scale=True) as bar,
+        progress_bar(len(batches) * num_particles, shown=progress, unit=" draws", unit_scale=True) as bar,
     ):
         data_at_once, particles_at_once = chunk_sizes(batches, num_particles)
         for number, x in enumerate(batches.in_order(data_at_once)):
@@ -103,7 +103,7 @@ def evaluate(
         part = head(batches, aggregate_size)
         with (
             evaluating(vae, batches.device, seed),
-            tqdm(total=len(part) ** 2, disable=not progress, unit=" densities", unit_scale=True) as bar,
+            progress_bar(len(part) ** 2, shown=progress, unit=" densities", unit_scale=True) as bar,
         ):
             aggregate = aggregate_posterior(
                 vae, part, max_plate_nesting=max_plate_nesting, advance=bar.update

@@ -18,13 +18,13 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.arviz_bridge import arviz_version, inference_data, write_netcdf
 from pyro_vae.data import Images
 from pyro_vae.files import replacing
 from pyro_vae.pairs import Site, run, sample_sites
 from pyro_vae.particles import PairSites, require_count, terms
+from pyro_vae.progress import progress_bar
 from pyro_vae.streaming import Pair, chunk_sizes, evaluating, observe, parts, require_finite
 from pyro_vae.units import by_datum
 from pyro_vae.weights import pareto_smoothed, summarise_weights
@@ -79,7 +79,7 @@ def to_inference_data(
         binarize: As in `evaluate`.
         seed: As in `evaluate`.
         max_plate_nesting: As in `evaluate`.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a terminal or a notebook.
 
     Returns:
         What the installed ArviZ works on: an `arviz.InferenceData` (0.x) or an `xarray.DataTree` (1.x).
@@ -112,7 +112,7 @@ def to_inference_data(
     chunks: list[Groups] = []
     with (
         evaluating(vae, batches.device, seed),
-        tqdm(total=len(batches), disable=not progress, unit=" data") as bar,
+        progress_bar(len(batches), shown=progress, unit=" data") as bar,
     ):
         for number, x in enumerate(batches.in_order(data_at_once)):
             proposals = _propose(vae, x, parts(num_draws, draws_at_once), max_plate_nesting)

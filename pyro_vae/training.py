@@ -19,12 +19,12 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
 from pyro_vae.batches import Batches
 from pyro_vae.data import Images
 from pyro_vae.history import Epoch, History
 from pyro_vae.particles import require_count
+from pyro_vae.progress import progress_bar
 from pyro_vae.randomness import derived_seed, isolated_generators
 from pyro_vae.runs import Run
 from pyro_vae.vae import VAE
@@ -122,7 +122,7 @@ def fit(
             training bound without validation data), and return to the parameters of the best epoch.
         callbacks: Called after each epoch, in evaluation mode; see `Callback`. What they draw does not
             disturb the training.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a terminal or a notebook.
         checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there is replaced.
         resume: Continue the run in `checkpoint_dir`; begin one where there is none yet. The folder
             serves one run at a time.
@@ -188,7 +188,7 @@ def fit(
         run.begin(resume=resume)
         interrupted = stack.enter_context(_deferred_interrupt())
         bar = stack.enter_context(
-            tqdm(total=epochs * len(train), initial=run.data_seen(), disable=not progress, unit=" data")
+            progress_bar(epochs * len(train), initial=run.data_seen(), shown=progress, unit=" data")
         )
         bar.unit_scale = True
         stop = False
