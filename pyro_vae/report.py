@@ -69,9 +69,9 @@ class PerDatum:
         return self.log_evidence - self.elbo
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What `evaluate` reports; `print` shows it as a table.
+    """What `evaluate` reports; shown as a table.
 
     A standard error `…_se` is that of a mean over the data, as a sample of their source: their standard
     deviation over √N, which the Monte Carlo noise of each datum's estimate enters. `…_mc_se` is the Monte
@@ -148,6 +148,14 @@ class Evaluation:
         return self.per_datum.pareto_k
 
     @property
+    def unreliable(self) -> float:
+        """Fraction of the data whose k̂ is above 0.7, so that `log_evidence` is likely too low for them.
+
+        0 where k̂ is not known, for want of particles.
+        """
+        return float((self.pareto_k > 0.7).double().mean())
+
+    @property
     def kl_per_dimension(self) -> Tensor:
         """Mean KL of each latent unit, (U,)."""
         return self.per_datum.unit_kl.mean(0)
@@ -205,7 +213,7 @@ class Evaluation:
             }
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(_table(self))
 
 
@@ -234,6 +242,7 @@ def _mean(values: Tensor) -> Estimate:
 def _table(report: Evaluation) -> Iterator[str]:
     """Lines that say what was found, how sure it is, and what of it cannot be trusted."""
     S, k = report.num_particles, report.pareto_k
+    most = report.unreliable > 0.5
 
     def line(name: str, value: object, note: str = "") -> str:
         return f"{name:<32}{value!s:>20}  {note}".rstrip()
@@ -243,8 +252,12 @@ def _table(report: Evaluation) -> Iterator[str]:
         "nats per datum ± standard error over the data"
     )
     monte_carlo = f"Monte Carlo error {report.log_evidence_mc_se:.2g}" if S > 1 else ""
-    yield line("log p(x), importance-weighted", report.mean("log_evidence"), monte_carlo)
-    yield line("  bits per dimension", report.bits_per_dimension, "lower is better")
+    doubt = f"UNRELIABLE, likely too low: Pareto k > 0.7 for {report.unreliable:.0%} of the data; "
+    yield line(
+        "log p(x), importance-weighted", report.mean("log_evidence"), (doubt if most else "") + monte_carlo
+    )
+    doubt = "UNRELIABLE, likely too high; " if most else ""
+    yield line("  bits per dimension", report.bits_per_dimension, doubt + "lower is better")
     exact_kl = "KL in closed form" if report.has_analytic_kl else "KL sampled"
     exact_entropy = "entropy in closed form" if report.has_analytic_entropy else "entropy sampled"
     yield line("ELBO", report.mean("elbo"), f"E[log p(x|z)] − KL(q‖p(z)), {exact_kl}")
@@ -252,13 +265,14 @@ def _table(report: Evaluation) -> Iterator[str]:
         "  the same by the entropy", report.mean("elbo_by_entropy"), f"E[log p(x,z)] + H[q], {exact_entropy}"
     )
     yield line("  the same, all sampled", report.mean("elbo_sampled_kl"), "log p(x) − KL(q‖p(z|x))")
-    yield line("gap, KL(q‖p(z|x))", report.mean("gap"), "log p(x) − ELBO")
+    doubt = "UNRELIABLE, likely too low; " if most else ""
+    yield line("gap, KL(q‖p(z|x))", report.mean("gap"), doubt + "log p(x) − ELBO")
     yield line("E[log p(x|z)]", report.mean("expected_log_likelihood"))
     yield line("KL to the prior", report.mean("kl"))
     if report.aggregate is not None:
         count = len(report.aggregate.log_prior)
-        most = f"of the first {count:,} data; at most log {count:,} = {math.log(count):.2f}"
-        yield line("  mutual information of x and z", report.mutual_information, most)
+        limit = f"of the first {count:,} data; at most log {count:,} = {math.log(count):.2f}"
+        yield line("  mutual information of x and z", report.mutual_information, limit)
         yield line("  KL of the aggregate to prior", report.marginal_kl)
     yield line(
         "active units", f"{report.active_units} of {len(report.unit_names)}", f"Var(E[z|x]) > {_ACTIVE}"

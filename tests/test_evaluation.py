@@ -1,5 +1,6 @@
 """`evaluate` against the linear-Gaussian model, in which the evidence and every bound are known."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -113,6 +114,22 @@ def test_a_narrow_guide_is_found_out():
     report = evaluate(vae, data(exact), num_particles=2000)
     assert (report.pareto_k > 0.7).all()
     assert f"above: {N}" in str(report)
+    assert report.unreliable == 1
+    headline = next(line for line in str(report).splitlines() if line.startswith("log p(x)"))
+    assert "UNRELIABLE, likely too low: Pareto k > 0.7 for 100% of the data; Monte Carlo error" in headline
+
+
+def test_the_log_evidence_is_marked_unreliable_where_it_is_for_most_data():
+    exact, vae = linear_gaussian(scale=1.3)
+    report = evaluate(vae, data(exact), num_particles=400)
+    for bad, marks in ((3, 0), (4, 3)):  # of 7; with the evidence, the bits per dimension and the gap
+        k = torch.full((N,), 0.2).double()
+        k[:bad] = 0.9
+        doubtful = dataclasses.replace(report, per_datum=dataclasses.replace(report.per_datum, pareto_k=k))
+        assert doubtful.unreliable == pytest.approx(bad / N)
+        assert str(doubtful).count("UNRELIABLE") == marks
+    assert "for 57% of the data" in str(doubtful).splitlines()[1]
+    assert "UNRELIABLE" not in str(evaluate(vae, data(exact), num_particles=10))  # too few draws to tell
 
 
 def test_the_estimates_are_those_written_out():
@@ -143,6 +160,7 @@ def test_the_estimates_are_those_written_out():
 def test_the_report_states_its_uncertainty():
     exact, vae = linear_gaussian(scale=1.3)
     text = str(evaluate(vae, data(exact), seed=3))
+    assert repr(evaluate(vae, data(exact), seed=3)) == text
     assert text.startswith("7 data, S = 400 particles, seed 3; nats per datum ± standard error")
     for line in ("log p(x)", "ELBO", "KL to the prior", "mutual information", "  S = 100 "):
         assert any(row.strip().startswith(line.strip()) and "±" in row for row in text.splitlines()), line
