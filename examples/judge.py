@@ -6,6 +6,9 @@
     uv run examples/judge.py runs/mnist_svi/best.pt --particles 5000 --images 10000
 
 The folder given by --output receives the report, its numbers, pictures, and draws for ArviZ as netCDF.
+
+With the --seed of mnist_svi.py and as many --images the ELBO is that of its test, but for the noise of z, of
+which mnist_svi.py draws one for each image.
 """
 
 import argparse
@@ -30,10 +33,14 @@ def main() -> None:
     binarize = args.binarize
     if binarize is None and isinstance(vae.likelihood, pv.likelihoods.Bernoulli):
         binarize = "dynamic"  # drawn once, from the seed, so that all that follows sees the same images
-    images = pv.data.load(args.dataset, split=args.split, root=args.data_root).subset(slice(args.images))
-    if binarize not in (None, "none"):
+    images = pv.data.load(args.dataset, split=args.split, root=args.data_root)
+    if binarize not in (None, "none"):  # before some are taken, so that these are as in mnist_svi.py
         images = images.binarized("fixed" if binarize == "dynamic" else binarize, seed=args.seed)
-    print(f"{args.checkpoint} on {images.name}, binarised: {images.binarize}")
+    total, images = len(images), images.subset(slice(args.images))
+    print(
+        f"{args.checkpoint} on {images.name}, the first {len(images):,} of {total:,}, "
+        f"binarised: {images.binarize}"
+    )
 
     started = time.perf_counter()
     report = pv.evaluate(vae, images, num_particles=args.particles, seed=args.seed)
@@ -89,7 +96,8 @@ def print_comparison(
     difference = report.per_datum.log_evidence - rival.per_datum.log_evidence
     error = difference.std() / math.sqrt(len(difference))
     print(f"log p(x) of {args.checkpoint} less that of {args.against}, ± standard error over the images:")
-    print(f"  {difference.mean():.2f} ± {error:.2f} nats per image")
+    doubt = ", UNRELIABLE: see above" if max(report.unreliable, rival.unreliable) > 0.5 else ""
+    print(f"  {difference.mean():.2f} ± {error:.2f} nats per image{doubt}")
     kept = images.subset(slice(args.kept))
     draws = pv.to_inference_data(other, kept, num_samples=args.samples, seed=args.seed)
     table = az.compare({str(args.checkpoint): idata, str(args.against): draws})

@@ -122,15 +122,18 @@ def build_estimator(args: argparse.Namespace) -> ELBO:
 
 def load_data(args: argparse.Namespace) -> tuple[pv.data.Images, pv.data.Images]:
     """Training and test images; of pictures of your own without a test set, every tenth is held out."""
-    options = {"root": args.data_root, "binarize": args.binarize, "seed": args.seed}
-    train = pv.data.load(args.dataset, split="train", **options)
+    train = pv.data.load(args.dataset, split="train", root=args.data_root)
     try:
-        return train, pv.data.load(args.dataset, split="test", **options)
+        test = pv.data.load(args.dataset, split="test", root=args.data_root)
     except pv.data.DataError:
         if not Path(args.dataset).exists() or len(train) < 10:
             raise
         held_out = torch.arange(len(train)) % 10 == 0
-        return train.subset(~held_out), train.subset(held_out)
+        train, test = train.subset(~held_out), train.subset(held_out)
+    if args.binarize is None:
+        return train, test
+    once = "fixed" if args.binarize == "dynamic" else args.binarize  # as judge.py draws the test images
+    return train.binarized(args.binarize, seed=args.seed), test.binarized(once, seed=args.seed)
 
 
 def main() -> None:
@@ -256,7 +259,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--binarize",
         choices=("dynamic", "fixed", "threshold", "none"),
-        help="how grey levels become black and white: drawn at each pass, drawn once, or cut at one half "
+        help="how grey levels become black and white: drawn at each pass (test images once), drawn once, or "
+        "cut at one half "
         "(default: dynamic for the Bernoulli likelihood, none for the others)",
     )
     add = parser.add_argument_group("model").add_argument

@@ -74,6 +74,35 @@ def test_the_example_leaves_model_numbers_and_pictures(monkeypatch, tmp_path, ca
         assert metrics["bits_per_dimension"] == pytest.approx(-metrics["test_elbo"] / 784 / np.log(2))
 
 
+class SeenError(ValueError):
+    """Raised with the images that an example hands on."""
+
+
+def test_a_model_is_judged_by_the_images_it_was_tested_with(monkeypatch, tmp_path):
+    def hand_on(*args, validation=None, **options):
+        raise SeenError(args[1] if validation is None else validation)
+
+    def seen(file, *options):
+        monkeypatch.setattr("sys.argv", [str(EXAMPLE.with_name(file)), *options])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(EXAMPLE.with_name(file)), run_name="__main__")
+        return stop.value.__context__.args[0]
+
+    parts = {
+        "likelihood": pv.likelihoods.Bernoulli(2, (1, 28, 28), hidden_features=(3,)),
+        "guide": pv.guides.DiagonalNormal((1, 28, 28), 2, hidden_features=(3,)),
+    }
+    pv.VAE(prior=pv.priors.StandardNormal(2), **parts).save(tmp_path / "vae.pt")
+    monkeypatch.setattr(pv, "fit", hand_on)
+    monkeypatch.setattr(pv, "evaluate", hand_on)
+    data = ("--dataset", "digits", "--seed", "3", "--output", str(tmp_path / "out"))
+    tested = seen("mnist_svi.py", *data)
+    judged = seen("judge.py", str(tmp_path / "vae.pt"), *data, "--images", "70")
+    assert len(tested) == 1000
+    assert torch.equal(tested[:70], judged[:])
+    assert torch.equal(tested[:], tested[:])  # at every epoch the same
+
+
 def test_the_example_resumes(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path)
     run(monkeypatch, tmp_path, "--epochs", "2", "--resume")
