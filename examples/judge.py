@@ -134,25 +134,33 @@ def draw(vae: pv.VAE, images: pv.data.Images, report: pv.Evaluation, folder: Pat
             prior=None if standard else vae.prior().sample((len(some),)),
         )
     if report.per_datum.unit_mean.shape[1] > 1:
-        pictures["latent"] = plots.latent_scatter(report.per_datum.unit_mean, images.labels)
+        pictures["latent"] = plots.latent_scatter(
+            report.per_datum.unit_mean,
+            images.labels,
+            title=f"Means of q(z|x) for {len(images):,} images",
+        )
     for name, axes in pictures.items():
         plots.save(axes, folder / f"{name}.png")
 
 
 def convergence(report: pv.Evaluation) -> object:
     """Draw the importance-weighted bound against the number of particles, with the ELBO."""
-    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    axes = Figure(figsize=(6.4, 4), dpi=150, layout="constrained").add_subplot()
     sizes, bounds = list(report.convergence), list(report.convergence.values())
     values, errors = zip(*bounds, strict=True)
-    axes.errorbar(sizes, values, errors, marker="o", capsize=3, label="bound $L_S$ ± Monte Carlo error")
-    axes.axhline(report.elbo, color=plots.PALETTE[1], linestyle="--", label="ELBO")
+    style = {"color": plots.PALETTE[0], "marker": "o", "markersize": 4, "capsize": 3}
+    axes.errorbar(sizes, values, errors, label="bound $L_S$ ± Monte Carlo error", **style)
+    axes.axhline(report.elbo, color="black", linestyle="--", linewidth=1, label="ELBO")
     axes.set(
         xscale="log",
-        xlabel="particles $S$",
+        xlabel="particles S for each image",
         ylabel="nats per image",
         title=f"Importance-weighted bound of {report.num_data:,} images",
     )
-    axes.legend()
+    axes.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(framealpha=1, edgecolor="none")
     return axes
 
 

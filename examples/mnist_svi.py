@@ -230,7 +230,8 @@ def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -
             "samples": plots.image_grid(sample.clamp(0, 1), title="E[x|z] for z drawn from the prior"),
         }
         if codes.shape[1] > 1:
-            pictures["latent"] = plots.latent_scatter(codes, test.labels)
+            title = f"A draw from q(z|x) for each of {len(codes):,} test images"
+            pictures["latent"] = plots.latent_scatter(codes, test.labels, title=title)
         else:
             prior = vae.prior().sample((len(codes),))
             pictures["latent"] = plots.aggregate_posterior(codes, prior=prior)

@@ -75,8 +75,9 @@ def latent_scatter(
 ) -> "Axes":
     """Draw latent vectors as points in the plane, coloured by label.
 
-    Vectors of more than two dimensions are projected on the first two principal components of z; the title
-    and the axes say so. Points are drawn in one fixed, shuffled order, so that no label hides another.
+    Vectors of more than two dimensions are projected on the first two principal components of z; the axes
+    say so, and the title, where it is not given. Points are drawn in one fixed, shuffled order, so that no
+    label hides another.
 
     Args:
         z: (N, K) latent vectors with K >= 2, such as the posterior means of N data.
@@ -105,7 +106,9 @@ def latent_scatter(
     axis_names, what = ["z[0]", "z[1]"], f"{count:,} latent vectors"
     if latent_dim > 2:
         points, shares = _principal_components(points)
-        axis_names = [f"component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
+        axis_names = [
+            f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)
+        ]
         what = f"First two principal components of {what}"
 
     present = np.unique(kinds)

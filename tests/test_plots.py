@@ -287,8 +287,8 @@ def test_many_dimensions_are_shown_by_principal_components_and_say_so():
     shown = np.abs(ax.collections[0].get_offsets())
     np.testing.assert_allclose(np.sort(shown, axis=0), np.sort(expected, axis=0), atol=1e-10)
     share = s**2 / (s**2).sum()
-    assert ax.get_xlabel() == f"component 1 ({share[0]:.0%} of the variance)"
-    assert ax.get_ylabel() == f"component 2 ({share[1]:.0%} of the variance)"
+    assert ax.get_xlabel() == f"principal component 1 ({share[0]:.0%} of the variance)"
+    assert ax.get_ylabel() == f"principal component 2 ({share[1]:.0%} of the variance)"
     assert ax.get_title() == "First two principal components of 41 latent vectors"
 
 
