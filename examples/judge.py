@@ -199,7 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--output", type=Path, default=Path("runs/judge"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args()
-    for name in ("images", "particles", "chains", "temperatures", "kept"):
+    for name in ("images", "particles", "chains", "temperatures", "kept", "samples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     return args
