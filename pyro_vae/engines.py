@@ -4,6 +4,15 @@ A graph holds while what Python code looks at stays the same. That is watched as
 among the arguments, dtypes, and what `watching` finds. A model may still look at other things, such as the
 attribute of a class; so a graph is believed only as long as it agrees with the eager loss and gradients for
 the same random numbers, which is tried at its 1st, 2nd, 4th, 8th ... use.
+
+A step goes like this:
+
+1. find the recording for the forms of the arguments, or make it;
+2. compile it if its time has come; compare it with the function if this use is one of those;
+3. run the graph, which gives the loss, a flag, 1.0 where the graph does not hold, and the gradients;
+4. update the parameters, unless the flag is up, which nobody waits for;
+5. read the loss: NaN where the flag is up. If it is finite, that was the step;
+6. otherwise put back what the graph changed, and take the step eagerly.
 """
 
 import copy
