@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_vae.arguments import (
+from pyro_vae.operands import (
     as_tensors,
     elementwise,
     require,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import (
+from pyro_vae.by_hand import gaussian_nll, multivariate_normal_kl
+from pyro_vae.operands import (
     as_tensors,
     cholesky,
     require_broadcast,
@@ -19,7 +20,6 @@ from pyro_vae.arguments import (
     require_scale_tril,
     rounding,
 )
-from pyro_vae.by_hand import gaussian_nll, multivariate_normal_kl
 
 __all__ = ["ElboGradient", "GaussianMixture", "LinearGaussian", "MultivariateNormal"]
 

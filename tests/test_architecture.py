@@ -43,7 +43,7 @@ def test_the_package_is_imported_at_the_top_of_files_alone():
 
 
 def test_the_judge_knows_torch_and_itself_alone():
-    judge = ("arguments", "by_hand", "exact_models", "closed_form")
+    judge = ("operands", "by_hand", "exact_models", "closed_form")
     modules = {
         name
         for file in judge
