@@ -16,9 +16,10 @@ from pyro.distributions import constraints
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_vae.arguments import require_count
 from pyro_vae.data import Images
 from pyro_vae.pairs import Site, run, sample_sites, site_family
-from pyro_vae.particles import PairSites, require_count, terms
+from pyro_vae.particles import PairSites, terms
 from pyro_vae.progress import progress_bar
 from pyro_vae.streaming import Pair, chunk_sizes, evaluating, observe, require_finite
 from pyro_vae.weights import WeightSummary, summarise_weights

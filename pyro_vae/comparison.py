@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
+from pyro_vae.arguments import require_count
 from pyro_vae.comparison_report import PARAMETERS, Comparison, Measured, Reference, summarise
 from pyro_vae.costs import peak_memory
 from pyro_vae.estimators import KLWeighted, check_mean_field, terms
@@ -25,7 +26,6 @@ from pyro_vae.evaluation import evaluate
 from pyro_vae.gradients import GradientMoments, ZeroMeanTest
 from pyro_vae.labels import family, label
 from pyro_vae.pairs import Program
-from pyro_vae.particles import require_count
 from pyro_vae.progress import progress_bar
 from pyro_vae.randomness import derived_seed, isolated_generators
 from pyro_vae.svi import NonFiniteError

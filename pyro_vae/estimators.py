@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import require_count
 from pyro_vae.losses import Estimator, KLWeighted
 from pyro_vae.pairs import check_mean_field
-from pyro_vae.particles import Terms, require_count, terms
+from pyro_vae.particles import Terms, terms
 
 __all__ = [
     "CIWAE",

@@ -11,9 +11,10 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.aggregate import AggregatePosterior, aggregate_posterior
+from pyro_vae.arguments import require_count
 from pyro_vae.compatibility import require_fit
 from pyro_vae.data import Images
-from pyro_vae.particles import PairSites, Terms, require_count, terms
+from pyro_vae.particles import PairSites, Terms, terms
 from pyro_vae.progress import progress_bar
 from pyro_vae.report import Evaluation, PerDatum, standard_error
 from pyro_vae.streaming import Pair, chunk_sizes, evaluating, head, observe, parts, require_finite

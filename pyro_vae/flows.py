@@ -7,6 +7,7 @@ dimension. "maf" and "nsf" score a given z in one pass and draw in K; "iaf" draw
 has just drawn, in one pass, and scores any other z in K.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -15,13 +16,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyro_vae.arguments import require_count, require_shape
+
 __all__ = ["FLOWS", "FlowDistribution", "build_flow"]
 
 FLOWS = ("maf", "iaf", "nsf")
 
 
 def build_flow(
-    flow: str, features: int, context: int = 0, *, num_transforms: int, hidden_features: tuple[int, ...]
+    flow: str, features: int, context: int = 0, *, num_transforms: int, hidden_features: Sequence[int]
 ) -> nn.Module:
     """Build a zuko flow: a module from context (*, context), or nothing, to a zuko distribution.
 
@@ -34,6 +37,7 @@ def build_flow(
         hidden_features: Widths of the hidden layers of each transform's network.
 
     Raises:
+        TypeError: If `num_transforms` is no integer, or `hidden_features` no tuple of integers.
         ValueError: If the flow is unknown, or a number is below 1.
 
     Source: Papamakarios, Pavlakou and Murray, 2017, Masked autoregressive flow for density estimation,
@@ -47,14 +51,11 @@ def build_flow(
     """
     if flow not in FLOWS:
         raise ValueError(f"flow must be one of {', '.join(FLOWS)}; got {flow!r}")
-    if min([num_transforms, *hidden_features]) < 1:
-        raise ValueError(
-            "a flow needs at least 1 transform, and 1 unit in each layer; "
-            f"got num_transforms {num_transforms} and flow_features {hidden_features}"
-        )
+    require_count("num_transforms", num_transforms)
+    widths = require_shape("flow_features", hidden_features)  # as guides and priors name them
     zuko = _import_zuko()
     family = zuko.flows.NSF if flow == "nsf" else zuko.flows.MAF
-    built = family(features, context, transforms=num_transforms, hidden_features=hidden_features)
+    built = family(features, context, transforms=num_transforms, hidden_features=widths)
     return zuko.flows.Flow(built.transform.inv, built.base) if flow == "iaf" else built
 
 

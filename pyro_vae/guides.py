@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions.utils import vec_to_tril_matrix
 
 from pyro_vae import divergences  # noqa: F401 (closed-form KLs for the guides with correlated dimensions)
+from pyro_vae.arguments import require_count, require_event_and_latent
 from pyro_vae.flows import FlowDistribution, build_flow
 from pyro_vae.mixtures import NormalMixture
 from pyro_vae.networks import MLP, apply_batched, check_input, positive
@@ -47,7 +48,9 @@ class Guide(nn.Module, ABC):
         options: Of `sizes`.
 
     Raises:
-        ValueError: If `event_shape`, `latent_dim` or an option has an entry below 1.
+        TypeError: If `latent_dim` or an option is no integer, or `event_shape` or `hidden_features` no tuple
+            of integers.
+        ValueError: If one of these numbers is below 1.
     """
 
     def __init__(
@@ -61,17 +64,16 @@ class Guide(nn.Module, ABC):
         **options: int,
     ):
         super().__init__()
-        if min([latent_dim, *event_shape, *options.values()]) < 1:
-            raise ValueError(
-                f"{', '.join(['event_shape', 'latent_dim', *options])} need entries of at least 1; "
-                f"got {', '.join(map(str, [tuple(event_shape), latent_dim, *options.values()]))}"
-            )
-        self.event_shape = tuple(event_shape)
+        self.event_shape = require_event_and_latent(
+            f"{type(self).__name__}(event_shape, latent_dim)", event_shape=event_shape, latent_dim=latent_dim
+        )
+        for name, option in options.items():
+            require_count(name, option)
         self.latent_dim = latent_dim
         self.output_sizes = self.sizes(latent_dim, **options)
         # one linear layer for all the heads: a single matrix product
         if network is None:
-            sizes = math.prod(event_shape), sum(self.output_sizes)
+            sizes = math.prod(self.event_shape), sum(self.output_sizes)
             network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
         self.network = network
 
@@ -326,7 +328,7 @@ class Flow(Guide):
             num_context=num_context,
         )
         self.flow = build_flow(
-            flow, latent_dim, num_context, num_transforms=num_transforms, hidden_features=tuple(flow_features)
+            flow, latent_dim, num_context, num_transforms=num_transforms, hidden_features=flow_features
         )
 
     @staticmethod
@@ -363,7 +365,7 @@ class SemiAmortised(nn.Module):
             derivatives of the model. Else the sum of the steps counts as a constant.
 
     Raises:
-        TypeError: If the guide is no `Guide`.
+        TypeError: If the guide is no `Guide`, or a count no integer.
         ValueError: If a number is not positive.
 
     Source: Kim, Wiseman, Miller, Sontag and Rush, 2018, Semi-amortized variational autoencoders,
@@ -393,11 +395,10 @@ class SemiAmortised(nn.Module):
             raise TypeError(
                 f"SemiAmortised refines a guide of this library, a `Guide`; got {type(guide).__name__}"
             )
-        if min(num_steps, num_particles) < 1 or step_size <= 0:
-            raise ValueError(
-                "num_steps, num_particles and step_size must be positive; "
-                f"got {num_steps}, {num_particles} and {step_size}"
-            )
+        require_count("num_steps", num_steps)
+        require_count("num_particles", num_particles)
+        if not step_size > 0:
+            raise ValueError(f"step_size must be positive; got {step_size}")
         self.guide = guide
         self.num_steps = num_steps
         self.step_size = step_size

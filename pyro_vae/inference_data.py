@@ -19,11 +19,12 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_vae.arguments import require_count
 from pyro_vae.arviz_bridge import arviz_version, inference_data, write_netcdf
 from pyro_vae.data import Images
 from pyro_vae.files import replacing
 from pyro_vae.pairs import Site, run, sample_sites
-from pyro_vae.particles import PairSites, require_count, terms
+from pyro_vae.particles import PairSites, terms
 from pyro_vae.progress import progress_bar
 from pyro_vae.streaming import Pair, chunk_sizes, evaluating, observe, parts, require_finite
 from pyro_vae.units import by_datum

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import distributions
+from pyro_vae.arguments import require_event_and_latent
 from pyro_vae.networks import MLP, apply_batched, check_input, positive
 from pyro_vae.specs import rebuildable
 
@@ -45,7 +46,8 @@ class Likelihood(nn.Module, ABC):
             network returns (N, num_parameters * channels, height, width).
 
     Raises:
-        ValueError: If `event_shape` or `latent_dim` has an entry below 1.
+        TypeError: If `latent_dim` is no integer, or `event_shape` or `hidden_features` no tuple of integers.
+        ValueError: If one of these numbers is below 1.
     """
 
     num_parameters: int = 1
@@ -60,15 +62,12 @@ class Likelihood(nn.Module, ABC):
         network: nn.Module | None = None,
     ):
         super().__init__()
-        if min([latent_dim, *event_shape]) < 1:
-            raise ValueError(
-                "event_shape and latent_dim need entries of at least 1; "
-                f"got {tuple(event_shape)} and {latent_dim}"
-            )
+        self.event_shape = require_event_and_latent(
+            f"{type(self).__name__}(latent_dim, event_shape)", event_shape=event_shape, latent_dim=latent_dim
+        )
         self.latent_dim = latent_dim
-        self.event_shape = tuple(event_shape)
         if network is None:
-            size = self.num_parameters * math.prod(event_shape)
+            size = self.num_parameters * math.prod(self.event_shape)
             network = MLP(latent_dim, size, hidden_features=hidden_features, activation=activation)
         self.network = network
 

@@ -21,8 +21,9 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
+from pyro_vae.arguments import require_count
 from pyro_vae.pairs import Program, Site, Sites, kl_by_table, kl_fault, site_family
-from pyro_vae.particles import Terms, require_count, terms
+from pyro_vae.particles import Terms, terms
 
 __all__ = ["Estimator", "KLWeighted"]
 

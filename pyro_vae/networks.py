@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from pyro_vae.arguments import require_count, require_shape
 from pyro_vae.specs import rebuildable
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "apply_batched", "check_input", "positive"]
@@ -45,6 +46,7 @@ class MLP(nn.Sequential):
             softplus or tanh.
 
     Raises:
+        TypeError: If a number is no integer, or `hidden_features` no tuple of integers.
         ValueError: For an unknown activation or a width below 1.
 
     Example:
@@ -61,9 +63,9 @@ class MLP(nn.Sequential):
         hidden_features: Sequence[int] = (400,),
         activation: str = "relu",
     ):
-        widths = [in_features, *hidden_features, out_features]
-        if min(widths) < 1:
-            raise ValueError(f"every layer needs at least 1 unit; got widths {widths}")
+        require_count("in_features", in_features)
+        require_count("out_features", out_features)
+        widths = [in_features, *require_shape("hidden_features", hidden_features), out_features]
         layers: list[nn.Module] = [nn.Flatten()]
         for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), _activation(activation)]
@@ -81,7 +83,8 @@ class ConvEncoder(nn.Sequential):
         activation: As in `MLP`.
 
     Raises:
-        ValueError: If the event is not an image, or too small to be halved so often.
+        TypeError: If a number is no integer, or a shape no tuple of integers.
+        ValueError: If a number is below 1, the event is not an image, or too small to be halved so often.
 
     Example:
         >>> import torch
@@ -97,7 +100,9 @@ class ConvEncoder(nn.Sequential):
         channels: Sequence[int] = (32, 64),
         activation: str = "relu",
     ):
-        fan_in, height, width = _image_shape(event_shape)
+        fan_in, height, width = _image_shape("event_shape", event_shape)
+        require_count("out_features", out_features)
+        channels = require_shape("channels", channels)
         if min(height, width) < 2 ** len(channels):
             raise ValueError(
                 f"{len(channels)} halvings need an image of at least {2 ** len(channels)} pixels a side; "
@@ -127,7 +132,8 @@ class ConvDecoder(nn.Module):
         activation: As in `MLP`.
 
     Raises:
-        ValueError: If the output is not an image.
+        TypeError: If a number is no integer, or a shape no tuple of integers.
+        ValueError: If a number is below 1, or the output is not an image.
 
     Example:
         >>> import torch
@@ -144,7 +150,9 @@ class ConvDecoder(nn.Module):
         activation: str = "relu",
     ):
         super().__init__()
-        out_channels, self.height, self.width = _image_shape(out_shape)
+        out_channels, self.height, self.width = _image_shape("out_shape", out_shape)
+        require_count("in_features", in_features)
+        channels = require_shape("channels", channels)
         if not channels:
             raise ValueError("channels must name at least one transposed convolution; got none")
         shrink = 2 ** len(channels)
@@ -162,12 +170,11 @@ class ConvDecoder(nn.Module):
         return self.upsample(self.stem(z))[..., : self.height, : self.width]
 
 
-def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(
-            f"a convolutional network needs a shape (channels, height, width); got {tuple(shape)}"
-        )
-    return tuple(shape)  # type: ignore[return-value]
+def _image_shape(name: str, given: Sequence[int]) -> tuple[int, int, int]:
+    shape = require_shape(name, given)
+    if len(shape) != 3:
+        raise ValueError(f"{name} must be that of an image, (channels, height, width); got {shape}")
+    return shape
 
 
 def positive(raw: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_vae.arguments import require_count
 from pyro_vae.pairs import (
     Program,
     Site,
@@ -36,7 +37,7 @@ from pyro_vae.pairs import (
     site_family,
 )
 
-__all__ = ["Terms", "require_count", "terms"]
+__all__ = ["Terms", "terms"]
 
 
 @dataclass(frozen=True)
@@ -310,14 +311,6 @@ class PairSites:
                 )
             parts.append(scale_and_mask(log_prob, 1.0, site["mask"]))
         return self.sum(parts)
-
-
-def require_count(name: str, value: int, *, minimum: int = 1) -> None:
-    """Refuse what is no integer, or too small a one."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}; got {value}")
 
 
 def _with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:

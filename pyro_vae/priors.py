@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import require_count, require_shape
 from pyro_vae.flows import FlowDistribution, build_flow
 from pyro_vae.mixtures import NormalMixture
 from pyro_vae.networks import positive
@@ -18,12 +19,6 @@ from pyro_vae.specs import rebuildable
 __all__ = ["Flow", "LearnedNormal", "Mixture", "StandardNormal", "VampPrior"]
 
 _RAW_ONE = math.log(math.expm1(1.0 - 1e-6))  # networks.positive maps it to 1
-
-
-def _require_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
 
 
 @rebuildable
@@ -36,7 +31,8 @@ class StandardNormal(nn.Module):
         latent_dim: K, the number of latent dimensions.
 
     Raises:
-        ValueError: If `latent_dim` is below 1.
+        TypeError: If `latent_dim` is no integer.
+        ValueError: If it is below 1.
 
     Example:
         >>> StandardNormal(20)().event_shape
@@ -45,7 +41,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        _require_sizes(latent_dim=latent_dim)
+        require_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
         # buffers, so that the prior follows the module's device and dtype
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
@@ -64,7 +60,8 @@ class LearnedNormal(nn.Module):
         latent_dim: K, the number of latent dimensions.
 
     Raises:
-        ValueError: If `latent_dim` is below 1.
+        TypeError: If `latent_dim` is no integer.
+        ValueError: If it is below 1.
 
     Source: Hoffman and Johnson, 2016, ELBO surgery, section 2: the best prior is the average of q(z|x)
     over the data, of which this matches the moments.
@@ -76,7 +73,7 @@ class LearnedNormal(nn.Module):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        _require_sizes(latent_dim=latent_dim)
+        require_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
         self.loc = nn.Parameter(torch.zeros(latent_dim))
         self.raw_scale = nn.Parameter(torch.full((latent_dim,), _RAW_ONE))
@@ -97,6 +94,7 @@ class Mixture(nn.Module):
         num_components: C.
 
     Raises:
+        TypeError: If a number is no integer.
         ValueError: If a number is below 1.
 
     Source: Dilokthanakul et al., 2016, Deep unsupervised clustering with Gaussian mixture variational
@@ -109,7 +107,8 @@ class Mixture(nn.Module):
 
     def __init__(self, latent_dim: int, *, num_components: int = 10):
         super().__init__()
-        _require_sizes(latent_dim=latent_dim, num_components=num_components)
+        require_count("latent_dim", latent_dim)
+        require_count("num_components", num_components)
         self.latent_dim = latent_dim
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, latent_dim))
@@ -134,6 +133,7 @@ class VampPrior(nn.Module):
         num_components: C.
 
     Raises:
+        TypeError: If the guide is no module, or a number no integer.
         ValueError: If a number is below 1, or neither the guide nor `event_shape` tells the shape of x.
 
     Source: Tomczak and Welling, 2018, VAE with a VampPrior, arXiv:1705.07120.
@@ -151,16 +151,19 @@ class VampPrior(nn.Module):
         self, guide: nn.Module, *, event_shape: Sequence[int] | None = None, num_components: int = 100
     ):
         super().__init__()
-        _require_sizes(num_components=num_components)
-        event_shape = event_shape or getattr(guide, "event_shape", None)
+        require_count("num_components", num_components)
+        if not isinstance(guide, nn.Module):
+            raise TypeError(f"VampPrior takes the guide of the VAE, a module from x to q(z|x); got {guide!r}")
+        event_shape = getattr(guide, "event_shape", None) if event_shape is None else event_shape
         if event_shape is None:
             raise ValueError(
                 f"{type(guide).__name__} has no attribute event_shape: pass event_shape=, "
                 "the shape of one datum"
             )
+        shape = require_shape("event_shape", event_shape)
         self.guide = guide
         self.logits = nn.Parameter(torch.zeros(num_components))
-        self.pseudo_inputs = nn.Parameter(torch.rand(num_components, *event_shape))
+        self.pseudo_inputs = nn.Parameter(torch.rand(num_components, *shape))
 
     @torch.no_grad()
     def set_pseudo_inputs(self, x: Tensor) -> None:
@@ -190,6 +193,7 @@ class Flow(nn.Module):
         flow_features: Widths of the hidden layers of each transform's network.
 
     Raises:
+        TypeError: If a number is no integer, or `flow_features` no tuple of integers.
         ValueError: If the flow is unknown, or a number is below 1.
 
     Source: Chen et al., 2017, Variational lossy autoencoder, arXiv:1611.02731; Papamakarios, Pavlakou and
@@ -209,11 +213,9 @@ class Flow(nn.Module):
         flow_features: Sequence[int] = (64, 64),
     ):
         super().__init__()
-        _require_sizes(latent_dim=latent_dim)
+        require_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
-        self.flow = build_flow(
-            flow, latent_dim, num_transforms=num_transforms, hidden_features=tuple(flow_features)
-        )
+        self.flow = build_flow(flow, latent_dim, num_transforms=num_transforms, hidden_features=flow_features)
 
     def forward(self) -> dist.Distribution:
         """Return p(z)."""

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_vae.arguments import require_count
 from pyro_vae.batches import Batches
 from pyro_vae.data import Images
 from pyro_vae.history import Epoch, History
-from pyro_vae.particles import require_count
 from pyro_vae.progress import progress_bar
 from pyro_vae.randomness import derived_seed, isolated_generators
 from pyro_vae.runs import Run

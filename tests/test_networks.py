@@ -41,7 +41,7 @@ def test_activations_are_the_named_ones():
     ("make", "message"),
     [
         (lambda: networks.MLP(3, 2, activation="rleu"), "activation must be one of .*relu.*got 'rleu'"),
-        (lambda: networks.MLP(3, 0), "at least 1 unit"),
+        (lambda: networks.MLP(3, 0), "out_features must be at least 1; got 0"),
         (lambda: networks.ConvEncoder((784,), 2), r"\(channels, height, width\); got \(784,\)"),
         (lambda: networks.ConvEncoder((1, 3, 28), 2), "2 halvings need an image of at least 4 pixels"),
         (lambda: networks.ConvDecoder(2, (1, 8, 8), channels=()), "at least one"),

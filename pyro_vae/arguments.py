@@ -1,0 +1,67 @@
+"""Arguments refused in a sentence: what was expected, what was found, and what to do."""
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["require_count", "require_event_and_latent", "require_floating", "require_shape", "to_shape"]
+
+
+def require_count(name: str, value: Any, *, minimum: int = 1) -> None:
+    """Refuse what is no integer, or too small a one."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if int(value) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def require_shape(name: str, value: Any) -> tuple[int, ...]:
+    """Return a shape, or the widths of layers, as a tuple; refuse what is no tuple of integers from 1 on.
+
+    Example:
+        >>> require_shape("event_shape", 784)
+        Traceback (most recent call last):
+            ...
+        TypeError: event_shape must be a tuple of integers; got 784: write (784,)
+    """
+    if isinstance(value, Integral):
+        raise TypeError(f"{name} must be a tuple of integers; got {value}: write ({value},)")
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a tuple of integers; got {value!r}")
+    shape = tuple(value)
+    for index, size in enumerate(shape):
+        require_count(f"{name}[{index}]", size)
+    return shape
+
+
+def require_event_and_latent(call: str, *, event_shape: Any, latent_dim: Any) -> tuple[int, ...]:
+    """Return the event shape; refuse sizes that are none, or that changed places in `call`."""
+    if isinstance(event_shape, Integral) and isinstance(latent_dim, Sequence):
+        raise TypeError(
+            f"{call} was given event_shape={event_shape!r} and latent_dim={latent_dim!r}: swap the two"
+        )
+    require_count("latent_dim", latent_dim)
+    return require_shape("event_shape", event_shape)
+
+
+def require_floating(name: str, value: Any) -> None:
+    """Refuse data that are no tensor of floating-point numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point; got {value.dtype}: divide grey levels 0..255 by 255, as "
+            "pyro_vae.data.from_array(x)[:] does, or convert counts and bits by .float()"
+        )
+
+
+def to_shape(name: str, found: Sequence[int], expected: Sequence[int], part: str) -> str:
+    """Say how data of shape `found` become (N, *expected), for a part of a VAE that takes these alone."""
+    if tuple(found) == tuple(expected):
+        return f"add a dimension for the batch, {name}[None]"
+    if len(found) > 0 and math.prod(found[1:]) == math.prod(expected):
+        return f"{name}.reshape({', '.join(map(str, (-1, *expected)))}) has it"
+    return f"reshape {name}, or build {part} for its shape"
