@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import require_floating
 from pyro_vae.data import Images
 from pyro_vae.randomness import derived_seed
 
@@ -31,7 +32,7 @@ class Batches:
         device: Where the batches go; the data stay where they are.
 
     Raises:
-        TypeError: If the data are of another type.
+        TypeError: If the data are of another type, or to be binarised and no floating-point numbers.
         ValueError: If they are to be binarised and do not lie in [0, 1], or are binarised already.
 
     Example:
@@ -72,10 +73,11 @@ class Batches:
             self.data = self._binarized(data, binarize)
 
     def _binarized(self, grey: Tensor, mode: str) -> Tensor:
-        if not grey.is_floating_point() or not ((grey >= 0) & (grey <= 1)).all():
+        require_floating("data", grey)
+        if not ((grey >= 0) & (grey <= 1)).all():
             raise ValueError(
-                f"binarize={mode!r} needs grey levels in [0, 1] as floats; "
-                f"got {grey.dtype} from {grey.min()} to {grey.max()}"
+                f"binarize={mode!r} needs grey levels in [0, 1]; got {grey.min():.6g} to {grey.max():.6g}: "
+                "divide those of 0..255 by 255"
             )
         if mode == "fixed":
             return torch.bernoulli(grey, generator=self.bits)

@@ -9,10 +9,56 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedLogistic", "grid"]
+__all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedLogistic", "grid", "outside_support"]
 
 
-class Bernoulli(dist.Bernoulli):
+def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
+    """Tell of the first value of x that is not finite or outside a support, and what to do; None if all fit.
+
+    Example:
+        >>> outside_support("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
+        'x[1] = -3 lies outside the support of Bernoulli, 0 or 1; 1 of 2 values do'
+    """
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    outside = ~(support.check(x) & torch.isfinite(x))
+    if not outside.any():
+        return None
+    is_binary = isinstance(support, type(constraints.boolean))
+    index = tuple(outside.nonzero()[0].tolist())
+    message = (
+        f"{name}{list(index)} = {x[index].item():.6g} lies outside the support of {family}, "
+        f"{'0 or 1' if is_binary else support}; {outside.sum()} of {x.numel()} values do"
+    )
+    if is_binary and ((x >= 0) & (x <= 1)).all():
+        message += (
+            '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold") to fit, '
+            "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
+        )
+    elif not support.check(x.new_tensor(2.0)) and ((x >= 0) & (x <= 255)).all():  # for values up to 1
+        message += ". Divide grey levels 0..255 by 255"
+    return message
+
+
+class _InASentence:
+    """A distribution that tells of values outside its support in a sentence, where torch prints them all."""
+
+    def _validate_sample(self, value: Tensor) -> None:
+        try:
+            super()._validate_sample(value)  # type: ignore[misc]
+        except ValueError:
+            message = isinstance(value, Tensor) and outside_support(
+                "value",
+                value,
+                type(self).__name__,
+                self.support,  # type: ignore[attr-defined]
+            )
+            if not message:
+                raise
+            raise ValueError(message) from None
+
+
+class Bernoulli(_InASentence, dist.Bernoulli):
     """Bernoulli on {0, 1}: log p(x) = log σ((2x − 1) η), with logit η.
 
     Torch's goes by (1 − x) η − log σ(η), which cancels where x = 0 is likely, and takes more passes.
@@ -32,7 +78,7 @@ class Bernoulli(dist.Bernoulli):
         return F.logsigmoid((2 * value - 1) * self.logits)
 
 
-class ContinuousBernoulli(TorchDistribution):
+class ContinuousBernoulli(_InASentence, TorchDistribution):
     """Continuous Bernoulli on [0, 1]: log p(x) = x η − log((e^η − 1) / η), with logit η.
 
     Unlike torch's class of the same name it never passes through probabilities, so that it is
@@ -122,7 +168,7 @@ class _Grid(constraints.Constraint):
         return f"multiples of 1/{self.levels - 1} in [0, 1]"
 
 
-class DiscretizedLogistic(TorchDistribution):
+class DiscretizedLogistic(_InASentence, TorchDistribution):
     """Logistic variable rounded to a grid of grey levels: a probability for each 8-bit pixel value.
 
     With L levels the values are x = k / (L − 1), and with Δ = 1 / (L − 1)

@@ -100,7 +100,7 @@ class Guide(nn.Module, ABC):
             raise ValueError(
                 f"{type(self).__name__}: the network must return shape {expected} "
                 f"({' + '.join(map(str, self.output_sizes))} numbers a datum, for latent_dim "
-                f"{self.latent_dim}); got {tuple(raw.shape)}"
+                f"{self.latent_dim}); got {tuple(raw.shape)}: give its last layer {expected[-1]} outputs"
             )
         return raw.split(self.output_sizes, dim=-1)
 

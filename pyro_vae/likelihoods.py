@@ -85,7 +85,8 @@ class Likelihood(nn.Module, ABC):
         if raw.shape[: len(batch_shape)] != batch_shape or raw.numel() != math.prod(expected):
             raise ValueError(
                 f"{type(self).__name__}: for latent vectors of batch shape {tuple(batch_shape)} the network "
-                f"must return {self.num_parameters} x {self.event_shape} numbers each; got {tuple(raw.shape)}"
+                f"must return {self.num_parameters} x {self.event_shape} numbers each; got "
+                f"{tuple(raw.shape)}: give its last layer {math.prod(expected[len(batch_shape) :])} outputs"
             )
         if self.num_parameters == 1:  # for the gradient of `unbind` is a copy
             return (raw.reshape(*batch_shape, *self.event_shape),)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from pyro_vae.arguments import require_count, require_shape
+from pyro_vae.arguments import require_count, require_floating, require_shape, to_shape
 from pyro_vae.specs import rebuildable
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "apply_batched", "check_input", "positive"]
@@ -209,15 +209,10 @@ def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequen
     """
     where = f"{type(module).__name__}: {name}"
     shape = f"(*, {', '.join(map(str, event_shape))})"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where} must be a tensor of shape {shape}; got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(
-            f"{where} must be floating point; got {value.dtype}. "
-            "Convert with .float() (pixels 0..255 also want / 255)"
-        )
+    require_floating(where, value)
     if value.shape[max(0, value.dim() - len(event_shape)) :] != tuple(event_shape):
-        raise ValueError(f"{where} must have shape {shape}; got {tuple(value.shape)}")
+        cure = to_shape(name, value.shape, event_shape, type(module).__name__)
+        raise ValueError(f"{where} must have shape {shape}; got {tuple(value.shape)}: {cure}")
     parameter = next(module.parameters(), None)
     if parameter is None:
         return

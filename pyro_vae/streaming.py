@@ -16,6 +16,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from pyro_vae.arguments import require_floating
 from pyro_vae.batches import Batches
 from pyro_vae.costs import keep_freed_memory
 from pyro_vae.data import Images
@@ -74,8 +75,7 @@ def observe(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: in
 
 
 def _require_data(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"the data must be floating point; got {x.dtype}. Convert with .float()")
+    require_floating("the data", x)
     if len(x) == 0:
         raise ValueError("the data are empty: there must be at least one datum")
 

@@ -20,6 +20,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vae import checkpoints
+from pyro_vae.arguments import require_floating, to_shape
+from pyro_vae.distributions import outside_support
 from pyro_vae.guides import SemiAmortised
 from pyro_vae.randomness import isolated_generators
 from pyro_vae.specs import rebuild, rebuildable, spec
@@ -154,10 +156,7 @@ class VAE(nn.Module):
             ValueError: If x is empty, has another event shape, or holds a value outside the
                 support; the message names the first such value and its index.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be floating point; got {x.dtype}. Convert with .float()")
+        require_floating("x", x)
         modes = [(module, module.training) for module in self.modules()]
         try:
             self.eval()  # so that no BatchNorm learns from this
@@ -166,24 +165,10 @@ class VAE(nn.Module):
         finally:
             for module, training in modes:
                 module.training = training
-        _covering(p, x)
-        support = p.support
-        while hasattr(support, "base_constraint"):
-            support = support.base_constraint
-        inside = support.check(x) & torch.isfinite(x)
-        if inside.all():
-            return
-        index = tuple((~inside).nonzero()[0].tolist())
-        message = (
-            f"x{list(index)} = {x[index].item():.6g} lies outside the support of "
-            f"{type(self.likelihood).__name__}, {support}; so do {(~inside).sum()} of {x.numel()} values"
-        )
-        if isinstance(support, type(dist.constraints.boolean)) and ((x >= 0) & (x <= 1)).all():
-            message += (
-                '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold"), '
-                "or choose a likelihood for grey levels, such as ContinuousBernoulli"
-            )
-        raise ValueError(message)
+        support = _covering(p, x).support
+        message = outside_support("x", x, type(self.likelihood).__name__, support)
+        if message:
+            raise ValueError(message)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters, and what is needed to rebuild the VAE, to a file.
@@ -243,10 +228,11 @@ def _covering(p: dist.Distribution, x: Tensor) -> dist.Distribution:
     """Return p unchanged if it is a distribution of data shaped like x; else raise."""
     if not isinstance(p, dist.Distribution):
         raise TypeError(f"the likelihood must return a Pyro distribution; got {type(p).__name__}")
+    require_floating("x", x)
     if x.shape[1:] != p.event_shape:
         raise ValueError(
             f"x must have shape (N, {', '.join(map(str, p.event_shape))}), as the likelihood has; "
-            f"got {tuple(x.shape)}"
+            f"got {tuple(x.shape)}: {to_shape('x', x.shape, p.event_shape, 'the VAE')}"
         )
     if len(x) == 0:
         raise ValueError("x is empty: there must be at least one datum")
@@ -264,7 +250,10 @@ def _require_parts(**parts: Any) -> None:
             )
     prior, likelihood = (getattr(parts[name], "latent_dim", None) for name in ("prior", "likelihood"))
     if prior != likelihood and None not in (prior, likelihood):
-        raise ValueError(f"the prior has {prior} latent dimensions, the likelihood expects {likelihood}")
+        raise ValueError(
+            f"the prior has {prior} latent dimensions, the likelihood expects {likelihood}: give both the "
+            "same latent_dim"
+        )
 
 
 def _show_parameters(**modules: Any) -> None:

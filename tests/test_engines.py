@@ -394,7 +394,7 @@ def test_optimizer_state_loaded_between_steps_is_used():
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda x: x.fill_(0.5), ValueError, "to be within the support"),
+        (lambda x: x.fill_(0.5), ValueError, "outside the support"),
         (lambda x: x.fill_(float("nan")), pv.NonFiniteError, "log prob|posterior|value"),
     ],
     ids=["outside the support", "NaN"],

@@ -11,6 +11,7 @@ from test_agreement import LIKELIHOODS
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.distributions import Bernoulli
 
 EVENT, K, N, S = (2, 3), 4, 5, 7
 
@@ -252,6 +253,23 @@ def test_numpy_arguments_and_an_empty_network_are_taken_as_given(tmp_path):
         ("Normal", lambda x: x[:0], ValueError, "empty"),
         ("Normal", lambda x: x.flatten(1), ValueError, r"shape \(N, 2, 3\).*got \(5, 6\)"),
         ("Normal", lambda x: x.int(), TypeError, "floating point; got torch.int32"),
+        ("Normal", lambda x: x[0], ValueError, r"got \(2, 3\): add a dimension for the batch, x\[None\]"),
+        (
+            "Normal",
+            lambda x: x[:, :1],
+            ValueError,
+            r"got \(5, 1, 3\): reshape x, or build the VAE for its shape",
+        ),
+        ("Bernoulli", lambda x: (255 * x).byte(), TypeError, "torch.uint8: divide grey levels 0..255 by 255"),
+        (
+            "Bernoulli",
+            lambda x: 255 * x,
+            ValueError,
+            r"= 255 lies.* 0 or 1; .*\. Divide grey levels 0..255 by 255",
+        ),
+        ("ContinuousBernoulli", lambda x: 255 * x, ValueError, "Divide grey levels 0..255 by 255$"),
+        ("Bernoulli", lambda x: x - 1, ValueError, r"= -1 lies outside.*; \d+ of 30 values do$"),
+        ("Poisson", lambda x: x + 0.5, ValueError, r"; 30 of 30 values do$"),
         ("Normal", lambda x: x.tolist(), TypeError, "must be a tensor; got list"),
     ],
 )
@@ -263,7 +281,11 @@ def test_unfit_data_are_refused_by_name_and_index(name, spoil, error, message):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda x: x.flatten(1), ValueError, r"x must have shape \(\*, 2, 3\); got \(5, 6\)"),
+        (
+            lambda x: x.flatten(1),
+            ValueError,
+            r"x must have .*\(\*, 2, 3\); got \(5, 6\): x.reshape\(-1, 2, 3\)",
+        ),
         (lambda x: x.double(), TypeError, r"x is torch.float64, the parameters are torch.float32"),
         (lambda x: x.bool(), TypeError, "x must be floating point; got torch.bool"),
         (lambda x: x.to("meta"), ValueError, "x lies on meta, the parameters on cpu"),
@@ -276,10 +298,46 @@ def test_a_batch_that_the_networks_cannot_take_is_refused(spoil, error, message)
         upstream(vae).step(spoil(data()))
 
 
+@pytest.mark.parametrize(
+    ("name", "spoil", "cure"),
+    [
+        ("Bernoulli", lambda x: x * 0.5, "binarize="),
+        ("Bernoulli", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
+        ("ContinuousBernoulli", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
+        ("DiscretizedLogistic", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
+    ],
+)
+def test_a_step_of_upstream_tells_of_values_outside_the_support_in_a_sentence(name, spoil, cure):
+    vae, x = make(name), spoil(data("Bernoulli"))
+    with pytest.raises(
+        ValueError, match=r"value\[\d, \d, \d\] = [\d.]+ lies outside the support of"
+    ) as caught:
+        upstream(vae).step(x)
+    sentence = str(caught.value).splitlines()[1]  # the first is Pyro's, and names the site
+    assert cure in sentence
+    assert "tensor(" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Bernoulli", "DiscretizedLogistic"])
+def test_the_model_refuses_bytes_whose_arithmetic_wraps(name):
+    with pytest.raises(TypeError, match="x must be floating point; got torch.uint8"):
+        make(name).model(data("Bernoulli").byte())
+
+
+def test_a_shape_of_the_value_that_does_not_fit_is_torchs_to_tell():
+    p = Bernoulli(logits=torch.zeros(3))
+    with pytest.raises(ValueError, match="not broadcastable"):
+        p.log_prob(torch.zeros(5))
+
+
 def test_wrong_networks_and_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"the network must return shape \(5, 8\).*got \(5, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"the network must return shape \(5, 8\).*got \(5, 7\): .* 8 outputs"
+    ):
         pv.guides.DiagonalNormal(EVENT, K, network=nn.Sequential(nn.Flatten(), nn.Linear(6, 7)))(data())
-    with pytest.raises(ValueError, match=r"must return 1 x \(2, 3\) numbers each; got \(5, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"must return 1 x \(2, 3\) numbers each; got \(5, 7\): .* 6 outputs"
+    ):
         pv.likelihoods.Bernoulli(K, EVENT, network=nn.Linear(K, 7))(torch.zeros(N, K))
     with pytest.raises(ValueError, match=r"z must have shape \(\*, 4\); got \(5, 3\)"):
         make().decode(torch.zeros(5, 3))
