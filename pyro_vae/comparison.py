@@ -7,7 +7,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from pyro_vae.estimators import KLWeighted, check_mean_field, terms
 from pyro_vae.evaluation import evaluate
 from pyro_vae.gradients import GradientMoments, ZeroMeanTest
 from pyro_vae.labels import family, label
-from pyro_vae.pairs import Program
+from pyro_vae.pairs import Program, require_programs
 from pyro_vae.progress import progress_bar
 from pyro_vae.randomness import derived_seed, isolated_generators
 from pyro_vae.svi import NonFiniteError
@@ -88,8 +88,8 @@ def compare_estimators(
         progress: Show a progress bar, in a terminal or a notebook.
 
     Raises:
-        TypeError: If the estimators are not all a `pyro.infer.ELBO`, the data no tensor, or a number no
-            integer.
+        TypeError: If the model or the guide cannot be called, the estimators are not all a
+            `pyro.infer.ELBO`, the data no tensor, or a number no integer.
         ValueError: If there is no estimator, R is below 10, the reference has another shape or is not
             finite, the pair or the data are unfit (see `terms`), or an estimator is wrong for the pair.
         NonFiniteError: If a value or gradient is infinite or NaN; names the estimator.
@@ -110,10 +110,11 @@ def compare_estimators(
         >>> dict(found["snr"].sizes), found["snr"].attrs["units"]
         ({'estimator': 2, 'parameters': 2}, '1')
     """
+    require_programs("compare_estimators(vae.model, vae.guide, x, estimators)", model, guide)
     require_count("num_repeats", num_repeats, minimum=10)
     require_count("num_reference_particles", num_reference_particles, minimum=2)
     if not isinstance(data, Tensor):
-        raise TypeError(f"data must be a tensor, one batch; got {type(data).__name__}")
+        raise TypeError(f"data must be a tensor, one batch such as x[:128]; got {type(data).__name__}")
     candidates = [
         _Candidate(name, estimator, target(estimator, max_plate_nesting=max_plate_nesting))
         for name, estimator in _named(estimators).items()
@@ -158,6 +159,8 @@ class _Candidate:
 
 def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:
     """Give each estimator a name of its own; as copies, for some change as they are used."""
+    if not isinstance(estimators, Iterable) or isinstance(estimators, str):
+        raise TypeError(f"estimators must be a list of pyro.infer.ELBO, or a mapping; got {estimators!r}")
     if isinstance(estimators, Mapping):
         named = dict(estimators)
     else:

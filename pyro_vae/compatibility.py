@@ -25,8 +25,26 @@ from pyro_vae.estimators import (
 )
 from pyro_vae.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
 from pyro_vae.labels import label
-from pyro_vae.misfits import latent_sites, misfits, not_finite, parameters, plates, support, why_it_failed
-from pyro_vae.pairs import Program, Sites, analytic_kl, sample_sites, site_family
+from pyro_vae.misfits import (
+    latent_sites,
+    misfits,
+    not_finite,
+    parameters,
+    plates,
+    separate_subsamples,
+    support,
+    why_it_failed,
+)
+from pyro_vae.pairs import (
+    Program,
+    Sites,
+    analytic_kl,
+    check_plates,
+    require_programs,
+    run,
+    sample_sites,
+    site_family,
+)
 
 __all__ = ["check_guide", "check_training", "require_fit"]
 
@@ -37,7 +55,9 @@ def check_guide(
     """Run a model and a guide on some data and tell whether, and under which estimators, they go together.
 
     A guide fits if it draws the model's latent sites, each in plates and of an event shape as in the model,
-    from a distribution with valid parameters, of which the model's covers the support.
+    from a distribution with valid parameters, of which the model's covers the support. Plates that are
+    subsampled must draw the same data in both; Pyro shares them by the plates' name. An estimator that
+    is wrong for plates of other names than the model's is reported as not valid.
 
     Random numbers, parameters, gradients, buffers such as running means, attributes of the modules that run,
     and Pyro's parameter store are left as they were.
@@ -53,6 +73,7 @@ def check_guide(
         The report: read it by `print(report)`, or by its fields.
 
     Raises:
+        TypeError: If the model or the guide cannot be called.
         GuideError: If the guide does not fit. The message names each site that is wrong, what was expected,
             what was found, and what to change; the report is the error's `report`.
 
@@ -69,6 +90,7 @@ def check_guide(
         >>> report.estimators["DReG"] is None
         True
     """
+    require_programs("check_guide(vae.model, vae.guide, x)", model, guide)
     with nothing_left_behind(model, guide):
         model_trace, guide_trace, sites = _fitting(model, guide, data, kwargs)
         shown = parameters(guide_trace, model_trace)
@@ -152,7 +174,10 @@ def _fitting(
             for name, site in model_sites.items()
             if name in guide_sites or not site["infer"].get("enumerate")
         }
-    problems = tuple(misfits(model_sites, guide_sites, returned))
+    problems = (
+        *misfits(model_sites, guide_sites, returned),
+        *separate_subsamples(model_trace, guide_trace),
+    )
     sites = tuple(_site_reports(model_sites, guide_sites))
     if problems:
         problems += tuple(not_finite(guide_trace, data))
@@ -278,6 +303,8 @@ def _reason_against(
 ) -> str | None:
     """Why an estimator, Pyro's or this library's, is not valid for a pair: it is tried."""
     try:
+        if isinstance(estimator, TraceEnum_ELBO):
+            check_plates(*(sample_sites(run(program, data, kwargs)) for program in (guide, model)))
         if isinstance(estimator, TraceMeanField_ELBO):
             check_mean_field(model, guide, *data, **kwargs)
         elif isinstance(estimator, Estimator | KLWeighted):

@@ -3,18 +3,29 @@
 p is a site of the model, q the guide's of the same name.
 """
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.pairs import Site, Sites, site_family
+from pyro_vae.pairs import Site, Sites, same_scale, site_family, vectorized_plates
 
-__all__ = ["latent_sites", "misfits", "not_finite", "parameters", "plates", "support", "why_it_failed"]
+__all__ = [
+    "latent_sites",
+    "misfits",
+    "not_finite",
+    "parameters",
+    "plates",
+    "separate_subsamples",
+    "support",
+    "why_it_failed",
+]
 
 _FIXED_SET = (
     "(a guide with parameters for each datum of a fixed set goes with SVI on that whole set, not with fit, "
@@ -43,7 +54,8 @@ def why_it_failed(error: Exception, trace: poutine.Trace, waiting: list[str], da
     before = f" before it draws {waiting[0]!r}" if waiting else ""
     tensors = [value for value in data if isinstance(value, Tensor)]
     shapes = ", ".join(f"{tuple(x.shape)} ({x.dtype}, {x.device})" for x in tensors)
-    message = f"the guide fails{before}, given data of shape {shapes}, with {type(error).__name__}: {error}"
+    given = f", given data of shape {shapes}," if tensors else ""
+    message = f"the guide fails{before}{given} with {type(error).__name__}: {error}"
     for parameter, name in parameters(trace).items():
         for x in tensors:
             if x.device != parameter.device:
@@ -54,22 +66,34 @@ def why_it_failed(error: Exception, trace: poutine.Trace, waiting: list[str], da
                 return (
                     f"{message}\nIts parameter {name!r} is {parameter.dtype}: convert it, guide.to({x.dtype})"
                 )
-    about_shapes = re.search(r"shape|size|dim", str(error))
+    about_shapes = isinstance(error, RuntimeError) and re.search(r"shape|size|dim", str(error))  # torch's
     return f"{message}\nReshape or flatten the data as its network expects them" if about_shapes else message
 
 
 def misfits(model_sites: Sites, guide_sites: Sites, returned: Any) -> Iterator[str]:
     """Tell what does not fit between the sites of a model and those of a guide that ran on the same data."""
     latent = latent_sites(model_sites)
+    renamed = _misspelt(
+        missing={name: p for name, p in latent.items() if name not in guide_sites},
+        extra={
+            name: q
+            for name, q in guide_sites.items()
+            if name not in model_sites and not q["infer"].get("is_auxiliary")
+        },
+    )
     for name, p in latent.items():
         if name in guide_sites:
             yield from _misfits_of_a_site(f"the guide's site {name!r}", p, guide_sites[name])
-        else:
+        elif name not in renamed.values():
             yield _missing(name, p, guide_sites, returned)
     for name, q in guide_sites.items():
         if name in latent:
             continue
-        if name in model_sites:
+        if name in renamed:
+            expected = renamed[name]
+            yield f"the guide draws {name!r}, expected {expected!r}: rename {name!r} to {expected!r}"
+            yield from _misfits_of_a_site(f"the guide's site {name!r}", latent[expected], q)
+        elif name in model_sites:
             yield f"the guide draws {name!r}, which the model observes: remove the site from the guide"
         elif not q["infer"].get("is_auxiliary"):
             yield (
@@ -77,6 +101,29 @@ def misfits(model_sites: Sites, guide_sites: Sites, returned: Any) -> Iterator[s
                 f"{', '.join(map(repr, latent))}: rename or remove it, or mark it by "
                 'infer={"is_auxiliary": True} if it is part of how the guide draws'
             )
+
+
+def separate_subsamples(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Iterator[str]:
+    """Tell of plates in which a guide draws other data than the model, for they differ in name."""
+    p, q = _subsamples(model_trace), _subsamples(guide_trace)
+    for name in (name for name in q if name not in p):
+        size, drawn = q[name]
+        others = [other for other in p if other not in q and p[other][0] == size > len(p[other][1])]
+        shared = any(torch.equal(drawn, p[other][1]) for other in others)
+        if size > len(drawn) and others and not shared:
+            yield (
+                f"the guide's plate {name!r} draws {len(drawn)} of {size} data, the model's {others[0]!r} "
+                f"draws others, as plates share them by name: rename {name!r} to {others[0]!r}"
+            )
+
+
+def _subsamples(trace: poutine.Trace) -> dict[str, tuple[int, Tensor]]:
+    """From each plate's name to its size, and which of its data were drawn."""
+    return {
+        name: (site["fn"].size, torch.as_tensor(site["value"]))
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site_is_subsample(site)
+    }
 
 
 def not_finite(trace: poutine.Trace, data: Iterable[Any]) -> Iterator[str]:
@@ -107,8 +154,7 @@ def parameters(*traces: poutine.Trace) -> dict[Tensor, str]:
 
 def plates(site: Site) -> list[tuple[str, int, int]]:
     """Name, dimension and size of each plate that a site lies in, the outermost first."""
-    frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
-    return sorted(((f.name, f.dim, f.size) for f in frames), key=lambda plate: plate[1])
+    return [(frame.name, frame.dim, frame.size) for frame in vectorized_plates(site)]
 
 
 def support(site: Site) -> constraints.Constraint | None:
@@ -120,6 +166,19 @@ def support(site: Site) -> constraints.Constraint | None:
     while hasattr(found, "base_constraint"):
         found = found.base_constraint
     return found
+
+
+def _misspelt(*, missing: Sites, extra: Sites) -> dict[str, str]:
+    """From names that only the guide has to those of the model's sites, of the same shapes, that it meant."""
+    meant: dict[str, str] = {}
+    for name, q in extra.items():
+        names = [other for other, p in missing.items() if _shapes(p) == _shapes(q)]
+        names = [other for other in names if other not in meant.values()]
+        if len(missing) > 1 or len(extra) > 1:
+            names = difflib.get_close_matches(name, names, n=1)
+        if names:
+            meant[name] = names[0]
+    return meant
 
 
 def _missing(name: str, p: Site, guide_sites: Sites, returned: Any) -> str:
@@ -156,7 +215,18 @@ def _misfits_of_a_site(where: str, p: Site, q: Site) -> Iterator[str]:
             "make the rest event shape, by .to_event(1)"
         )
     elif same_plates:
+        yield from _misfits_of_subsampling(where, p, q)
         yield from _misfits_of_a_draw(where, p, q)
+
+
+def _misfits_of_subsampling(where: str, p: Site, q: Site) -> Iterator[str]:
+    for model, guide in zip(vectorized_plates(p), vectorized_plates(q), strict=True):
+        if model.full_size != guide.full_size and not same_scale(p["scale"], q["scale"]):
+            yield (
+                f"{where} is scaled to {guide.full_size} data by its plate {guide.name!r}, expected "
+                f"{model.full_size} as in the model: give the plate the size and the subsample_size that the "
+                f"model's has, {model.full_size} and {model.size}"
+            )
 
 
 def _misfits_of_a_draw(where: str, p: Site, q: Site) -> Iterator[str]:

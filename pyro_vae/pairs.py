@@ -14,7 +14,7 @@ from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.inspect import get_dependencies
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 __all__ = [
@@ -23,14 +23,18 @@ __all__ = [
     "Sites",
     "analytic_kl",
     "check_mean_field",
+    "check_plates",
     "check_sites",
     "data_plate",
     "kl_by_table",
     "kl_fault",
+    "require_programs",
     "run",
+    "same_scale",
     "sample_sites",
     "shared_scale",
     "site_family",
+    "vectorized_plates",
 ]
 
 Program = Callable[..., Any]  # a Pyro model or guide
@@ -100,6 +104,19 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
                 )
 
 
+def require_programs(call: str, *programs: Any) -> None:
+    """Refuse what is no Pyro program, such as a VAE in place of its model and guide.
+
+    Raises:
+        TypeError: Which shows the right call.
+    """
+    for program in programs:
+        without_forward = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
+        if without_forward or not callable(program):
+            got = type(program).__name__
+            raise TypeError(f"expected a model and a guide, two Pyro functions; got {got}: call {call}")
+
+
 def run(program: Program, data: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
     """Run a model or guide and record its sites."""
     try:
@@ -151,7 +168,7 @@ def kl_fault(guide_site: Site, model_site: Site) -> str | None:
     if isinstance(innermost, Delta) and innermost.log_density.any():
         return "the guide's Delta carries a log_density, which its KL leaves out"
     q, p = guide_site["scale"], model_site["scale"]
-    if not _equal(q, p):
+    if not same_scale(q, p):
         return (
             f"the guide is scaled by {q} and the model by {p}, and its KL by the guide's scale alone (for a "
             "weight on the KL, see KLWeighted)"
@@ -181,6 +198,23 @@ def check_sites(latent: Sites, observed: Sites, guide_sites: Sites) -> None:
             )
 
 
+def check_plates(guide_sites: Sites, model_sites: Sites) -> None:
+    """Refuse a pair of which a site lies in a plate of one name in the guide, and of another in the model.
+
+    Pyro takes them for two: `Trace_ELBO` adds up the same terms, `TraceEnum_ELBO` some of them several times.
+    """
+    for name, q in guide_sites.items():
+        if name not in model_sites:
+            continue
+        frames = zip(vectorized_plates(q), vectorized_plates(model_sites[name]), strict=False)
+        for guide, model in frames:
+            if guide.dim == model.dim and guide.name != model.name:
+                raise ValueError(
+                    f"the guide's site {name!r} lies in the plate {guide.name!r}, the model's in "
+                    f"{model.name!r}, and Pyro takes them for two: rename the guide's to {model.name!r}"
+                )
+
+
 def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int, ignore: str) -> Any:
     """Find the plate that all sites lie in, the rightmost of several; `ignore` names the particles'."""
     frames = {
@@ -199,6 +233,7 @@ def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int
         shared = [frame for name, frame in next(iter(frames.values())).items() if name in everywhere]
         return max(shared, key=lambda frame: frame.dim)
 
+    check_plates(guide_sites, model_sites)
     counts = {name: sum(name in plates for plates in frames.values()) for p in frames.values() for name in p}
     if not counts:
         raise ValueError(
@@ -218,7 +253,7 @@ def shared_scale(guide_sites: Sites, model_sites: Sites, num_data: int) -> float
     (first, site), *others = _labelled(guide_sites, model_sites)
     scale = site["scale"]
     for where, other in others:
-        if not _equal(scale, other["scale"]):
+        if not same_scale(scale, other["scale"]):
             raise ValueError(
                 f"{first} is scaled by {scale} and {where} by {other['scale']}: together they are no "
                 "log-density. Scale the pair as a whole, weigh the KL by KLWeighted, and subsample no plate "
@@ -254,10 +289,16 @@ def _same_mask(a: Tensor | bool | None, b: Tensor | bool | None) -> bool:
     return bool((a == b).all())
 
 
-def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two sites count alike."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     return math.isclose(a, b)  # a plate multiplies and divides by its size, which may round
+
+
+def vectorized_plates(site: Site) -> list[Any]:
+    """The plates that a site lies in, as Pyro's frames, the outermost first."""
+    return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda frame: frame.dim)
 
 
 def _ancestors(name: str, parents: dict[str, dict[str, Any]]) -> set[str]:

@@ -31,6 +31,7 @@ from pyro_vae.pairs import (
     analytic_kl,
     check_sites,
     data_plate,
+    require_programs,
     run,
     sample_sites,
     shared_scale,
@@ -180,6 +181,7 @@ def terms(
         >>> t.log_weight[0]  # the guide is the exact posterior: every weight is p(x)
         tensor([-1.2655, -1.5155, -2.2655])
     """
+    require_programs("terms(vae.model, vae.guide, x)", model, guide)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
     # Pyro's message shows the name where another plate claims the same dimension.
@@ -209,8 +211,8 @@ def terms(
     observed = {key: site for key, site in model_sites.items() if site["is_observed"]}
     latent = {key: site for key, site in model_sites.items() if not site["is_observed"]}
     check_sites(latent, observed, guide_sites)
-    check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     plate = data_plate(guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=name)
+    check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     for key, site in guide_sites.items():  # each site is given its log_prob, summed over below
         site["score_function"] = _scored(f"the guide's site {key!r}", site).score_function
     for key, site in model_sites.items():

@@ -16,6 +16,7 @@ from pyro.infer import ELBO
 
 from pyro_vae.compatibility import check_training
 from pyro_vae.engines import ENGINES, Replay
+from pyro_vae.pairs import require_programs
 
 __all__ = ["SVI", "NonFiniteError"]
 
@@ -42,7 +43,8 @@ class SVI:
             machine code, which takes some seconds; "auto", traced at first and compiled once that pays.
 
     Raises:
-        TypeError: If the optimiser is not a torch one, or the loss no `pyro.infer.ELBO`.
+        TypeError: If the model or the guide cannot be called, the optimiser is not a torch one, or the
+            loss no `pyro.infer.ELBO`.
         ValueError: If `clip_norm` is not positive, or the engine unknown.
 
     Attributes:
@@ -72,6 +74,7 @@ class SVI:
         clip_norm: float | None = None,
         engine: str = "auto",
     ):
+        require_programs("SVI(vae.model, vae.guide, optimizer, loss)", model, guide)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer, such as torch.optim.Adam(vae.parameters()); "

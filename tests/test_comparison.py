@@ -622,6 +622,8 @@ def test_a_pair_without_parameters_is_compared_by_value():
         ([], {}, ValueError, "no estimator"),
         ([Trace_ELBO], {}, TypeError, "Trace_ELBO itself: call it"),
         (["IWAE"], {}, TypeError, "pyro.infer.ELBO"),
+        ("IWAE", {}, TypeError, "estimators must be a list of .*; got 'IWAE'"),
+        (STL(), {}, TypeError, "estimators must be a list of .*; got "),
         ([STL()], {"num_repeats": 9}, ValueError, "num_repeats must be at least 10"),
         ([STL()], {"num_repeats": 10.0}, TypeError, "num_repeats"),
         ([STL()], {"reference": torch.zeros(3)}, ValueError, r"shape \(7,\)"),

@@ -16,7 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
@@ -163,6 +163,133 @@ def test_missing_and_extra_sites_are_reported_as_data():
     assert report.sites[0].model == ("Normal", (N,), (K,))
     assert report.sites[1].model is None
     assert not report.mean_field
+
+
+def two_sites(*names: str) -> Callable[[Tensor], None]:
+    """A program of two latent sites of different shapes."""
+
+    def program(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for name, size in zip(names, (3, K), strict=True):
+                pyro.sample(name, dist.Normal(torch.zeros(len(x), size), 1.0).to_event(1))
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("top", "codes"), "the guide draws 'codes', expected 'code': rename 'codes' to 'code'"),
+        (
+            ("topp", "codes"),
+            "the guide draws 'topp', expected 'top': rename 'topp' to 'top'\n"
+            "the guide draws 'codes', expected 'code': rename 'codes' to 'code'",
+        ),
+    ],
+)
+def test_a_misspelt_site_is_told_in_one_sentence(names, message):
+    with pytest.raises(GuideError) as caught:
+        check_guide(two_sites("top", "code"), two_sites(*names), torch.zeros(N))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("names", [("codes", "topp"), ("a", "b")], ids=["of another shape", "unlike"])
+def test_what_is_no_misspelling_is_not_taken_for_one(names):
+    with pytest.raises(
+        GuideError, match="has no site 'top'.*\n.*has no site 'code'.*\n.*draws.*\n.*draws"
+    ) as caught:
+        check_guide(two_sites("top", "code"), two_sites(*names), torch.zeros(N))
+    assert "rename 'codes'" not in str(caught.value)
+
+
+def in_plate(name: str, *options: Any, enumerate_: str | None = None, **keywords: Any) -> tuple[Any, Any]:
+    """A model of a coin and a number for each datum in the plate "data", and its guide in another."""
+
+    def model(x: Tensor, **subsample: Any) -> None:
+        with pyro.plate("data", **{"size": len(x), **subsample}) as index:
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x: Tensor, **subsample: Any) -> None:
+        with pyro.plate(name, *options, **({"size": len(x), **subsample} | keywords)) as index:
+            pyro.sample("z", dist.Bernoulli(logits=x[index]), infer={"enumerate": enumerate_})
+
+    return model, guide
+
+
+def test_a_plate_of_another_name_is_refused_where_an_estimator_is_wrong():
+    model, guide = in_plate("rows")
+    report = check_guide(model, guide, torch.randn(N))
+    reason = (
+        "the guide's site 'z' lies in the plate 'rows', the model's in 'data', and Pyro takes them for two"
+    )
+    assert report.estimators["TraceEnum_ELBO"].startswith(reason)
+    assert report.estimators["VIMCO"].startswith(reason)
+    assert report.estimators["Trace_ELBO"] is None
+    with pytest.raises(ValueError, match=r"TraceEnum_ELBO\(\) is not valid .*rename the guide's to 'data'"):
+        pv.SVI(model, guide, torch.optim.SGD([torch.zeros(1)], 0.1), TraceEnum_ELBO()).step(torch.randn(N))
+
+
+@pytest.mark.filterwarnings("ignore:Found plate statements in guide")
+def test_enumeration_is_wrong_for_a_plate_of_another_name():
+    x, loss = torch.randn(N), {}
+    for name in ("data", "rows"):
+        model, guide = in_plate(name, enumerate_="parallel")
+        loss[name] = TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, x)
+    q = dist.Bernoulli(logits=x)
+    terms = [
+        q.log_prob(z).exp()
+        * (dist.Bernoulli(0.4).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - q.log_prob(z))
+        for z in torch.eye(2)[:, :1]
+    ]
+    assert loss["data"] == pytest.approx(-float(sum(terms).sum()), abs=1e-4)
+    assert loss["rows"] > loss["data"] + 1
+
+
+def test_a_plate_that_draws_other_data_than_the_models_is_refused():
+    model, guide = in_plate("rows")
+    x = torch.randn(50)
+    with pytest.raises(
+        GuideError, match="'rows' draws 7 of 50 data, the model's 'data' .*rename 'rows' to 'data'"
+    ):
+        check_guide(model, guide, x, subsample_size=7)
+    check_guide(model, guide, x, subsample=torch.arange(3, 10))  # the same in both, whatever the names
+    check_guide(*in_plate("data"), x, subsample_size=7)
+
+
+def test_a_plate_of_another_size_than_the_models_is_refused():
+    x = torch.randn(50)
+    model, guide = in_plate("data", size=7)
+    with pytest.raises(
+        GuideError, match="is scaled to 7 data by its plate 'data', expected 50 .*, 50 and 7$"
+    ):
+        check_guide(model, guide, x, subsample_size=7)
+    scaled = pyro.poutine.scale(guide, 50 / 7)
+    assert check_guide(model, scaled, x, subsample_size=7).problems == ()
+
+
+def test_a_vae_in_place_of_its_model_and_guide_is_told_the_right_call():
+    vae, x = make_vae(), torch.randn(N, *EVENT)
+    optimizer = torch.optim.Adam(vae.parameters())
+    for call, wrong in {
+        r"SVI\(vae.model, vae.guide, optimizer, loss\)": lambda m, g: pv.SVI(m, g, optimizer, Trace_ELBO()),
+        r"compare_estimators\(vae.model, vae.guide, x, estimators\)": lambda m, g: pv.compare_estimators(
+            m, g, x, [Trace_ELBO()]
+        ),
+        r"check_guide\(vae.model, vae.guide, x\)": lambda m, g: check_guide(m, g, x),
+        r"terms\(vae.model, vae.guide, x\)": lambda m, g: pv.terms(m, g, x),
+    }.items():
+        for pair, got in [((vae, vae), "VAE"), ((vae.model, None), "NoneType"), ((vae, x), "VAE")]:
+            with pytest.raises(TypeError, match=f"two Pyro functions; got {got}: call {call}$"):
+                wrong(*pair)
+
+
+def test_data_that_are_no_tensor_are_no_shape():
+    vae = make_vae()
+    with pytest.raises(
+        GuideError, match="before it draws 'z' with TypeError: .* must be a tensor; got list$"
+    ):
+        check_guide(two_sites("z", "y"), vae.guide, [1.0])
 
 
 def test_the_report_of_a_fitting_guide():
