@@ -70,7 +70,7 @@ def fit(
     *,
     estimator: ELBO | None = None,
     epochs: int = 10,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     seed: int = 0,
     learning_rate: float = 1e-3,
     optimizer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
@@ -103,7 +103,8 @@ def fit(
         data: Training data (N, *event_shape) in the support of the likelihood.
         estimator: A `pyro.infer.ELBO`; default `TraceMeanField_ELBO()`.
         epochs: Passes over the data, those before a resume included.
-        batch_size: Data a step; the last batch may be smaller. More than N means N, with a warning.
+        batch_size: Data a step; the last batch may be smaller. By default 128, or N where there are fewer.
+            More than N means N, with a warning.
         seed: Non-negative integer from which every random number of the run is derived.
         learning_rate: Of the default optimiser, Adam.
         optimizer: Makes another optimiser from the parameters, as in
@@ -131,7 +132,8 @@ def fit(
         The history, one `Epoch` each.
 
     Raises:
-        TypeError: If the data are no floating-point tensor or `Images`, or the estimator no ELBO.
+        TypeError: If `vae` is no `VAE`, the data are no floating-point tensor or `Images`, or the
+            estimator no ELBO.
         ValueError: If an argument is out of range; the data are empty, have another shape than the
             likelihood, or lie outside its support; the guide does not fit the model (a `GuideError`,
             see `check_guide`), or the estimator not the two.
@@ -151,11 +153,13 @@ def fit(
         >>> len(history)
         3
     """
-    counts = {"epochs": epochs, "batch_size": batch_size} | (
-        {} if patience is None else {"patience": patience}
-    )
-    for name, count in counts.items():
-        require_count(name, count)
+    if not isinstance(vae, VAE):
+        raise TypeError(
+            f"fit trains a VAE; got {type(vae).__name__}: any other model and guide go with pyro_vae.SVI"
+        )
+    for name, count in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
+        if count is not None:
+            require_count(name, count)
     if not isinstance(estimator, ELBO | None):
         got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
         raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
@@ -178,7 +182,7 @@ def fit(
             estimator=estimator or TraceMeanField_ELBO(),
             optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, learning_rate)),
             schedule=schedule,
-            batch_size=batch_size,
+            batch_size=min(128, len(train)) if batch_size is None else batch_size,
             seed=seed,
             clip_norm=clip_norm,
             kl_warmup=kl_warmup,
@@ -240,8 +244,9 @@ def _prepare(
         train, held_out = train.split(validation)
     elif validation is not None:
         held_out = Batches(validation, binarize=binarize, seed=seed + 1, device=device)
-    for batches in filter(None, (train, held_out)):
-        batches.check(vae.check_data)
+    for batches in (train, held_out):
+        if batches is not None:
+            batches.check(vae.check_data)
     return train, held_out
 
 

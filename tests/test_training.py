@@ -689,6 +689,21 @@ def test_a_batch_larger_than_the_data_is_all_of_them(caplog):
     assert "batch_size 100 is more than the 7 data" in caplog.text
 
 
+@pytest.mark.parametrize(("count", "steps"), [(10, 1), (130, 2)])
+def test_the_batch_size_by_default_fits_the_data_without_a_warning(count, steps, caplog):
+    vae, lengths = normal_vae(), []
+    model = vae.model
+    vae.model = lambda x: lengths.append(len(x)) or model(x)
+    pv.fit(vae, torch.randn(count, 4), epochs=1, engine="eager", progress=False)
+    assert lengths[-steps:] == [10] if steps == 1 else [128, 2]
+    assert not caplog.records
+
+
+def test_fit_trains_vaes_alone():
+    with pytest.raises(TypeError, match="fit trains a VAE; got method: .* pyro_vae.SVI"):
+        pv.fit(normal_vae().model, torch.randn(7, 4))
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot make the folder .*file/run"):
