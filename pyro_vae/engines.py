@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro import get_param_store
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import _PYRO_STACK
@@ -164,7 +165,8 @@ class Replay:
         key = (
             spec,
             *[_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
-            *[(p.dtype, p.device, p.requires_grad) for p in parameters],
+            *[(id(p), *_form(p), *(p._backward_hooks or ())) for p in parameters],
+            id(getattr(self.estimator, "estimator", self.estimator)),
             *map(identities.index, identities),  # which of them are the same
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
             torch.get_default_dtype(),
@@ -261,8 +263,8 @@ class _Recording:
             self.plain = copy.deepcopy(self.graph.module).forward  # by the products of eager torch
             if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.outside]):
                 choose_products(self.graph.module, fastest)
-            ran = [type(module).forward for module in self.graph.modules]
-            self.watch = Watch([*functions, *ran], [*watched, *self.graph.modules])
+            stored = get_param_store()._params
+            self.watch = Watch([*functions, stored, type(watched[0])], [*watched, *self.graph.modules])
         except Untraceable:
             raise
         except Exception as error:

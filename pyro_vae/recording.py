@@ -41,6 +41,8 @@ aten = torch.ops.aten
 _PLAIN = {aten._is_all_true.default: aten.all.default}  # the same, and known to compilers
 _ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operations that need values
 _PUTTING = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+_TAKING = (Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__, Tensor.__dlpack__)
+_MAKING = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
 _MASK = (torch.bool, torch.uint8)
 LossAndGradients = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
@@ -90,6 +92,8 @@ def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) ->
         (tensor(3.), tensor(0.), tensor([1., 2.]))
     """
     modules: dict[int, nn.Module] = {}
+    # other objects, so that an argument that the function also knows otherwise is told from it
+    arguments = [argument.detach().requires_grad_(argument.requires_grad) for argument in arguments]
     recorder = _Recorder(arguments)
     values = [argument.detach().clone() for argument in arguments]
     noise = python_noise()
@@ -174,14 +178,12 @@ class _Recorder(TorchDispatchMode):
         return False  # True, torch's default, imports its compiler: seconds before the first step
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
+            return self._afresh(args[0])  # torch.tensor(...) has just made it of numbers
         args, kwargs = self._without_constant_masks(func, args), kwargs or {}
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and id(leaf) not in self.known:
-                self.known.add(id(leaf))
-                self.outside.append(leaf)
-                self.before.append(leaf.detach().clone())
-                if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
-                    self.constant.add(_memory(leaf))  # torch.tensor(...) has just made it of numbers
+            if isinstance(leaf, Tensor):
+                self._know(leaf)
             elif isinstance(leaf, Generator):
                 self.obstacle = "it draws from a random generator of its own"
         out = func(*args, **kwargs)
@@ -192,7 +194,7 @@ class _Recorder(TorchDispatchMode):
         if self._is_constant(func, inputs):
             self.constant.update(map(_memory, made))
             if _ASKS.intersection(func.tags):
-                return out  # no compiler takes it; whatever reads the result finds it outside
+                return pytree.tree_map_only(Tensor, self._afresh, out)  # for no compiler takes func
         else:
             self.constant.difference_update(map(_memory, made + _written(func, args, kwargs)))
             if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
@@ -203,6 +205,22 @@ class _Recorder(TorchDispatchMode):
         if made or func._schema.is_mutable:
             self.tape.append((func, args, kwargs, out))
         return out
+
+    def _know(self, tensor: Tensor) -> None:
+        """Note a tensor that no operation has made."""
+        if id(tensor) not in self.known:
+            self.known.add(id(tensor))
+            self.outside.append(tensor)
+            self.before.append(tensor.detach().clone())
+
+    def _afresh(self, constant: Tensor) -> Tensor:
+        """A copy of a constant, which the graph makes anew, whatever is done to it in place."""
+        self._know(constant)
+        copy = constant.clone()
+        self.known.add(id(copy))
+        self.constant.update(map(_memory, (constant, copy)))
+        self.tape.append((aten.clone.default, (constant,), {}, copy))
+        return copy
 
     def _is_constant(self, func: Any, inputs: list[Tensor]) -> bool:
         """Whether an operation gives the same at every step."""
@@ -296,8 +314,9 @@ class _NumbersAsTensors(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.item:
+        if func is Tensor.item and args[0].dtype.is_floating_point | (args[0].dtype == torch.bool):
             return args[0].detach()
-        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+        parts = pytree.tree_leaves([part for part in args if isinstance(part, list | tuple)])
+        if func in _TAKING or (func in _MAKING and any(isinstance(part, Tensor) for part in parts)):
             self.recorder.obstacle = f"it takes values out of tensors, by {func.__name__}"
         return func(*args, **(kwargs or {}))

@@ -97,7 +97,7 @@ class _FusedAdam:
     """The fused kernel of Adam, for those parameters of a group that share a device and a dtype."""
 
     def __init__(self, optimizer: Optimizer, number: int, members: list[tuple[int, Tensor]]):
-        self.optimizer = optimizer
+        self.optimizer, self.number = optimizer, number
         self.group: dict[str, Any] = optimizer.param_groups[number]
         self.indices = [index for index, _ in members]
         self.parameters = [parameter for _, parameter in members]
@@ -108,13 +108,18 @@ class _FusedAdam:
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
         self.lists = [[state[name] for state in self.states if name in state] for name in _MOMENTS]
-        self.kernel: Callable[..., None] = (
-            torch._fused_adamw_ if self.group["decoupled_weight_decay"] else torch._fused_adam_
-        )
 
     def is_current(self) -> bool:
         """Whether the optimiser still holds what was gathered, which a user or another kernel may replace."""
-        held = [self.optimizer.state.get(parameter) for parameter in self.parameters]
+        groups = self.optimizer.param_groups
+        if self.number >= len(groups) or groups[self.number] is not self.group:
+            return False
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if self.indices[-1] >= len(parameters):
+            return False
+        if not all(map(operator.is_, map(parameters.__getitem__, self.indices), self.parameters)):
+            return False
+        held = map(self.optimizer.state.get, self.parameters)
         if not all(map(operator.is_, held, self.states)):
             return False
         names = ("step", *_MOMENTS)
@@ -126,7 +131,9 @@ class _FusedAdam:
     def __call__(self, gradients: Sequence[Tensor | None], skip: Tensor) -> None:
         group = self.group
         self.step += 1 - skip
-        self.kernel(
+        decoupled = group["decoupled_weight_decay"]
+        kernel: Callable[..., None] = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        kernel(
             self.parameters,
             [gradients[index] for index in self.indices],
             *self.lists,

@@ -493,8 +493,10 @@ def looks_elsewhere(z, x):
             "generator of its own",
         ),
         (lambda z, x: z + float(x.detach().numpy().sum()), "takes values out of tensors"),
+        (lambda z, x: z * torch.tensor([x.sum()]), "takes values out of tensors"),
+        (lambda z, x: z * {0: 2.0}.get((x > 9).sum().item(), 1.0), "takes values out of tensors"),
     ],
-    ids=["number", "shape", "global variable", "generator", "numpy"],
+    ids=["number", "shape", "class attribute", "generator", "numpy", "tensor of tensors", "look-up"],
 )
 def test_what_no_graph_can_hold_is_eager_and_says_so_once(branch, reason, caplog):
     Changing.value = 0.0
@@ -749,6 +751,83 @@ def test_a_constant_mask_leaves_no_question_in_the_graph():
     assert not does_not_hold
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(found, gradient)
+
+
+def swap_parameters(svi, weight):
+    other = nn.Parameter(torch.full_like(weight, 0.4))
+    svi.optimizer.param_groups[0]["params"] = [other]
+
+
+def replace_group(svi, weight):
+    svi.optimizer.param_groups[0] = {**svi.optimizer.param_groups[0], "lr": 0.5}
+
+
+def decouple_weight_decay(svi, weight):
+    svi.optimizer.param_groups[0]["decoupled_weight_decay"] = True
+
+
+def hook_gradient(svi, weight):
+    weight.register_hook(lambda gradient: 0.1 * gradient)
+
+
+def reshape(svi, weight):
+    weight.data = torch.full((BATCH,), 0.2)
+
+
+@pytest.mark.parametrize(
+    "change", [swap_parameters, replace_group, decouple_weight_decay, hook_gradient, reshape]
+)
+def test_what_is_done_to_optimizer_and_parameters_counts_from_the_next_step(change):
+    found = {}
+    for engine in ("eager", "traced"):
+        weight = nn.Parameter(torch.tensor(0.1))
+        model, guide = pair(weight, lambda z, x: z)
+        kind = torch.optim.SGD if change is reshape else torch.optim.Adam
+        optimizer = kind([weight], 0.01, weight_decay=0.1)
+        svi = pv.SVI(model, guide, optimizer, Trace_ELBO(), engine=engine)
+        torch.manual_seed(2)
+        losses = []
+        for step in range(13):
+            if step == 9:
+                change(svi, weight)
+            losses.append(svi.step(torch.linspace(-1.0, 1.0, BATCH)))
+        trained = svi.optimizer.param_groups[0]["params"][0]
+        found[engine] = [torch.tensor(losses), weight.detach(), trained.detach()]
+    assert_traced(svi)
+    torch.testing.assert_close(found["traced"], found["eager"], rtol=1e-5, atol=1e-6)
+
+
+def accumulate(z, x):
+    total = torch.tensor(0.0)
+    total += z.sum()
+    return z + total
+
+
+def accumulate_indices(z, x):
+    index = torch.nonzero(torch.tensor([0, 1]))[0]
+    index += 1
+    return z + z[index]
+
+
+@pytest.mark.parametrize("branch", [accumulate, accumulate_indices])
+def test_a_constant_that_is_changed_in_place_is_made_anew_at_each_step(branch):
+    eager, _ = train_pair(branch, "eager")
+    traced, svi = train_pair(branch, "traced")
+    assert_traced(svi)
+    assert_same(traced, eager, rtol=1e-6)
+
+
+def test_an_argument_that_the_model_also_knows_as_a_global_variable():
+    known = torch.linspace(-1.0, 2.0, BATCH)
+    losses = {}
+    for engine in ("eager", "traced"):
+        weight = nn.Parameter(torch.tensor(0.1))
+        model, guide = pair(weight, lambda z, x: z + known.mean())
+        svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine=engine)
+        torch.manual_seed(2)
+        losses[engine] = [svi.step(x) for x in (known, known + 1, known - 1, known, known + 2)]
+    assert_traced(svi)
+    assert losses["traced"] == pytest.approx(losses["eager"], rel=1e-5)
 
 
 def test_an_unknown_engine_is_refused():

@@ -49,6 +49,57 @@ def by_object(x):
     return OBJECT.slope * x + OBJECT.inner.offset
 
 
+def by_lambda(x):
+    return functools.reduce(lambda y, _: OBJECT.slope * y, range(2), x)
+
+
+def by_default(x, settings=OBJECT):
+    return x * settings.slope
+
+
+def by_argument(x):
+    return slope_of(OBJECT) * x
+
+
+def slope_of(anything):
+    return anything.slope
+
+
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(x):
+        return SCALE * function(x)
+
+    return wrapper
+
+
+@doubled
+def by_decorator(x):
+    return x * OBJECT.slope
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.settings, self.activation = SimpleNamespace(slope=1.0, nested={"deep": {"er": 1.0}}), torch.tanh
+        self.layer = nn.Linear(2, 2)
+
+    @property
+    def slope(self):
+        return self.settings.slope * SCALE
+
+    def forward(self, x):
+        self.last = x
+        return self.activation(self.layer(x)) * self.slope * self.settings.nested["deep"]["er"]
+
+
+NET = Net()
+
+
+def by_net(x):
+    return NET(x)
+
+
 class Owner:
     def __init__(self):
         self.slope, self.steps = 1.0, 0
@@ -89,12 +140,41 @@ def test_global_variables(monkeypatch, function, name, value):
         (by_object, vars(OBJECT), "slope"),
         (by_object, vars(OBJECT), "inner"),
         (by_object, vars(OBJECT.inner), "offset"),
+        (by_lambda, vars(OBJECT), "slope"),
+        (by_default, vars(OBJECT), "slope"),
+        (by_argument, vars(OBJECT), "slope"),
+        (by_decorator, vars(OBJECT), "slope"),
+        (by_decorator, globals(), "SCALE"),
+        (functools.partial(slope_of, OBJECT), vars(OBJECT), "slope"),
+        (pyro.poutine.scale(by_object, scale=2.0), vars(OBJECT), "slope"),
+        (by_net, vars(NET), "activation"),
+        (by_net, NET._modules, "layer"),
+        (by_net, vars(NET), "forward"),
+        (by_net, vars(NET.settings), "slope"),
+        (by_net, NET.settings.nested["deep"], "er"),
+        (by_net, globals(), "SCALE"),
+        (by_net, NET.layer._forward_hooks, "a hook"),
     ],
 )
 def test_what_global_variables_hold(monkeypatch, function, space, name):
     watch = Watch([function], [])
     assert watch.is_same()
     monkeypatch.setitem(space, name, 7.0)
+    assert not watch.is_same()
+
+
+def test_what_is_only_written_may_change():
+    """Such as activations kept for a plot, or what a loop of training notes down."""
+    watch = Watch([by_net], [NET])
+    NET.last, NET.epoch = torch.zeros(2), 3
+    assert watch.is_same()
+
+
+def test_equal_numbers_are_the_same(monkeypatch):
+    watch = Watch([by_global], [])
+    monkeypatch.setitem(globals(), "SCALE", float("2.0"))
+    assert watch.is_same()
+    monkeypatch.setitem(globals(), "SCALE", 2)  # another type, and other arithmetic
     assert not watch.is_same()
 
 
