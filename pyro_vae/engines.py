@@ -263,8 +263,9 @@ class _Recording:
             self.plain = copy.deepcopy(self.graph.module).forward  # by the products of eager torch
             if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.outside]):
                 choose_products(self.graph.module, fastest)
-            stored = get_param_store()._params
-            self.watch = Watch([*functions, stored, type(watched[0])], [*watched, *self.graph.modules])
+            # an estimator of the user's own is called by its methods, which only its class shows
+            looked_at = [*functions, type(watched[0]), get_param_store()._params]
+            self.watch = Watch(looked_at, [*watched, *self.graph.modules])
         except Untraceable:
             raise
         except Exception as error:

@@ -48,7 +48,7 @@ class Watch:
     and the inside of lists. Code of libraries is taken to look at nothing that changes.
 
     Args:
-        functions: Python functions, methods or other callables.
+        functions: Python functions, methods, classes, other callables; dictionaries that they look into.
         objects: Modules and other objects that take part.
 
     Example:
@@ -65,7 +65,7 @@ class Watch:
         False
     """
 
-    def __init__(self, functions: Iterable[Callable], objects: Iterable[Any]):
+    def __init__(self, functions: Iterable[Callable | dict], objects: Iterable[Any]):
         self.kept: dict[tuple[int, Any], tuple[dict, Any, Any]] = {}  # namespace, name, value
         self.whole: list[dict] = []  # to which nothing may be added
         self.cells: list[CellType] = []
