@@ -35,10 +35,10 @@ from tqdm import tqdm
 import pyro_vae as pv
 from pyro_vae import plots
 from pyro_vae.closed_form import LinearGaussian
-from pyro_vae.files import replacing
-from pyro_vae.labels import label
-from pyro_vae.tables import Estimate
-from pyro_vae.targets import target
+from pyro_vae.comparison.reference_bounds import target
+from pyro_vae.objectives.labels import label
+from pyro_vae.utils.display import Estimate
+from pyro_vae.utils.files import replacing
 
 EVENT, K, HIDDEN = (1, 28, 28), 16, (200,)
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import pyro_vae as pv
 from pyro_vae import plots
-from pyro_vae.weights import summarise_weights
+from pyro_vae.evaluation.importance_weights import summarise_weights
 
 EVENT, K = (1, 28, 28), 2
 REACH, POINTS = 5.0, 501  # the grid of the latent plane: [-5, 5]², a point every 1/50

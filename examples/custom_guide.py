@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import trange
 
 import pyro_vae as pv
+from pyro_vae.evaluation.importance_weights import summarise_weights
 from pyro_vae.networks import positive
-from pyro_vae.weights import summarise_weights
 
 EVENT, K = (1, 28, 28), 10
 

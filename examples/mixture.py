@@ -38,7 +38,7 @@ import pyro_vae as pv
 from pyro_vae import plots
 from pyro_vae.closed_form import GaussianMixture
 from pyro_vae.networks import MLP, positive
-from pyro_vae.tables import Estimate
+from pyro_vae.utils.display import Estimate
 
 ESTIMATORS: dict[str, Callable[[int], ELBO]] = {
     "TraceEnum_ELBO": lambda _: TraceEnum_ELBO(max_plate_nesting=1),

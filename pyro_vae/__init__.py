@@ -13,12 +13,16 @@ The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
 """
 
 from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors
-from pyro_vae.annealing import annealed_importance_sampling
-from pyro_vae.checkpoints import CheckpointError
-from pyro_vae.comparison import compare_estimators
-from pyro_vae.comparison_report import Comparison
-from pyro_vae.compatibility import check_guide
-from pyro_vae.estimators import (
+from pyro_vae.comparison.experiment import compare_estimators
+from pyro_vae.comparison.result import Comparison
+from pyro_vae.evaluation.annealed_importance import annealed_importance_sampling
+from pyro_vae.evaluation.arviz_export import save_netcdf, to_inference_data
+from pyro_vae.evaluation.importance_sampling import evaluate
+from pyro_vae.evaluation.result import Evaluation
+from pyro_vae.inference.guide_check import check_guide
+from pyro_vae.inference.guide_report import GuideError, GuideReport
+from pyro_vae.inference.svi import SVI, NonFiniteError
+from pyro_vae.objectives.estimators import (
     CIWAE,
     IWAE,
     PIWAE,
@@ -31,13 +35,9 @@ from pyro_vae.estimators import (
     check_mean_field,
     terms,
 )
-from pyro_vae.evaluation import evaluate
-from pyro_vae.guide_report import GuideError, GuideReport
-from pyro_vae.history import Epoch, History
-from pyro_vae.inference_data import save_netcdf, to_inference_data
-from pyro_vae.report import Evaluation
-from pyro_vae.svi import SVI, NonFiniteError
-from pyro_vae.training import TensorBoard, fit
+from pyro_vae.training.fitting import TensorBoard, fit
+from pyro_vae.training.history import Epoch, History
+from pyro_vae.utils.checkpoints import CheckpointError
 from pyro_vae.vae import VAE
 
 __all__ = [

@@ -16,7 +16,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.arguments import require_count, require_shape
+from pyro_vae.utils.validation import require_count, require_shape
 
 __all__ = ["FLOWS", "FlowDistribution", "build_flow"]
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributions.utils import vec_to_tril_matrix
 
 from pyro_vae import divergences  # noqa: F401 (closed-form KLs for the guides with correlated dimensions)
-from pyro_vae.arguments import require_count, require_event_and_latent
 from pyro_vae.flows import FlowDistribution, build_flow
 from pyro_vae.mixtures import NormalMixture
 from pyro_vae.networks import MLP, apply_batched, check_input, positive
-from pyro_vae.specs import rebuildable
+from pyro_vae.utils.serialization import rebuildable
+from pyro_vae.utils.validation import require_count, require_event_and_latent
 
 __all__ = [
     "DiagonalNormal",

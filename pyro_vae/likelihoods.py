@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import distributions
-from pyro_vae.arguments import require_event_and_latent
 from pyro_vae.networks import MLP, apply_batched, check_input, positive
-from pyro_vae.specs import rebuildable
+from pyro_vae.utils.serialization import rebuildable
+from pyro_vae.utils.validation import require_event_and_latent
 
 __all__ = [
     "Bernoulli",

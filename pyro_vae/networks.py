@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from pyro_vae.arguments import require_count, require_floating, require_shape, to_shape
-from pyro_vae.specs import rebuildable
+from pyro_vae.utils.serialization import rebuildable
+from pyro_vae.utils.validation import require_count, require_floating, require_shape, to_shape
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "apply_batched", "check_input", "positive"]
 

@@ -10,11 +10,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.arguments import require_count, require_shape
 from pyro_vae.flows import FlowDistribution, build_flow
 from pyro_vae.mixtures import NormalMixture
 from pyro_vae.networks import positive
-from pyro_vae.specs import rebuildable
+from pyro_vae.utils.serialization import rebuildable
+from pyro_vae.utils.validation import require_count, require_shape
 
 __all__ = ["Flow", "LearnedNormal", "Mixture", "StandardNormal", "VampPrior"]
 

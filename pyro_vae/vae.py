@@ -19,12 +19,12 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae import checkpoints
-from pyro_vae.arguments import require_floating, to_shape
 from pyro_vae.distributions import outside_support
 from pyro_vae.guides import SemiAmortised
-from pyro_vae.randomness import isolated_generators
-from pyro_vae.specs import rebuild, rebuildable, spec
+from pyro_vae.utils import checkpoints
+from pyro_vae.utils.isolation import isolated_generators
+from pyro_vae.utils.serialization import rebuild, rebuildable, spec
+from pyro_vae.utils.validation import require_floating, to_shape
 
 __all__ = ["VAE"]
 

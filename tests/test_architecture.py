@@ -1,38 +1,90 @@
-"""Imports point up the table of docs/architecture.md, and importing the package loads nothing slow."""
+"""Imports go strictly downwards, from floor to floor, and importing the package loads nothing slow."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
-TABLE = (PACKAGE.parent / "docs" / "architecture.md").read_text()
-RANKS = {
-    name: int(rank)
-    for rank, cell in re.findall(r"^\| (\d+) \| ([^|]+) \|", TABLE, re.M)
-    for name in re.findall(r"`(\w+)\.py`", cell)
+FLOORS = {
+    0: {"utils", "closed_form"},
+    1: {"networks", "distributions", "objectives", "engine", "data", "plots"},
+    2: {"priors", "likelihoods", "guides", "vae", "inference"},
+    3: {"training", "evaluation"},
+    4: {"comparison"},
 }
-FILES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+KNOWS_UTILS_ALONE = {"engine", "plots"}
 
 
-def imported(tree):
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_name(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+del FILES[""]
+
+
+def imported(tree: ast.AST):
+    """The package's modules that a piece of code imports, such as "utils.display"."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "pyro_vae":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_vae."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("pyro_vae"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pyro_vae":
+            inside = node.module.partition(".")[2]
+            for alias in node.names:
+                whole = f"{inside}.{alias.name}".strip(".")
+                yield whole if whole in FILES else inside
 
 
-def test_the_table_names_every_file():
-    assert set(RANKS) == set(FILES)
+def room(name: str) -> str:
+    return name.split(".", maxsplit=1)[0]
 
 
-def test_imports_point_up_the_table():
-    wrong = [(f, g) for f, tree in FILES.items() for g in imported(tree) if RANKS[g] >= RANKS[f]]
+@pytest.mark.xfail(reason="the cuts that make the floors true come next", strict=True)
+def test_every_room_has_a_floor():
+    assert set(FLOOR_OF) == {room(name) for name in FILES}
+    assert len(FLOOR_OF) <= 20
+    assert len(FLOORS) <= 6
+
+
+@pytest.mark.xfail(reason="the cuts that make the floors true come next", strict=True)
+def test_imports_go_down():
+    wrong = [
+        (name, other)
+        for name, tree in FILES.items()
+        for other in imported(tree)
+        if room(other) != room(name) and FLOOR_OF[room(other)] >= FLOOR_OF[room(name)]
+    ]
     assert not wrong
+
+
+@pytest.mark.xfail(reason="the cuts that make the floors true come next", strict=True)
+def test_plots_and_engine_import_utils_alone_and_closed_form_nothing():
+    for name, tree in FILES.items():
+        others = {room(other) for other in imported(tree)} - {room(name)}
+        if room(name) in KNOWS_UTILS_ALONE:
+            assert others <= {"utils"}, name
+        if room(name) in FLOORS[0]:
+            assert not others, name
+
+
+def test_no_room_has_a_cycle():
+    inner = {
+        name: {other for other in imported(tree) if room(other) == room(name)}
+        for name, tree in FILES.items()
+        if "." in name
+    }
+    while inner:
+        free = [name for name, others in inner.items() if not others & set(inner)]
+        assert free, f"a cycle among {sorted(inner)}"
+        for name in free:
+            del inner[name]
 
 
 def test_the_package_is_imported_at_the_top_of_files_alone():
@@ -42,22 +94,30 @@ def test_the_package_is_imported_at_the_top_of_files_alone():
         assert not [g for node in inner for g in imported(node)], name
 
 
-def test_the_judge_knows_torch_and_itself_alone():
-    judge = ("operands", "by_hand", "exact_models", "closed_form")
+def test_closed_form_uses_torch_arithmetic_alone():
     modules = {
         name
-        for file in judge
-        for node in ast.walk(FILES[file])
+        for file, tree in FILES.items()
+        if room(file) == "closed_form"
+        for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
     }
-    own = {f"pyro_vae.{file}" for file in judge}
+    own = {f"pyro_vae.{file}" for file in FILES if room(file) == "closed_form"}
     assert modules <= own | {"torch", "torch.nn.functional", "math", "dataclasses"}
 
 
 def test_every_file_says_what_is_public():
+    rooms_without_names = {"utils"}
     for name, tree in FILES.items():
-        assert any(isinstance(n, ast.Assign) and n.targets[0].id == "__all__" for n in tree.body), name
+        if name not in rooms_without_names:
+            assert any(isinstance(n, ast.Assign) and n.targets[0].id == "__all__" for n in tree.body), name
+
+
+def test_no_file_hides_behind_a_public_function():
+    names = {name.rpartition(".")[2] for name in FILES if "." in name}
+    functions = {name for name in pyro_vae.__all__ if callable(getattr(pyro_vae, name))}
+    assert not names & functions
 
 
 def test_the_package_shows_its_public_names_alone():

@@ -10,8 +10,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, terms
-from pyro_vae.specs import rebuild, spec
+from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, terms
+from pyro_vae.utils.serialization import rebuild, spec
 
 every_prior = pytest.mark.parametrize("name", PRIORS)
 

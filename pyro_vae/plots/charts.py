@@ -1,0 +1,435 @@
+"""Figures of a trained model, from arrays and tables; nothing here knows a model.
+
+One rule for all: a figure is one matplotlib `Axes`, grids of images included, and every function returns
+the `Axes` it drew in. Without `ax=` that is a new figure of a fitting size, `axes.figure`, which belongs to
+the caller alone: pyplot, its list of open figures and its settings are never touched, no display is needed,
+and matplotlib is imported at the first figure. `save(axes, path)` writes the picture. To see it in a notebook
+or a window, or to arrange several, pass an `ax=` of your own: with pyplot as plt,
+`plots.image_grid(x, ax=plt.subplots(layout="constrained")[1])`.
+
+Arrays are anything NumPy or PyTorch can read as numbers, on any device. Images hold values in [0, 1], from
+black to full intensity, and have shape (..., H, W) or (..., C, H, W) with C = 1 (grey) or 3 (RGB).
+Latent dimensions are named as they are indexed: z[0] is the first. Colours stay apart for
+colour-blind readers.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pyro_vae.plots.image_grids import (
+    Array,
+    Numbers,
+    axes_of,
+    finite_array,
+    image_grid,
+    interpolation,
+    manifold,
+    reconstructions,
+)
+from pyro_vae.utils.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "PALETTE",
+    "aggregate_posterior",
+    "image_grid",
+    "interpolation",
+    "kl_per_dimension",
+    "latent_scatter",
+    "manifold",
+    "pareto_k_histogram",
+    "reconstructions",
+    "save",
+    "training_curves",
+]
+
+_BLUE, _VERMILION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_SKY, _ORANGE, _BLACK, _YELLOW = "#56B4E9", "#E69F00", "#000000", "#F0E442"
+_VIOLET, _BROWN = "#6622CC", "#662200"
+
+PALETTE = (_BLUE, _VERMILION, _GREEN, _PURPLE, _SKY, _ORANGE, _BLACK, _YELLOW, _VIOLET, _BROWN)
+"""Ten colours for categories: the eight of Okabe and Ito, 2008, Color Universal Design, and two that are as
+far from them, to colour-blind readers too, as the eight are from each other."""
+
+_MARKERS = "o^sDvP*X<>"  # labels 0 to 9 are discs of the ten colours, 10 to 19 triangles, and so on
+_LEGEND: dict[str, Any] = {"framealpha": 1, "edgecolor": "none"}  # readable on whatever lies behind
+
+
+def latent_scatter(
+    z: Numbers,
+    labels: Numbers | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw latent vectors as points in the plane, coloured by label.
+
+    Vectors of more than two dimensions are projected on the first two principal components of z; the axes
+    say so, and the title, where it is not given. Points are drawn in one fixed, shuffled order, so that no
+    label hides another.
+
+    Args:
+        z: (N, K) latent vectors with K >= 2, such as the posterior means of N data.
+        labels: (N,) integers from 0 to 99: 0 to 9 differ by colour, every further ten by marker.
+        names: Names of the labels 0, 1, ..., for the legend; by default their numbers.
+        title: Title of the figure; by default it says what is drawn.
+        ax: Axes to draw in; by default those of a new figure.
+
+    Raises:
+        TypeError: If z is no numbers, the labels are no integers, or `ax` is no matplotlib Axes.
+        ValueError: If z has another shape or is not finite, or the labels are not N, outside 0 to 99, or
+            without a name.
+
+    Example:
+        >>> axes = latent_scatter(torch.randn(50, 2), torch.arange(50) % 3, names=["cat", "dog", "owl"])
+        >>> [text.get_text() for text in axes.get_legend().get_texts()]
+        ['cat', 'dog', 'owl']
+        >>> latent_scatter(torch.randn(50, 20)).get_title()
+        'First two principal components of 50 latent vectors'
+    """
+    points = finite_array("z", z)
+    if points.ndim != 2 or points.shape[0] < 1 or points.shape[1] < 2:
+        raise ValueError(f"z must have shape (N, K) with N >= 1 and K >= 2; got {points.shape}")
+    count, latent_dim = points.shape
+    kinds = np.zeros(count, dtype=int) if labels is None else _labels(labels, count, names)
+    axis_names, what = ["z[0]", "z[1]"], f"{count:,} latent vectors"
+    if latent_dim > 2:
+        points, shares = _principal_components(points)
+        axis_names = [
+            f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)
+        ]
+        what = f"First two principal components of {what}"
+
+    present = np.unique(kinds)
+    legend_columns = 0 if labels is None else math.ceil(len(present) / 16)
+    axes = axes_of(ax, 5.6 + 0.8 * legend_columns, 5)
+    shuffled = np.random.default_rng(0).permutation(count)
+    size = float(np.clip(40_000 / count, 5, 36))
+    for block, marker in enumerate(_MARKERS):
+        chosen = shuffled[kinds[shuffled] // len(PALETTE) == block]
+        if len(chosen):
+            colours = [PALETTE[kind % len(PALETTE)] for kind in kinds[chosen]]
+            across, up = points[chosen].T
+            dots = axes.scatter(across, up, s=size, c=colours, marker=marker, alpha=0.7, linewidths=0)
+            dots.set_rasterized(True)  # a PDF of many points stays small
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set(xlabel=axis_names[0], ylabel=axis_names[1], title=what if title is None else title)
+    if labels is not None:
+        for kind in present:
+            block, colour = divmod(kind, len(PALETTE))
+            name = str(kind) if names is None else names[kind]
+            axes.scatter([], [], s=36, c=PALETTE[colour], marker=_MARKERS[block], linewidths=0, label=name)
+        axes.legend(
+            title="label", ncols=legend_columns, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+        )
+    return axes
+
+
+def aggregate_posterior(
+    z: Numbers,
+    *,
+    dims: Sequence[int] | None = None,
+    prior: Numbers | None = None,
+    title: str | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the aggregate posterior q(z) = (1/N) Σ q(z|x_n) against the prior, a row for each dimension.
+
+    q(z) is a histogram of samples. Each row has its own scale of density, one for q and p.
+
+    Args:
+        z: (N, K) samples of q(z|x), one or more a datum. (Posterior means would look too narrow.)
+        dims: Dimensions to draw, from the top; by default all.
+        prior: (M, K) samples of the prior; by default the prior is standard normal, and drawn as a curve.
+        title: Title of the figure; by default it says what is drawn.
+        ax: Axes to draw in; by default those of a new figure.
+
+    Raises:
+        TypeError: If z or prior is no numbers, or `ax` is no matplotlib Axes.
+        ValueError: If z or prior has another shape or is not finite, or there is no such dimension.
+
+    Source: Hoffman and Johnson, 2016, ELBO surgery: yet another way to carve up the variational evidence
+    lower bound.
+
+    Example:
+        >>> axes = aggregate_posterior(torch.randn(500, 20), dims=[0, 7])
+        >>> [label.get_text() for label in axes.get_yticklabels()]
+        ['z[0]', 'z[7]']
+    """
+    samples = finite_array("z", z)
+    if samples.ndim != 2 or 0 in samples.shape:
+        raise ValueError(f"z must have shape (N, K) with N, K >= 1; got {samples.shape}")
+    count, latent_dim = samples.shape
+    drawn = list(range(latent_dim) if dims is None else dims)
+    if not drawn or any(k not in range(latent_dim) for k in drawn):
+        raise ValueError(f"dims must name some of the dimensions 0 to {latent_dim - 1}; got {drawn}")
+    prior_samples = None if prior is None else finite_array("prior", prior)
+    if prior_samples is not None and (prior_samples.shape[1:] != (latent_dim,) or len(prior_samples) < 1):
+        raise ValueError(
+            f"prior must hold samples of shape (M, {latent_dim}), as z does; got {prior_samples.shape}"
+        )
+
+    axes = axes_of(ax, 6.4, 1.4 + 0.45 * len(drawn))
+    reach = max(4.0, 1.05 * float(abs(samples[:, drawn]).max()))
+    edges = np.linspace(-reach, reach, 402)
+    standard_normal = np.exp(-((edges[:-1] + edges[1:]) ** 2) / 8) / math.sqrt(2 * math.pi), edges
+    for row, k in enumerate(drawn):
+        q, q_edges = np.histogram(samples[:, k], bins="scott", density=True)
+        p, p_edges = standard_normal
+        if prior_samples is not None:
+            p, p_edges = np.histogram(prior_samples[:, k], bins="scott", density=True)
+        scale = 0.85 / max(q.max(), p.max())
+        axes.axhline(-row, color="0.8", linewidth=0.8, zorder=0)
+        posterior = axes.stairs(scale * q - row, q_edges, baseline=-row, fill=True, color=_SKY)
+        reference = axes.stairs(scale * p - row, p_edges, baseline=None, color=_BLACK)
+    axes.set(xlim=(-reach, reach), ylim=(0.85 - len(drawn), 1.6), xlabel="z")
+    axes.set_title(f"Aggregate posterior and prior, {count:,} samples" if title is None else title)
+    axes.set_yticks(-np.arange(len(drawn)), [f"z[{k}]" for k in drawn])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.legend([posterior, reference], ["q(z)", "p(z)"], loc="upper right", ncols=2, frameon=False)
+    return axes
+
+
+def kl_per_dimension(
+    kl: Numbers,
+    se: Numbers | None = None,
+    *,
+    threshold: float = 0.01,
+    title: str = "KL divergence from the prior, by latent dimension",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw how many nats each latent dimension carries, the largest first.
+
+    Args:
+        kl: (K,) KL(q(z_k|x) ‖ p(z_k)), averaged over the data, in nats per datum.
+        se: (K,) standard errors, drawn as bars of ± one.
+        threshold: Dimensions of more nats count as active here. (The active units of Burda et al., 2016, are
+            counted by the variance of the posterior mean.)
+        title: Title of the figure.
+        ax: Axes to draw in; by default those of a new figure.
+
+    Raises:
+        TypeError: If kl or se is no numbers, or `ax` is no matplotlib Axes.
+        ValueError: If kl has another shape or is not finite, se differs from it in shape or is negative, or
+            the threshold is not positive.
+
+    Example:
+        >>> axes = kl_per_dimension([0.001, 2.5, 0.7])
+        >>> [label.get_text() for label in axes.get_xticklabels()]
+        ['1', '2', '0']
+    """
+    values = finite_array("kl", kl)
+    if values.ndim != 1 or values.size < 1:
+        raise ValueError(f"kl must have shape (K,), averaged over the data; got {values.shape}")
+    errors = np.zeros_like(values) if se is None else finite_array("se", se)
+    if errors.shape != values.shape or errors.min() < 0:
+        raise ValueError(f"se must be non-negative and of kl's shape {values.shape}; got {errors}")
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be a positive number of nats; got {threshold}")
+
+    order = np.argsort(-values, kind="stable")
+    values, errors = values[order], errors[order]
+    place = np.arange(len(values))
+    active = int((values > threshold).sum())
+    axes = axes_of(ax, float(np.clip(1.5 + 0.25 * len(values), 5, 10)), 3.6)
+    axes.bar(place, values, yerr=None if se is None else errors, color=_BLUE)
+    axes.axhline(threshold, color=_BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:g} nats")
+    # inactive dimensions are shaded, as their bars are too low to be seen
+    inactive = f"inactive: {len(values) - active} of {len(values)}"
+    axes.axvspan(
+        active - 0.5, len(values) - 0.5, color=_ORANGE, alpha=0.2, linewidth=0, zorder=0, label=inactive
+    )
+    every = math.ceil(len(values) / 40)  # with more names than that, they would overlap
+    axes.set_xticks(place[::every], [str(k) for k in order[::every]], fontsize="small")
+    axes.set(xlim=(-0.75, len(values) - 0.25), xlabel="latent dimension, sorted", title=title)
+    axes.set_ylabel("nats per datum" if se is None else "nats per datum ± SE")
+    axes.margins(y=0.25)
+    axes.legend(**_LEGEND)
+    return axes
+
+
+def training_curves(
+    history: Mapping[str, Numbers],
+    *,
+    references: Mapping[str, float] | None = None,
+    title: str = "Evidence lower bound during training",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the bounds of a training run, epoch by epoch, in bands of ± one standard error.
+
+    Args:
+        history: A table, as a dict of columns of equal length: "epoch", and a curve for every column whose
+            name ends in "_elbo" or "_bound", in nats per datum. The column of that name and "_se" holds its
+            standard errors. NaN stands for what was not measured. Other columns are not drawn.
+        references: Horizontal lines to compare with, from label to nats per datum.
+        title: Title of the figure.
+        ax: Axes to draw in; by default those of a new figure.
+
+    Raises:
+        TypeError: If a column is no numbers, or `ax` is no matplotlib Axes.
+        ValueError: If there is no curve or no epoch, if columns differ in length, a value is infinite or a
+            standard error negative.
+
+    Example:
+        >>> history = {"epoch": [1, 2], "train_elbo": [-120.0, -110.0], "train_elbo_se": [0.9, 0.7]}
+        >>> axes = training_curves(history, references={"exact log p(x)": -100.0})
+        >>> [text.get_text() for text in axes.get_legend().get_texts()]
+        ['train ELBO ± SE', 'exact log p(x)']
+    """
+    if "epoch" not in history:
+        raise ValueError(f'history needs a column "epoch"; got {", ".join(history) or "no columns"}')
+    epoch = finite_array("epoch", history["epoch"])
+    curves = {
+        name: (_column(history, name, epoch), _column(history, f"{name}_se", epoch))
+        for name in history
+        if name.endswith(("_elbo", "_bound"))
+    }
+    if all(np.isnan(curve).all() for curve, _ in curves.values()):
+        raise ValueError(
+            'history needs a column that ends in "_elbo" or "_bound" and holds a number; '
+            f"got {', '.join(curves) or 'none'}, of {epoch.size} epochs"
+        )
+    levels = {label: float(finite_array(label, level)) for label, level in (references or {}).items()}
+
+    axes = axes_of(ax, 6.4, 4)
+    for colour, (name, (curve, se)) in zip(itertools.cycle(PALETTE), curves.items(), strict=False):
+        measured, banded = ~np.isnan(curve), ~np.isnan(curve + se)
+        if measured.any():
+            label = name.replace("_", " ").replace("elbo", "ELBO") + (" ± SE" if banded.any() else "")
+            few = measured.sum() <= 40  # then every epoch is marked, and a single one too shows its error
+            axes.plot(epoch[measured], curve[measured], ".-" if few else "-", color=colour, label=label)
+            if few:
+                axes.errorbar(epoch[banded], curve[banded], se[banded], fmt="none", ecolor=colour)
+            low, high = (curve - se)[banded], (curve + se)[banded]
+            axes.fill_between(epoch[banded], low, high, color=colour, alpha=0.25, linewidth=0)
+    for style, (label, level) in zip(itertools.cycle(["--", ":", "-."]), levels.items(), strict=False):
+        axes.axhline(level, color=_BLACK, linestyle=style, linewidth=1, label=label)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axes.set(xlabel="epoch", ylabel="nats per datum", title=title)
+    axes.legend(**_LEGEND)
+    return axes
+
+
+def pareto_k_histogram(k: Numbers, *, title: str | None = None, ax: "Axes | None" = None) -> "Axes":
+    """Draw the Pareto shapes k̂ of importance weights, with the limits 0.5 and 0.7.
+
+    Where k̂ < 0.5 the guide is good for importance sampling, up to 0.7 it is usable, above it is not.
+
+    Args:
+        k: (N,) one k̂ a datum.
+        title: Title of the figure; by default it counts the data.
+        ax: Axes to draw in; by default those of a new figure.
+
+    Raises:
+        TypeError: If k is no numbers, or `ax` is no matplotlib Axes.
+        ValueError: If k has another shape or is not finite (k̂ is infinite for too few particles).
+
+    Source: Yao, Vehtari, Simpson and Gelman, 2018, Yes, but did it work?: evaluating variational inference,
+    arXiv:1802.02538.
+
+    Example:
+        >>> pareto_k_histogram([0.1, 0.2, 0.6, 0.9]).get_title()
+        'Importance weights of 4 data'
+    """
+    values = finite_array("k", k)
+    if values.ndim != 1 or values.size < 1:
+        raise ValueError(f"k must have shape (N,), one a datum; got {values.shape}")
+    good, bad = values < 0.5, values > 0.7
+    parts = [
+        (r"good, $\hat{k} < 0.5$", good, _GREEN),
+        (r"usable, $0.5 \leq \hat{k} \leq 0.7$", ~good & ~bad, _ORANGE),
+        (r"not usable, $\hat{k} > 0.7$", bad, _PURPLE),
+    ]
+    width = 0.05 * max(1, math.ceil(np.ptp(values) / 5))  # bars meet the limits, and are never too many
+    rounding = 1e-9  # so that no value on an edge is lost
+    first = math.floor(values.min() / width - rounding)
+    last = math.floor(values.max() / width + rounding) + 1
+
+    axes = axes_of(ax, 6.4, 3.6)
+    axes.hist(
+        [values[part] for _, part, _ in parts],
+        bins=(width * np.arange(first, last + 1)).tolist(),
+        stacked=True,  # a bar across a limit shows both its parts
+        color=[colour for _, _, colour in parts],
+        label=[f"{name}: {part.sum():,} ({part.mean():.0%})" for name, part, _ in parts],
+    )
+    for limit in (0.5, 0.7):
+        axes.axvline(limit, color=_BLACK, linestyle="--", linewidth=1)
+    axes.set(xlabel=r"Pareto shape $\hat{k}$", ylabel="number of data")
+    axes.locator_params(axis="y", integer=True)
+    axes.set_title(f"Importance weights of {len(values):,} data" if title is None else title)
+    axes.margins(y=0.4)
+    axes.legend(**_LEGEND)
+    return axes
+
+
+def save(axes: "Axes", path: str | os.PathLike[str]) -> None:
+    """Write the figure of `axes` to a file, whole or not at all; see `files.replacing`.
+
+    Args:
+        axes: What a function of this module returned, or any other matplotlib Axes.
+        path: The file; the suffix (.png, .pdf, .svg, ...) names the format.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: If the suffix names no format of matplotlib's.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "samples.png"
+        >>> save(image_grid(torch.rand(4, 28, 28)), path)
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    path = Path(path)
+    if not path.suffix:
+        raise ValueError(f"{path} needs a suffix that names the format, such as .png, .pdf or .svg")
+    with replacing(path) as partial:
+        axes.figure.figure.savefig(partial, format=path.suffix[1:], bbox_inches="tight")
+
+
+def _column(history: Mapping[str, Numbers], name: str, epoch: Array) -> Array:
+    """Return a column of the table, NaN where the table has none."""
+    column = finite_array(name, history.get(name, np.full_like(epoch, np.nan)), missing=True)
+    if column.ndim != 1 or column.shape != epoch.shape:
+        raise ValueError(f"{name} must hold one number an epoch, {epoch.size}; got shape {column.shape}")
+    if name.endswith("_se") and (column < 0).any():
+        raise ValueError(f"{name} holds standard errors, which are not negative; got {np.nanmin(column)}")
+    return column
+
+
+def _labels(labels: Numbers, count: int, names: Sequence[str] | None) -> npt.NDArray[np.int64]:
+    kinds = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
+    if kinds.dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers; got {kinds.dtype}")
+    if kinds.shape != (count,):
+        raise ValueError(f"labels must have shape ({count},), one a row of z; got {kinds.shape}")
+    limit = len(PALETTE) * len(_MARKERS)
+    if names is not None:
+        limit = min(limit, len(names))
+    wrong = (kinds < 0) | (kinds >= limit)
+    if wrong.any():
+        where = int(np.argmax(wrong))
+        named = "" if names is None else f" ({len(names)} names)"
+        raise ValueError(f"labels must be from 0 to {limit - 1}{named}; got {kinds[where]} at index {where}")
+    return kinds.astype(np.int64)
+
+
+def _principal_components(z: Array) -> tuple[Array, Array]:
+    """Project (N, K) on the first two principal components; return (N, 2) and their shares of variance."""
+    variances, directions = np.linalg.eigh(np.cov(z, rowvar=False, bias=True))
+    first_two = [-1, -2]  # eigh sorts upwards
+    shares = variances[first_two] / max(variances.sum(), np.finfo(float).tiny)
+    return (z - z.mean(0)) @ directions[:, first_two], shares

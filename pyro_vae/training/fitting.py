@@ -1,0 +1,271 @@
+"""Training a VAE: epochs, progress, schedules, early stopping, checkpoints, and resuming to the bit.
+
+Reported values are in nats per datum, higher is better; only the loss inside is minimised.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyro
+import torch
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_vae.data.batches import Batches
+from pyro_vae.data.datasets import Images
+from pyro_vae.training.history import Epoch, History
+from pyro_vae.training.run import Run
+from pyro_vae.utils.isolation import derived_seed, isolated_generators
+from pyro_vae.utils.progress import progress_bar
+from pyro_vae.utils.validation import require_count
+from pyro_vae.vae import VAE
+
+__all__ = ["Callback", "TensorBoard", "fit"]
+
+_NOISE, _CALLBACKS = 20, 21  # streams of random numbers
+
+
+class Callback(Protocol):
+    """Called by `fit` after each epoch; returning True ends the training."""
+
+    def __call__(self, vae: VAE, epoch: Epoch) -> bool | None:
+        """Look at the model and at what is reported of the epoch."""
+
+
+class TensorBoard:
+    """A callback that logs what is reported of each epoch for TensorBoard.
+
+    Args:
+        log_dir: The folder that `tensorboard --logdir` reads.
+
+    Raises:
+        ImportError: If the package tensorboard is not installed.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str]):
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (slow, and seldom wanted)
+
+        self.writer = SummaryWriter(str(log_dir))
+
+    def __call__(self, vae: VAE, epoch: Epoch) -> None:
+        """Log one epoch."""
+        for name, value in dataclasses.asdict(epoch).items():
+            if not math.isnan(value):
+                self.writer.add_scalar(name, value, epoch.epoch)
+        self.writer.flush()
+
+
+def fit(
+    vae: VAE,
+    data: Tensor | Images,
+    *,
+    estimator: ELBO | None = None,
+    epochs: int = 10,
+    batch_size: int | None = None,
+    seed: int = 0,
+    learning_rate: float = 1e-3,
+    optimizer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    clip_norm: float | None = None,
+    validation: float | Tensor | Images | None = None,
+    binarize: str | None = None,
+    kl_warmup: float = 0,
+    engine: str = "auto",
+    patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> History:
+    """Train a VAE by stochastic variational inference.
+
+    Maximises the mean over the data of the estimator's bound, for the default the ELBO with its KL
+    in closed form, by minibatches in a fresh random order each epoch. The order of the data, the
+    noise of training, and evaluation draw from separate streams derived from `seed`; the global
+    generators are left as they were.
+
+    With `checkpoint_dir` the run is saved there after every epoch, and when it is interrupted:
+    "last.pt" to resume from, and "best.pt", the VAE of the best epoch so far, for `VAE.load`. A run
+    that was killed at any moment and is resumed ends with the same parameters, to the bit, as one
+    that never was.
+
+    Args:
+        vae: The model and guide to train, in place.
+        data: Training data (N, *event_shape) in the support of the likelihood.
+        estimator: A `pyro.infer.ELBO`; default `TraceMeanField_ELBO()`.
+        epochs: Passes over the data, those before a resume included.
+        batch_size: Data a step; the last batch may be smaller. By default 128, or N where there are fewer.
+            More than N means N, with a warning.
+        seed: Non-negative integer from which every random number of the run is derived.
+        learning_rate: Of the default optimiser, Adam.
+        optimizer: Makes another optimiser from the parameters, as in
+            `lambda parameters: torch.optim.AdamW(parameters, 1e-3)`.
+        schedule: Makes a learning-rate schedule from the optimiser; stepped after each epoch. A
+            `ReduceLROnPlateau` sees the negative of what `patience` watches, or itself with mode="max".
+        clip_norm: Largest norm of the whole gradient of the batch's summed loss.
+        validation: Held-out data, or the fraction of `data` to hold out.
+        binarize: "dynamic" (fresh Bernoulli draws at each pass), "fixed" (one draw) or "threshold"
+            (at ½), for grey levels under a Bernoulli likelihood.
+        kl_warmup: Epochs over which the weight on the KL rises linearly from 0 to 1. What is
+            reported stays the value at weight 1.
+        engine: How the steps are taken: "auto", "eager", "traced" or "compiled"; see `SVI`. All take the same
+            steps up to rounding.
+        patience: Stop when this many epochs in a row brought no better value (validation ELBO, or
+            training bound without validation data), and return to the parameters of the best epoch.
+        callbacks: Called after each epoch, in evaluation mode; see `Callback`. What they draw does not
+            disturb the training.
+        progress: Show a progress bar, in a terminal or a notebook.
+        checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there is replaced.
+        resume: Continue the run in `checkpoint_dir`; begin one where there is none yet. The folder
+            serves one run at a time.
+
+    Returns:
+        The history, one `Epoch` each.
+
+    Raises:
+        TypeError: If `vae` is no `VAE`, the data are no floating-point tensor or `Images`, or the
+            estimator no ELBO.
+        ValueError: If an argument is out of range; the data are empty, have another shape than the
+            likelihood, or lie outside its support; the guide does not fit the model (a `GuideError`,
+            see `check_guide`), or the estimator not the two.
+        NonFiniteError: If the loss or a parameter stops being finite; names the epoch, the step and
+            the site. The last checkpoint is kept.
+        CheckpointError: If the run to resume is damaged, or was made with other settings or data.
+        KeyboardInterrupt: On Ctrl-C, after the step in progress was finished and saved.
+
+    Example:
+        >>> from pyro_vae import guides, likelihoods, priors
+        >>> vae = VAE(
+        ...     prior=priors.StandardNormal(2),
+        ...     likelihood=likelihoods.Normal(2, (6,)),
+        ...     guide=guides.DiagonalNormal((6,), 2),
+        ... )
+        >>> history = fit(vae, torch.randn(50, 6), epochs=3, batch_size=20, progress=False)
+        >>> len(history)
+        3
+    """
+    if not isinstance(vae, VAE):
+        raise TypeError(
+            f"fit trains a VAE; got {type(vae).__name__}: any other model and guide go with pyro_vae.SVI"
+        )
+    for name, count in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
+        if count is not None:
+            require_count(name, count)
+    if not isinstance(estimator, ELBO | None):
+        got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
+        raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
+    if not 0 <= kl_warmup < math.inf:
+        raise ValueError(f"kl_warmup must be a number of epochs, at least 0; got {kl_warmup}")
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
+    train, held_out = _prepare(vae, data, validation, binarize, seed)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore_modes, [(module, module.training) for module in vae.modules()])
+        # in the one store of the process a PyroModule would share its parameters with others of their names
+        stack.enter_context(pyro.get_param_store().scope())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(isolated_generators(train.device, derived_seed(seed, _NOISE)))
+        run = Run(
+            vae,
+            train,
+            held_out,
+            estimator=estimator or TraceMeanField_ELBO(),
+            optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, learning_rate)),
+            schedule=schedule,
+            batch_size=min(128, len(train)) if batch_size is None else batch_size,
+            seed=seed,
+            clip_norm=clip_norm,
+            kl_warmup=kl_warmup,
+            engine=engine,
+            directory=None if checkpoint_dir is None else Path(checkpoint_dir),
+        )
+        run.begin(resume=resume)
+        interrupted = stack.enter_context(_deferred_interrupt())
+        bar = stack.enter_context(
+            progress_bar(epochs * len(train), initial=run.data_seen(), shown=progress, unit=" data")
+        )
+        bar.unit_scale = True
+        stop = False
+        while len(run.history) < epochs and not run.out_of_patience(patience) and not stop:
+            bar.set_description(f"epoch {len(run.history) + 1}/{epochs}")
+            for batch_length in run.steps():
+                bar.set_postfix_str(f"{run.mean_bound():.2f} nats", refresh=False)
+                bar.update(batch_length)
+                if interrupted():
+                    break
+            else:
+                run.finish_epoch()
+                stop = _call(
+                    callbacks, vae, run.history[-1], derived_seed(seed, _CALLBACKS, len(run.history))
+                )
+            run.save()  # after the callbacks, which may have changed the learning rate, say
+            if interrupted():
+                raise KeyboardInterrupt(run.how_to_resume())
+        if patience is not None:
+            vae.load_state_dict(run.best_state)
+    return run.history
+
+
+def _restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _call(callbacks: Sequence[Callback], vae: VAE, epoch: Epoch, seed: int) -> bool:
+    """Call each in evaluation mode, with random numbers of its own; tell whether one wants to stop."""
+    vae.eval()
+    with isolated_generators(next(vae.parameters()).device, seed):
+        wishes = [callback(vae, epoch) for callback in callbacks]
+    return any(wishes)
+
+
+def _prepare(
+    vae: VAE,
+    data: Tensor | Images,
+    validation: float | Tensor | Images | None,
+    binarize: str | None,
+    seed: int,
+) -> tuple[Batches, Batches | None]:
+    """Check the data and split off, or take, the validation data."""
+    device = next((parameter.device for parameter in vae.parameters()), torch.device("cpu"))
+    train = Batches(data, binarize=binarize, seed=seed, device=device)
+    held_out = None
+    if isinstance(validation, float):
+        train, held_out = train.split(validation)
+    elif validation is not None:
+        held_out = Batches(validation, binarize=binarize, seed=seed + 1, device=device)
+    for batches in (train, held_out):
+        if batches is not None:
+            batches.check(vae.check_data)
+    return train, held_out
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C set a flag, so that a step is never cut in two; the second one interrupts."""
+    pressed: list[int] = []
+
+    def note(signal_number: int, frame: Any) -> None:
+        if pressed:
+            signal.default_int_handler(signal_number, frame)
+        pressed.append(signal_number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only that one receives signals
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,96 @@
+"""What is reported of a training run, epoch by epoch."""
+
+import csv
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pyro_vae.utils.display import Estimate, aligned
+from pyro_vae.utils.files import replacing
+
+__all__ = ["Epoch", "History"]
+
+_SHOWN = 10  # rows of the table, at most
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is reported of one epoch; values in nats per datum at weight β = 1, with standard errors.
+
+    Attributes:
+        epoch: Number of the epoch, from 1.
+        train_bound: Mean over the epoch's data of the estimator's bound (the ELBO, for the
+            estimators of an ELBO), while the parameters were moving.
+        train_bound_se: Its standard error, from the spread between the batches.
+        validation_elbo: Mean ELBO of the validation data after the epoch; NaN without such data.
+        validation_elbo_se: Its standard error, from the spread between the data.
+        beta: Weight on the KL in the last step of the epoch.
+        learning_rate: Learning rate in the epoch.
+        seconds: Wall-clock time of the epoch's steps.
+    """
+
+    epoch: int
+    train_bound: float
+    train_bound_se: float
+    validation_elbo: float
+    validation_elbo_se: float
+    beta: float
+    learning_rate: float
+    seconds: float
+
+
+class History(list[Epoch]):
+    """The epochs of a run, in order; shown as a table of the first, the last, and some between.
+
+    Example:
+        >>> history = History([Epoch(1, -120.5, 0.4, -110.2, 0.3, 1.0, 1e-3, 2.5)])
+        >>> history.column("validation_elbo")
+        [-110.2]
+        >>> history
+        1 epoch; bounds at β = 1, in nats per datum ± standard error
+        epoch     train bound  validation ELBO  β  learning rate  seconds
+            1  -120.50 ± 0.40   -110.20 ± 0.30  1          0.001      2.5
+    """
+
+    def __repr__(self) -> str:
+        return "\n".join(_table(self))
+
+    def column(self, name: str) -> list[float]:
+        """Return one field of every epoch, such as "validation_elbo"."""
+        return [getattr(epoch, name) for epoch in self]
+
+    def columns(self) -> dict[str, list[float]]:
+        """Return all fields, each as a column, as `plots.training_curves` takes them."""
+        return {field.name: self.column(field.name) for field in dataclasses.fields(Epoch)}
+
+    def write_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write a table with a header and one row an epoch."""
+        with replacing(path) as partial, partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.columns())
+            writer.writerows(dataclasses.astuple(epoch) for epoch in self)
+
+
+def _table(history: History) -> Iterator[str]:
+    """Lines of a table: all epochs if they are few, else some of them, at about equal distances."""
+    count = len(history)
+    shown = min(count, _SHOWN)
+    some = f", {shown} of them shown" if shown < count else ""
+    epochs = "1 epoch" if count == 1 else f"{count:,} epochs"
+    yield f"{epochs}{some}; bounds at β = 1, in nats per datum ± standard error"
+    rows = [history[round(place * (count - 1) / max(shown - 1, 1))] for place in range(shown)]
+    columns = {
+        "epoch": [f"{each.epoch:,}" for each in rows],
+        "train bound": [_estimate(each.train_bound, each.train_bound_se) for each in rows],
+        "validation ELBO": [_estimate(each.validation_elbo, each.validation_elbo_se) for each in rows],
+        "β": [f"{each.beta:.3g}" for each in rows],
+        "learning rate": [f"{each.learning_rate:.3g}" for each in rows],
+        "seconds": [f"{each.seconds:.1f}" for each in rows],
+    }
+    yield from aligned(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _estimate(value: float, standard_error: float) -> str:
+    return "-" if math.isnan(value) else str(Estimate(value, standard_error))

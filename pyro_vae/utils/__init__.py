@@ -1,0 +1,1 @@
+"""Tools without a model: argument checks, isolation, files, text output."""

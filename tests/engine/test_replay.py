@@ -1,0 +1,836 @@
+"""Every engine takes the eager steps: the same numbers, errors and side effects for the same draws."""
+
+import copy
+import logging
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from test_agreement import GUIDES, LIKELIHOODS
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.engine import products
+from pyro_vae.engine import replay as engines
+from pyro_vae.engine.compiler import NotCompiled
+from pyro_vae.engine.recorder import record
+from pyro_vae.objectives.estimators import KLWeighted
+
+EVENT, K, BATCH, LAST = (2, 3), 4, 7, 5
+TRACED_AND_COMPILED = ["traced", pytest.param("compiled", marks=pytest.mark.slow)]
+
+ESTIMATORS = {
+    **{name: case.make for name, case in CASES.items()},
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "Trace_ELBO, particles in a loop": lambda: Trace_ELBO(num_particles=3),
+    "Trace_ELBO, vectorised": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True),
+    "TraceMeanField_ELBO, vectorised": lambda: TraceMeanField_ELBO(num_particles=3, vectorize_particles=True),
+    "scheduled β": lambda: KLWeighted(TraceMeanField_ELBO(), lambda step: min(1.0, step / 15)),
+    "scheduled β, IWAE": lambda: KLWeighted(pv.IWAE(3), lambda step: min(1.0, step / 15)),
+    "free bits": lambda: KLWeighted(TraceMeanField_ELBO(), 0.7, free_bits=0.3),
+}
+
+
+def make_vae(likelihood="Bernoulli", guide="DiagonalNormal", dtype=torch.float64, layer=None):
+    torch.manual_seed(1)
+    case = LIKELIHOODS[likelihood]
+    options = {}
+    if (
+        layer
+    ):  # no bias before it: BatchNorm leaves it a gradient of rounding errors, which Adam would enlarge
+        first = nn.Linear(6, 9, bias=False)
+        options["network"] = nn.Sequential(nn.Flatten(), first, layer(), nn.Linear(9, 2 * K))
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=case.make(K, EVENT, hidden_features=(8,), **case.options),
+        guide=GUIDES[guide][0](EVENT, K, **options),
+    )
+    return vae.to(dtype)
+
+
+def batches(likelihood="Bernoulli", dtype=torch.float64, steps=20):
+    """Batches of which every fourth is smaller."""
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        n = LAST if step % 4 == 3 else BATCH
+        yield LIKELIHOODS[likelihood].data(torch.rand(n, *EVENT, generator=generator).to(dtype))
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, 0.01)
+
+
+def make_svi(vae, engine, estimator=TraceMeanField_ELBO, optimizer=adam, **options):
+    return pv.SVI(vae.model, vae.guide, optimizer(vae.parameters()), estimator(), engine=engine, **options)
+
+
+def train(vae, svi, data, each=lambda svi, step: None):
+    torch.manual_seed(3)
+    losses = []
+    for step, x in enumerate(data):
+        each(svi, step)
+        losses.append(svi.step(x))
+    return torch.tensor(losses, dtype=torch.float64), copy.deepcopy(vae.state_dict()), torch.get_rng_state()
+
+
+def assert_same(found, expected, rtol=1e-10):
+    for (losses, state, noise), (other_losses, other_state, other_noise) in [(found, expected)]:
+        torch.testing.assert_close(losses, other_losses, rtol=rtol, atol=0)
+        for name in other_state:
+            size = other_state[name].double().nan_to_num().abs().max().item()
+            torch.testing.assert_close(
+                state[name], other_state[name], rtol=rtol, atol=rtol * size, equal_nan=True, msg=name
+            )
+        assert torch.equal(noise, other_noise)
+
+
+def assert_traced(svi):
+    assert not svi._replay.given_up
+    if svi.engine == "compiled":
+        assert svi._replay.engine == "compiled"
+        assert all(recording.is_compiled for recording in svi._replay.recordings.values())
+
+
+def compare(
+    engine="traced",
+    *,
+    likelihood="Bernoulli",
+    dtype=torch.float64,
+    layer=None,
+    guide="DiagonalNormal",
+    **options,
+):
+    each = options.pop("each", lambda svi, step: None)
+    runs = []
+    for how in ("eager", engine):
+        vae = make_vae(likelihood, guide, dtype, layer)
+        svi = make_svi(vae, how, **options)
+        runs.append(train(vae, svi, batches(likelihood, dtype), each))
+    assert_traced(svi)
+    assert_same(runs[1], runs[0], rtol=1e-10 if dtype == torch.float64 else 1e-5)
+    return svi
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("engine", TRACED_AND_COMPILED)
+def test_every_estimator(estimator, engine):
+    compare(engine, estimator=ESTIMATORS[estimator])
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("engine", TRACED_AND_COMPILED)
+def test_every_likelihood(likelihood, dtype, engine):
+    compare(engine, likelihood=likelihood, dtype=dtype)
+
+
+def test_the_compiled_step():
+    """One case of everything at once; all the others are among the slow tests."""
+    svi = compare("compiled", estimator=ESTIMATORS["scheduled β, IWAE"], clip_norm=0.5, layer=nn.Dropout)
+    assert svi._replay.num_recordings == svi._replay.num_compilations == 2  # one for each shape
+
+
+def test_auto_compiles_where_earlier_would_have_paid(monkeypatch, caplog):
+    """And a run that is resumed changes over at the same step."""
+    taken = []
+
+    def compile_graph(module, arguments):
+        taken.append((svi.steps, len(arguments[0])))
+        return module.forward
+
+    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    vae = make_vae()
+    svi = make_svi(vae, "auto")
+    svi.step(next(batches()))
+    (recording,) = svi._replay.recordings.values()
+    assert 1_000 < recording.break_even < 20.0 / (4e-6 * 50)  # seconds to compile, seconds saved a step
+    monkeypatch.setattr(engines, "_COMPILING", 20.0 * 6.5 / recording.break_even)
+    for start in (0, 4):
+        taken.clear()
+        svi = make_svi(vae, "auto")
+        svi.steps = start
+        train(vae, svi, list(batches())[start:])
+        assert taken == [(7, LAST), (8, BATCH)]
+        assert svi.steps == 20
+    assert not caplog.records
+
+
+def test_without_a_compiler_the_graph_is_interpreted(monkeypatch, caplog):
+    def compile_graph(module, arguments):
+        raise NotCompiled("no C++ compiler")
+
+    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    runs = []
+    for engine in ("traced", "compiled"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        runs.append(train(vae, svi, batches()))
+    assert not svi._replay.given_up
+    assert_same(runs[1], runs[0], rtol=0)
+    assert caplog.messages == ["the graph of the SVI step is not compiled, but interpreted: no C++ compiler"]
+
+
+def compiler_with_an_error(factor, uses=None):
+    """A compiler of graphs whose first gradient is too long, always or in the uses of these numbers."""
+
+    def compile_graph(module, arguments):
+        number = 0
+
+        def wrong(*arguments):
+            nonlocal number
+            number += 1
+            loss, does_not_hold, first, *gradients = module(*arguments)
+            is_wrong = uses is None or number in uses
+            return loss, does_not_hold, factor * first if is_wrong else first, *gradients
+
+        return wrong
+
+    return compile_graph
+
+
+def test_a_compiled_graph_that_disagrees_is_interpreted(monkeypatch, caplog):
+    monkeypatch.setattr(engines, "compile_graph", compiler_with_an_error(1.01))
+    runs = []
+    for engine in ("eager", "compiled"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        runs.append(train(vae, svi, batches()))
+    assert not svi._replay.given_up
+    assert_same(runs[1], runs[0], rtol=1e-10)
+    assert len(caplog.messages) == 1
+    assert "compiled, the graph disagrees" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("factor", "uses"),
+    [
+        (
+            1.01,
+            {1},
+        ),  # a number on the other side of a ReLU's kink: that step is eager
+        (1 + 1e-9, None),  # rounding, as exponentials of log weights enlarge it
+    ],
+)
+def test_rounding_by_the_compiler_is_no_disagreement(monkeypatch, caplog, factor, uses):
+    monkeypatch.setattr(engines, "compile_graph", compiler_with_an_error(factor, uses))
+    runs = []
+    for engine in ("eager", "compiled"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        runs.append(train(vae, svi, batches()))
+    assert not caplog.records
+    assert all(recording.is_compiled for recording in svi._replay.recordings.values())
+    assert_same(runs[1], runs[0], rtol=1e-7)
+
+
+def test_the_faster_library_multiplies(monkeypatch):
+    """Whichever was found to be faster, the numbers are the same up to rounding."""
+    torch.manual_seed(1)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=pv.likelihoods.Bernoulli(K, (150,), hidden_features=(90,)),
+        guide=pv.guides.DiagonalNormal((150,), K, hidden_features=(90,)),
+    )
+    x = (torch.rand(110, 150) < 0.3).float()
+    start, losses = copy.deepcopy(vae.state_dict()), []
+    for library in ("mkl", "onednn"):
+        monkeypatch.setattr(products, "_measure", lambda a, b, with_bias, library=library: library)
+        vae.load_state_dict(start)
+        svi = make_svi(vae, "traced")
+        torch.manual_seed(2)
+        losses.append([svi.step(x) for _ in range(5)])
+        assert_traced(svi)
+        assert set(svi.fastest_products.values()) == {library}
+        (recording,) = svi._replay.recordings.values()
+        calls = str(recording.graph.module.code).count("onednn_linear")
+        assert calls == (0 if library == "mkl" else len(svi.fastest_products))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("engine", TRACED_AND_COMPILED)
+def test_every_guide(guide, engine):
+    compare(engine, guide=guide)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, 0.01, betas=(0.8, 0.9), eps=1e-4),
+        lambda p: torch.optim.Adam([{"params": list(p)[:3]}], 0.01),  # the rest stays as it is
+        lambda p: torch.optim.Adam([{"params": [q], "lr": 0.01 / (i + 1)} for i, q in enumerate(p)]),
+        lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9),
+        lambda p: torch.optim.RMSprop(p, 1e-3),
+    ],
+    ids=["Adam", "AdamW", "some parameters", "groups", "SGD", "RMSprop"],
+)
+def test_every_optimizer(optimizer):
+    compare(optimizer=optimizer)
+
+
+def test_clipped_gradients():
+    compare(clip_norm=0.5)
+
+
+def test_a_learning_rate_schedule():
+    runs = []
+    for engine in ("eager", "traced"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(svi.optimizer, 0.7)
+        runs.append(train(vae, svi, batches(), lambda svi, step, s=schedule: s.step() if step else None))
+    assert_traced(svi)
+    assert_same(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout, lambda: nn.BatchNorm1d(9)], ids=["dropout", "batch norm"])
+def test_layers_that_differ_between_training_and_evaluation(layer):
+    modes = {10: False, 15: True}
+
+    def switch(svi, step):
+        if step in modes:
+            svi.model.__self__.train(modes[step])
+
+    svi = compare(layer=layer, each=switch)
+    assert svi._replay.num_recordings <= 2 * 3  # two shapes in each of three phases
+
+
+def test_a_shape_is_recorded_once_and_pyro_is_out_of_the_way():
+    vae, calls = make_vae(), []
+
+    def model(x):
+        calls.append(len(x))
+        return vae.model(x)
+
+    svi = pv.SVI(model, vae.guide, adam(vae.parameters()), TraceMeanField_ELBO(), engine="traced")
+    data = list(batches(steps=100))
+    svi.check(data[0])
+    calls.clear()
+    for x in data:
+        svi.step(x)
+    assert svi._replay.num_recordings == 2
+    checks = sum(count.bit_length() for count in (75, 25))  # at the 1st, 2nd, 4th ... use
+    assert len(calls) == 2 + checks
+
+
+def test_parameters_changed_in_place_are_seen():
+    def spoil(svi, step):
+        vae = svi.model.__self__
+        if step == 6:
+            vae.load_state_dict(start)
+        if step == 9:
+            vae.posterior.network[1].weight.data.mul_(0.5)
+        if step == 12:
+            weight = vae.likelihood.network[1].weight
+            weight.data = weight.data + 0.1
+
+    start = make_vae().state_dict()
+    assert compare(each=spoil)._replay.num_recordings == 2
+
+
+def test_attributes_changed_by_hand_are_seen():
+    def change(svi, step):
+        if step == 6:
+            svi.model.__self__.posterior.network[2].p = 0.9
+        if step == 12:
+            svi.clip_norm = 0.1
+        if step == 15:
+            svi.loss = Trace_ELBO()
+
+    compare(layer=nn.Dropout, each=change)
+
+
+def test_a_model_moved_to_another_precision_is_recorded_anew():
+    vae = make_vae(dtype=torch.float32)
+    svi = make_svi(vae, "traced")
+    for x in batches(dtype=torch.float32, steps=2):
+        svi.step(x)
+    vae.double()
+    for state in svi.optimizer.state.values():
+        state.update({name: value.double() for name, value in state.items() if name != "step"})
+    loss = svi.step(next(batches()))
+    assert_traced(svi)
+    assert loss != float(torch.tensor(loss, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("traced", "eager"), ("eager", "traced"), ("traced", "traced")]
+)
+def test_a_run_continues_from_state_dicts(first, second):
+    data = list(batches())
+    vae = make_vae()
+    expected = train(vae, make_svi(vae, "eager"), data)
+
+    vae = make_vae()
+    svi = make_svi(vae, first)
+    losses, _, noise = train(vae, svi, data[:10])
+    resumed = make_vae()
+    resumed.load_state_dict(vae.state_dict())
+    again = make_svi(resumed, second)
+    again.optimizer.load_state_dict(copy.deepcopy(svi.optimizer.state_dict()))
+    torch.set_rng_state(noise)
+    more = torch.tensor([again.step(x) for x in data[10:]], dtype=torch.float64)
+    assert_same((torch.cat([losses, more]), resumed.state_dict(), torch.get_rng_state()), expected)
+
+
+def test_optimizer_state_loaded_between_steps_is_used():
+    saved = {}
+
+    def rewind(svi, step):
+        if step == 5:
+            saved.update(copy.deepcopy(svi.optimizer.state_dict()))
+        if step == 9:
+            svi.optimizer.load_state_dict(saved)
+
+    compare(each=rewind)
+    saved.clear()
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.parametrize("layer", [None, lambda: nn.BatchNorm1d(9)], ids=["plain", "batch norm"])
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda x: x.fill_(0.5), ValueError, "outside the support"),
+        (lambda x: x.fill_(float("nan")), pv.NonFiniteError, "log prob|posterior|value"),
+    ],
+    ids=["outside the support", "NaN"],
+)
+def test_an_error_is_the_eager_one_and_leaves_nothing_half_updated(spoil, error, message, layer):
+    states = []
+    for engine in ("eager", "traced"):
+        vae = make_vae(layer=layer)
+        svi = make_svi(vae, engine)
+        data = list(batches(steps=7))
+        train(vae, svi, data[:6])
+        before = copy.deepcopy((list(vae.parameters()), svi.optimizer.state_dict()))
+        with pytest.raises(error, match=message) as raised:
+            svi.step(spoil(data[6]))
+        after = (list(vae.parameters()), svi.optimizer.state_dict())
+        torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+        for index, state in before[1]["state"].items():
+            for name, value in state.items():
+                assert torch.equal(after[1]["state"][index][name], value), name
+        states.append((str(raised.value), vae.state_dict(), torch.get_rng_state()))
+    (eager_message, eager_state, eager_noise), (message, state, noise) = states
+    assert message == eager_message
+    assert_same((torch.zeros(0), state, noise), (torch.zeros(0), eager_state, eager_noise))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_loss_that_overflows_is_the_same_error():
+    for engine in ("eager", "traced"):
+        vae = make_vae("Normal", dtype=torch.float32)
+        svi = make_svi(vae, engine)
+        x = torch.randn(BATCH, *EVENT)
+        svi.step(x)
+        before = copy.deepcopy(vae.state_dict())
+        x[2] = 1e30
+        with pytest.raises(pv.NonFiniteError, match=r"site '[xz]' has"):
+            svi.step(x)
+        assert all(torch.equal(vae.state_dict()[name], value) for name, value in before.items())
+
+
+def pair(weight, branch):
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(branch(z, x), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(weight * x, 0.7))
+
+    return model, guide
+
+
+def train_pair(branch, engine, steps=12, estimator=Trace_ELBO):
+    weight = nn.Parameter(torch.tensor(0.1))
+    model, guide = pair(weight, branch)
+    svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), estimator(), engine=engine)
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)
+    losses = [svi.step(torch.randn(BATCH, generator=generator)) for _ in range(steps)]
+    return (torch.tensor(losses), {"weight": weight.detach()}, torch.get_rng_state()), svi
+
+
+def test_a_branch_on_data_follows_the_data():
+    def branch(z, x):
+        return 3 * z if x.mean() > 0 else -z
+
+    eager, _ = train_pair(branch, "eager")
+    traced, svi = train_pair(branch, "traced")
+    assert_traced(svi)
+    assert_same(traced, eager, rtol=1e-6)
+
+
+def draws_elsewhere(z, x):
+    return z + torch.randn((), generator=torch.Generator().manual_seed(1))
+
+
+class Changing:
+    """A global variable that a model looks at."""
+
+    value = 0.0
+
+
+def looks_elsewhere(z, x):
+    Changing.value += 0.1
+    return z + Changing.value
+
+
+@pytest.mark.parametrize(
+    ("branch", "reason"),
+    [
+        (lambda z, x: z * float(x.sum()), "it takes values out of tensors"),
+        (lambda z, x: z + x[x > 0].mean(), "it takes values out of tensors"),
+        (looks_elsewhere, "disagrees with the eager step"),
+        (
+            lambda z, x: z + torch.randn((), generator=torch.Generator().manual_seed(1)),
+            "generator of its own",
+        ),
+        (lambda z, x: z + float(x.detach().numpy().sum()), "takes values out of tensors"),
+        (lambda z, x: z * torch.tensor([x.sum()]), "takes values out of tensors"),
+        (lambda z, x: z * {0: 2.0}.get((x > 9).sum().item(), 1.0), "takes values out of tensors"),
+    ],
+    ids=["number", "shape", "class attribute", "generator", "numpy", "tensor of tensors", "look-up"],
+)
+def test_what_no_graph_can_hold_is_eager_and_says_so_once(branch, reason, caplog):
+    Changing.value = 0.0
+    eager, _ = train_pair(branch, "eager", steps=2)
+    Changing.value = 0.0
+    with caplog.at_level(logging.INFO, "pyro_vae"):
+        traced, svi = train_pair(branch, "traced", steps=2)
+    assert svi._replay.given_up
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert reason in caplog.text
+    if branch is not looks_elsewhere:  # which counts its own runs
+        assert_same(traced, eager, rtol=1e-6)
+
+
+def test_estimators_without_a_differentiable_loss_are_eager(caplog):
+    eager, _ = train_pair(lambda z, x: z, "eager", estimator=TraceGraph_ELBO)
+    traced, svi = train_pair(lambda z, x: z, "traced", estimator=TraceGraph_ELBO)
+    assert svi._replay.given_up
+    assert "TraceGraph_ELBO has no differentiable_loss" in caplog.text
+    assert_same(traced, eager, rtol=0)
+
+
+def test_enumeration():
+    logits = nn.Parameter(torch.tensor([0.1, -0.2, 0.3]))
+
+    @pyro.infer.config_enumerate
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=torch.zeros(3)))
+            pyro.sample("x", dist.Normal(k.to(x.dtype) * logits.sum(), 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    states = []
+    for engine in ("eager", "traced"):
+        logits.data = torch.tensor([0.1, -0.2, 0.3])
+        optimizer = torch.optim.Adam([logits], 0.1)
+        svi = pv.SVI(model, guide, optimizer, TraceEnum_ELBO(max_plate_nesting=1), engine=engine)
+        generator = torch.Generator().manual_seed(1)
+        losses = [svi.step(torch.randn(BATCH, generator=generator)) for _ in range(5)]
+        states.append((torch.tensor(losses), {"logits": logits.detach().clone()}, torch.get_rng_state()))
+    assert_same(states[1], states[0], rtol=1e-5)
+
+
+def test_endless_shapes_are_not_recorded_for_ever(caplog):
+    _, svi = train_pair(lambda z, x: z, "traced", steps=1)
+    for n in range(2, 60):
+        svi.step(torch.randn(n))
+    assert svi._replay.given_up
+    assert "shapes or attributes keep changing" in caplog.text
+
+
+def test_numbers_among_the_arguments_are_part_of_the_graph():
+    weight = nn.Parameter(torch.tensor(0.1))
+
+    def model(x, *, scale):
+        with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, *, scale):
+        with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=scale):
+            pyro.sample("z", dist.Normal(weight * x, 0.7))
+
+    def losses(engine, as_tensor):
+        weight.data = torch.tensor(0.1)
+        svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine=engine)
+        torch.manual_seed(1)
+        scales = [0.5, 1.0, 0.5, 2.0]
+        return svi, [svi.step(torch.ones(BATCH), scale=torch.tensor(s) if as_tensor else s) for s in scales]
+
+    _, expected = losses("eager", False)
+    for as_tensor, recordings in ((False, 3), (True, 1)):
+        svi, found = losses("traced", as_tensor)
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert svi._replay.num_recordings == recordings
+        assert_traced(svi)
+
+
+def test_two_svis_share_an_optimizer():
+    """Each counts the other's steps."""
+    losses = []
+    for engine in ("eager", "traced"):
+        vae = make_vae()
+        optimizer = adam(vae.parameters())
+        estimators = (TraceMeanField_ELBO(), Trace_ELBO())
+        pairs = [pv.SVI(vae.model, vae.guide, optimizer, e, engine=engine) for e in estimators]
+        torch.manual_seed(3)
+        losses.append([pairs[step % 2].step(x) for step, x in enumerate(batches())])
+        assert {float(state["step"]) for state in optimizer.state.values()} == {20.0}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+def changed_state(svi, step):
+    state = svi.optimizer.state[next(svi.model.__self__.parameters())]
+    if step == 6:
+        state["step"] = torch.zeros_like(state["step"])
+    if step == 9:
+        state["exp_avg_sq"] = 2 * state["exp_avg_sq"]
+
+
+def test_optimizer_state_changed_by_hand_is_used():
+    compare(each=changed_state)
+
+
+def test_gradients_are_left_behind_and_hooks_run():
+    seen = {"eager": [], "traced": []}
+
+    def look(svi, step):
+        found = seen["traced" if svi.engine == "traced" else "eager"]
+        if step == 3:
+            svi.optimizer.register_step_post_hook(lambda *_: found.append("hook"))
+        if step:
+            found.append(round(float(svi.optimizer.param_groups[0]["params"][0].grad.norm()), 10))
+
+    compare(each=look)
+    assert seen["traced"] == seen["eager"]
+    assert seen["traced"].count("hook") == 17
+
+
+def test_hooks_that_wait_for_accumulated_gradients_make_the_step_eager(caplog):
+    vae = make_vae()
+    next(vae.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    svi = make_svi(vae, "traced")
+    svi.step(next(batches()))
+    assert svi._replay.given_up
+    assert "hooks" in caplog.text
+
+
+def test_a_buffer_that_seldom_changes_is_counted_once():
+    counts = []
+    for engine in ("eager", "traced"):
+        count, weight = torch.zeros(()), nn.Parameter(torch.tensor(0.1))
+
+        def model(x, count=count):
+            count.add_((x > 8).sum())
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        _, guide = pair(weight, None)
+        svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine=engine)
+        svi.check(torch.zeros(BATCH))
+        for step in range(20):
+            svi.step(torch.full((BATCH,), 9.0 if step in (3, 7, 15) else 0.0))
+        counts.append(float(count))
+    assert counts[0] == counts[1] == 3 * BATCH
+
+
+def test_arguments_changed_in_place_or_the_same_twice():
+    weight = nn.Parameter(torch.tensor(0.1))
+
+    def model(x, y):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + y, 1.0), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(weight * x, 0.7))
+
+    losses = []
+    for engine in ("eager", "traced"):
+        weight.data = torch.tensor(0.1)
+        svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine=engine)
+        torch.manual_seed(1)
+        x, other = torch.arange(float(BATCH)), torch.ones(BATCH)
+        losses.append([svi.step(x, x) for _ in range(4)] + [svi.step(x, other) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    def changing(x):
+        x.sub_(0.5)
+        return pair(weight, lambda z, x: z)[0](x)
+
+    def guide_of_its_own(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(weight.expand(len(x)), 0.7))
+
+    svi = pv.SVI(changing, guide_of_its_own, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine="traced")
+    x = torch.full((BATCH,), 9.0)
+    svi._checked = (svi.model, svi.guide, svi.loss)
+    svi.step(x)
+    assert svi._replay.given_up
+    assert torch.equal(x, torch.full((BATCH,), 8.5))
+
+
+def test_a_handler_around_the_step_is_heard():
+    losses = []
+    for engine in ("eager", "traced"):
+        vae = make_vae()
+        svi = make_svi(vae, engine)
+        torch.manual_seed(3)
+        for step, x in enumerate(batches(steps=8)):
+            with pyro.poutine.scale(scale=1.0 + step):
+                losses.append(svi.step(x))
+    assert losses[:8] == pytest.approx(losses[8:], rel=1e-10)
+
+
+def test_a_copy_of_an_svi_takes_the_same_steps():
+    vae = make_vae()
+    svi = make_svi(vae, "traced")
+    train(vae, svi, batches(steps=5))
+    other = copy.deepcopy(svi)
+    losses = []
+    for each in (svi, other):
+        torch.manual_seed(4)
+        losses.append([each.step(x) for x in batches(steps=5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+def test_rounding_by_another_library_is_no_disagreement(monkeypatch):
+    """Not even where it is large: what is asked of is the graph with eager torch's products."""
+    original = engines.choose_products
+
+    def choose_products(module, fastest):
+        original(module, fastest)
+        (output,) = (node for node in module.graph.nodes if node.op == "output")
+        loss, does_not_hold, first, *rest = output.args[0]
+        with module.graph.inserting_before(output):
+            output.args = ((loss, does_not_hold, module.graph.call_function(torch.mul, (first, 1.1)), *rest),)
+        module.recompile()
+
+    monkeypatch.setattr(engines, "choose_products", choose_products)
+    vae = make_vae()
+    svi = make_svi(vae, "traced")
+    train(vae, svi, batches(steps=5))
+    assert not svi._replay.given_up
+
+
+def test_a_constant_mask_leaves_no_question_in_the_graph():
+    """A compiler cannot tell how much a mask selects; the recorder can, of one that is always the same."""
+    weight = torch.randn(6, requires_grad=True)
+
+    def loss_and_gradients(x):
+        mask = torch.arange(3) <= torch.arange(3).unsqueeze(-1)
+        matrix = torch.zeros(3, 3)
+        matrix[mask] = weight
+        loss = (matrix @ x).exp()[mask[2]].sum() + matrix[torch.nonzero(~mask)].sum()
+        return loss, torch.autograd.grad(loss, [weight])
+
+    graph = record(loss_and_gradients, [torch.randn(3, 2)])
+    asked = ("nonzero", "masked", "_local_scalar")
+    assert not [node for node in graph.module.graph.nodes if any(word in str(node.target) for word in asked)]
+    assert not [tensor for tensor in graph.outside if tensor.dtype == torch.bool]
+    x = torch.randn(3, 2)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    expected, (gradient,) = loss_and_gradients(x)
+    with torch.no_grad():
+        loss, does_not_hold, found = graph.module(x, *graph.outside)
+    assert not does_not_hold
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(found, gradient)
+
+
+def swap_parameters(svi, weight):
+    other = nn.Parameter(torch.full_like(weight, 0.4))
+    svi.optimizer.param_groups[0]["params"] = [other]
+
+
+def replace_group(svi, weight):
+    svi.optimizer.param_groups[0] = {**svi.optimizer.param_groups[0], "lr": 0.5}
+
+
+def decouple_weight_decay(svi, weight):
+    svi.optimizer.param_groups[0]["decoupled_weight_decay"] = True
+
+
+def hook_gradient(svi, weight):
+    weight.register_hook(lambda gradient: 0.1 * gradient)
+
+
+def reshape(svi, weight):
+    weight.data = torch.full((BATCH,), 0.2)
+
+
+@pytest.mark.parametrize(
+    "change", [swap_parameters, replace_group, decouple_weight_decay, hook_gradient, reshape]
+)
+def test_what_is_done_to_optimizer_and_parameters_counts_from_the_next_step(change):
+    found = {}
+    for engine in ("eager", "traced"):
+        weight = nn.Parameter(torch.tensor(0.1))
+        model, guide = pair(weight, lambda z, x: z)
+        kind = torch.optim.SGD if change is reshape else torch.optim.Adam
+        optimizer = kind([weight], 0.01, weight_decay=0.1)
+        svi = pv.SVI(model, guide, optimizer, Trace_ELBO(), engine=engine)
+        torch.manual_seed(2)
+        losses = []
+        for step in range(13):
+            if step == 9:
+                change(svi, weight)
+            losses.append(svi.step(torch.linspace(-1.0, 1.0, BATCH)))
+        trained = svi.optimizer.param_groups[0]["params"][0]
+        found[engine] = [torch.tensor(losses), weight.detach(), trained.detach()]
+    assert_traced(svi)
+    torch.testing.assert_close(found["traced"], found["eager"], rtol=1e-5, atol=1e-6)
+
+
+def accumulate(z, x):
+    total = torch.tensor(0.0)
+    total += z.sum()
+    return z + total
+
+
+def accumulate_indices(z, x):
+    index = torch.nonzero(torch.tensor([0, 1]))[0]
+    index += 1
+    return z + z[index]
+
+
+@pytest.mark.parametrize("branch", [accumulate, accumulate_indices])
+def test_a_constant_that_is_changed_in_place_is_made_anew_at_each_step(branch):
+    eager, _ = train_pair(branch, "eager")
+    traced, svi = train_pair(branch, "traced")
+    assert_traced(svi)
+    assert_same(traced, eager, rtol=1e-6)
+
+
+def test_an_argument_that_the_model_also_knows_as_a_global_variable():
+    known = torch.linspace(-1.0, 2.0, BATCH)
+    losses = {}
+    for engine in ("eager", "traced"):
+        weight = nn.Parameter(torch.tensor(0.1))
+        model, guide = pair(weight, lambda z, x: z + known.mean())
+        svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine=engine)
+        torch.manual_seed(2)
+        losses[engine] = [svi.step(x) for x in (known, known + 1, known - 1, known, known + 2)]
+    assert_traced(svi)
+    assert losses["traced"] == pytest.approx(losses["eager"], rel=1e-5)
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match=r"engine must be one of .*traced.*; got 'jit'"):
+        make_svi(make_vae(), "jit")

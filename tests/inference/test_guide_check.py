@@ -1,0 +1,456 @@
+"""What `check_guide` reports and refuses.
+
+    uv run python tests/test_compatibility.py
+
+prints the messages for deliberately broken guides in one listing.
+"""
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.inference.guide_check import check_guide
+from pyro_vae.inference.guide_report import GuideError
+from pyro_vae.networks import positive
+
+EVENT, K, N = (2, 3), 4, 5
+
+
+def make_vae(guide: Any = None, prior: nn.Module | None = None) -> pv.VAE:
+    return pv.VAE(
+        prior=prior or pv.priors.StandardNormal(K),
+        likelihood=pv.likelihoods.Normal(K, EVENT, hidden_features=(7,)),
+        guide=guide or pv.guides.DiagonalNormal(EVENT, K, hidden_features=(6,)),
+    )
+
+
+class OwnGuide(nn.Module):
+    """A guide as a user writes it, with a way to go wrong."""
+
+    def __init__(self, family: Callable[[Tensor, Tensor], Any], outputs: int = 2 * K, inputs: int = 6):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.family = family
+
+    def forward(self, x: Tensor) -> Any:
+        return self.family(*self.linear(x.flatten(1)).chunk(2, -1))
+
+
+def normal(loc: Tensor, raw: Tensor) -> Any:
+    return dist.Normal(loc, positive(raw)).to_event(1)
+
+
+def sampling(name: str, *, plate: bool = True, **infer: Any) -> Callable[[Tensor], Any]:
+    """A plain Pyro guide that draws a site of some name, in the data plate or outside."""
+
+    def guide(x: Tensor) -> None:
+        q = dist.Normal(torch.zeros(len(x), K), 1.0).to_event(1)
+        if plate:
+            with pyro.plate("data", len(x)):
+                pyro.sample(name, q, infer=infer)
+        else:
+            pyro.sample(name, q)
+
+    return guide
+
+
+def observed_too(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(N, K), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(torch.zeros(N, *EVENT), 1.0).to_event(2))
+
+
+def nan_network() -> nn.Module:
+    guide = OwnGuide(normal)
+    nn.init.constant_(guide.linear.bias, float("nan"))
+    return guide
+
+
+BROKEN: dict[str, Callable[[], Any]] = {
+    "another event shape of the data": lambda: OwnGuide(normal, inputs=8),
+    "another latent size": lambda: OwnGuide(normal, outputs=2 * 3),
+    "another site name": lambda: sampling("latent"),
+    "no plate": lambda: sampling("z", plate=False),
+    "a forgotten .to_event": lambda: OwnGuide(lambda loc, raw: dist.Normal(loc, positive(raw))),
+    "a scale that is not positive": lambda: OwnGuide(
+        lambda loc, _: dist.Normal(loc, 0 * loc - 1).to_event(1)
+    ),
+    "NaN from the network": nan_network,
+    "another dtype": lambda: OwnGuide(normal).double(),
+    "another device": lambda: pv.guides.DiagonalNormal(EVENT, K).to("meta"),
+    "no distribution": lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, K)),
+    "draws of another dtype": lambda: OwnGuide(lambda loc, raw: normal(loc.double(), raw.double())),
+    "a discrete guide": lambda: OwnGuide(lambda logits, _: dist.Bernoulli(logits=logits).to_event(1)),
+    "a site that the model observes": lambda: observed_too,
+    "draws that overflow": lambda: OwnGuide(lambda loc, raw: normal(9e38 + loc, raw)),
+    "more draws than data": lambda: OwnGuide(lambda loc, raw: normal(loc.expand(3, N, K), raw)),
+    "an error of its own": lambda: OwnGuide(lambda loc, raw: {}["missing"]),
+}
+LISTING = Path(__file__).with_name("broken_guides.txt")
+
+
+def error_of(name: str) -> GuideError:
+    vae = make_vae(BROKEN[name]())
+    with pytest.raises(GuideError) as caught:
+        check_guide(vae.model, vae.guide, torch.randn(N, *EVENT))
+    return caught.value
+
+
+def entry(name: str) -> str:
+    """A guide's entry in the listing, without what torch says of its own accord."""
+    message = re.sub(r"RuntimeError: .*", "RuntimeError: ...", str(error_of(name)))
+    return f"{name}\n" + textwrap.indent(message, "    ")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_guides_are_refused_in_the_words_of_the_listing(name):
+    listed = {text.partition("\n")[0]: text for text in LISTING.read_text().rstrip().split("\n\n")}
+    assert entry(name) == listed[name]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_error_carries_the_report(name):
+    error = error_of(name)
+    if error.report is None:
+        assert "fail" in str(error) or "entries" in str(error)
+    else:
+        assert "\n".join(error.report.problems) == str(error)
+        assert str(error.report).startswith("the guide does not fit the model")
+
+
+@pytest.mark.parametrize("name", [n for n in BROKEN if n not in ("NaN from the network", "another device")])
+def test_no_broken_guide_is_judged_or_trained(name):
+    """Not for a parameter that is NaN or has no values: `evaluate` looks at these first."""
+    vae, x = make_vae(BROKEN[name]()), torch.randn(N, *EVENT)
+    svi = pv.SVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters()), Trace_ELBO())
+    for use in (svi.step, lambda x: pv.evaluate(vae, x, num_particles=3, progress=False)):
+        with pytest.raises(GuideError) as caught:
+            use(x)
+        assert str(caught.value).partition(":")[0] == str(error_of(name)).partition(":")[0]
+
+
+def test_terms_tell_where_to_ask():
+    vae = make_vae(BROKEN["another dtype"]())
+    with pytest.raises(RuntimeError) as caught:
+        pv.terms(vae.model, vae.guide, torch.randn(N, *EVENT))
+    assert "check_guide" in caught.value.__notes__[0]
+
+
+def test_a_forgotten_to_event_is_seen_where_sizes_agree():
+    vae = make_vae(OwnGuide(lambda loc, raw: dist.Normal(loc, positive(raw))))
+    with pytest.raises(
+        GuideError, match=r"has batch shape \(4, 4\) and event shape \(\).*add .to_event\(1\)"
+    ):
+        check_guide(vae.model, vae.guide, torch.randn(K, *EVENT))
+
+
+def test_missing_and_extra_sites_are_reported_as_data():
+    report = error_of("another site name").report
+    assert [(site.name, site.status) for site in report.sites] == [("z", "missing"), ("latent", "extra")]
+    assert report.sites[0].guide is None
+    assert report.sites[0].model == ("Normal", (N,), (K,))
+    assert report.sites[1].model is None
+    assert not report.mean_field
+
+
+def two_sites(*names: str) -> Callable[[Tensor], None]:
+    """A program of two latent sites of different shapes."""
+
+    def program(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for name, size in zip(names, (3, K), strict=True):
+                pyro.sample(name, dist.Normal(torch.zeros(len(x), size), 1.0).to_event(1))
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("top", "codes"), "the guide draws 'codes', expected 'code': rename 'codes' to 'code'"),
+        (
+            ("topp", "codes"),
+            "the guide draws 'topp', expected 'top': rename 'topp' to 'top'\n"
+            "the guide draws 'codes', expected 'code': rename 'codes' to 'code'",
+        ),
+    ],
+)
+def test_a_misspelt_site_is_told_in_one_sentence(names, message):
+    with pytest.raises(GuideError) as caught:
+        check_guide(two_sites("top", "code"), two_sites(*names), torch.zeros(N))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("names", [("codes", "topp"), ("a", "b")], ids=["of another shape", "unlike"])
+def test_what_is_no_misspelling_is_not_taken_for_one(names):
+    with pytest.raises(
+        GuideError, match="has no site 'top'.*\n.*has no site 'code'.*\n.*draws.*\n.*draws"
+    ) as caught:
+        check_guide(two_sites("top", "code"), two_sites(*names), torch.zeros(N))
+    assert "rename 'codes'" not in str(caught.value)
+
+
+def in_plate(name: str, *options: Any, enumerate_: str | None = None, **keywords: Any) -> tuple[Any, Any]:
+    """A model of a coin and a number for each datum in the plate "data", and its guide in another."""
+
+    def model(x: Tensor, **subsample: Any) -> None:
+        with pyro.plate("data", **{"size": len(x), **subsample}) as index:
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x: Tensor, **subsample: Any) -> None:
+        with pyro.plate(name, *options, **({"size": len(x), **subsample} | keywords)) as index:
+            pyro.sample("z", dist.Bernoulli(logits=x[index]), infer={"enumerate": enumerate_})
+
+    return model, guide
+
+
+def test_a_plate_of_another_name_is_refused_where_an_estimator_is_wrong():
+    model, guide = in_plate("rows")
+    report = check_guide(model, guide, torch.randn(N))
+    reason = (
+        "the guide's site 'z' lies in the plate 'rows', the model's in 'data', and Pyro takes them for two"
+    )
+    assert report.estimators["TraceEnum_ELBO"].startswith(reason)
+    assert report.estimators["VIMCO"].startswith(reason)
+    assert report.estimators["Trace_ELBO"] is None
+    with pytest.raises(ValueError, match=r"TraceEnum_ELBO\(\) is not valid .*rename the guide's to 'data'"):
+        pv.SVI(model, guide, torch.optim.SGD([torch.zeros(1)], 0.1), TraceEnum_ELBO()).step(torch.randn(N))
+
+
+@pytest.mark.filterwarnings("ignore:Found plate statements in guide")
+def test_enumeration_is_wrong_for_a_plate_of_another_name():
+    x, loss = torch.randn(N), {}
+    for name in ("data", "rows"):
+        model, guide = in_plate(name, enumerate_="parallel")
+        loss[name] = TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, x)
+    q = dist.Bernoulli(logits=x)
+    terms = [
+        q.log_prob(z).exp()
+        * (dist.Bernoulli(0.4).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - q.log_prob(z))
+        for z in torch.eye(2)[:, :1]
+    ]
+    assert loss["data"] == pytest.approx(-float(sum(terms).sum()), abs=1e-4)
+    assert loss["rows"] > loss["data"] + 1
+
+
+def test_a_plate_that_draws_other_data_than_the_models_is_refused():
+    model, guide = in_plate("rows")
+    x = torch.randn(50)
+    with pytest.raises(
+        GuideError, match="'rows' draws 7 of 50 data, the model's 'data' .*rename 'rows' to 'data'"
+    ):
+        check_guide(model, guide, x, subsample_size=7)
+    check_guide(model, guide, x, subsample=torch.arange(3, 10))  # the same in both, whatever the names
+    check_guide(*in_plate("data"), x, subsample_size=7)
+
+
+def test_a_plate_of_another_size_than_the_models_is_refused():
+    x = torch.randn(50)
+    model, guide = in_plate("data", size=7)
+    with pytest.raises(
+        GuideError, match="is scaled to 7 data by its plate 'data', expected 50 .*, 50 and 7$"
+    ):
+        check_guide(model, guide, x, subsample_size=7)
+    scaled = pyro.poutine.scale(guide, 50 / 7)
+    assert check_guide(model, scaled, x, subsample_size=7).problems == ()
+
+
+def test_a_vae_in_place_of_its_model_and_guide_is_told_the_right_call():
+    vae, x = make_vae(), torch.randn(N, *EVENT)
+    optimizer = torch.optim.Adam(vae.parameters())
+    for call, wrong in {
+        r"SVI\(vae.model, vae.guide, optimizer, loss\)": lambda m, g: pv.SVI(m, g, optimizer, Trace_ELBO()),
+        r"compare_estimators\(vae.model, vae.guide, x, estimators\)": lambda m, g: pv.compare_estimators(
+            m, g, x, [Trace_ELBO()]
+        ),
+        r"check_guide\(vae.model, vae.guide, x\)": lambda m, g: check_guide(m, g, x),
+        r"terms\(vae.model, vae.guide, x\)": lambda m, g: pv.terms(m, g, x),
+    }.items():
+        for pair, got in [((vae, vae), "VAE"), ((vae.model, None), "NoneType"), ((vae, x), "VAE")]:
+            with pytest.raises(TypeError, match=f"two Pyro functions; got {got}: call {call}$"):
+                wrong(*pair)
+
+
+def test_data_that_are_no_tensor_are_no_shape():
+    vae = make_vae()
+    with pytest.raises(
+        GuideError, match="before it draws 'z' with TypeError: .* must be a tensor; got list$"
+    ):
+        check_guide(two_sites("z", "y"), vae.guide, [1.0])
+
+
+def test_the_report_of_a_fitting_guide():
+    vae = make_vae()
+    report = check_guide(vae.model, vae.guide, torch.randn(N, *EVENT))
+    (site,) = report.sites
+    assert dataclasses.astuple(site) == (
+        *("z", "match", ("Normal", (N,), (K,)), ("Normal", (N,), (K,)), ("data",), "Real()", True, True),
+    )
+    assert report.mean_field
+    assert set(report.estimators.values()) == {None}
+    assert report.problems == report.without_gradient == report.unregistered == ()
+    lines = str(report).splitlines()
+    assert lines[0] == "the guide fits the model"
+    assert re.sub(" +", " ", lines[2]) == (
+        "z match Normal (5,) (4,) Normal (5,) (4,) data Real() reparameterised closed form"
+    )
+    assert lines[3] == f"valid estimators: {', '.join(report.estimators)}"
+    assert len(report.estimators) == 11
+    assert len(lines) == 4
+
+
+def test_a_sampled_kl_is_told():
+    vae = make_vae(prior=pv.priors.Mixture(K))
+    report = check_guide(vae.model, vae.guide, torch.randn(N, *EVENT))
+    assert not report.sites[0].analytic_kl
+    assert "sampled" in str(report)
+
+
+def test_a_score_function_guide_loses_the_estimators_that_need_paths():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        logit = pyro.param("logit", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logit + x))
+
+    report = check_guide(model, guide, torch.randn(N))
+    assert not report.sites[0].reparameterised
+    valid = {name for name, reason in report.estimators.items() if reason is None}
+    assert valid == {"Trace_ELBO", "TraceGraph_ELBO", "TraceEnum_ELBO", "VIMCO"}
+    assert "site 'z' is not reparameterised" in report.estimators["DReG"]
+    assert "not DReG: DReG(2) needs draws that carry gradients" in str(report)
+    assert report.without_gradient == ()  # through the score function
+
+
+def test_a_bottom_up_guide_loses_the_mean_field_estimator_alone():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("top", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(top, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x, 1.0))
+            pyro.sample("top", dist.Normal(z, 1.0))
+
+    report = check_guide(model, guide, torch.randn(N))
+    assert [site.name for site in report.sites] == ["top", "z"]
+    assert [name for name, reason in report.estimators.items() if reason is not None] == [
+        "TraceMeanField_ELBO"
+    ]
+    assert "draws 'z' given 'top'" in report.estimators["TraceMeanField_ELBO"]
+    assert not report.mean_field
+
+
+def test_a_global_latent_leaves_pyros_estimators():
+    def model(x):
+        shared = pyro.sample("shared", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(shared, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("shared", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    report = check_guide(model, guide, torch.randn(N))
+    assert report.estimators["TraceMeanField_ELBO"] is None
+    assert "'shared' lies outside the data plate" in report.estimators["IWAE"]
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoLowRankMultivariateNormal])
+def test_pyros_autoguides_fit(make):
+    vae = make_vae()
+    guide = make(vae.model)
+    report = check_guide(vae.model, guide, torch.randn(N, *EVENT))
+    assert not list(guide.parameters())  # it stays as new, for data of another number
+    assert check_guide(vae.model, guide, torch.randn(N + 2, *EVENT)).problems == ()
+    assert report.estimators["Trace_ELBO"] is None
+    assert {site.status for site in report.sites} == {"match", "auxiliary"}
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_what_rules_out_several_estimators_is_told_once():
+    vae = make_vae()
+    report = check_guide(vae.model, AutoLowRankMultivariateNormal(vae.model), torch.randn(N, *EVENT))
+    assert str(report).count("lies outside the data plate") == 1
+    assert "not IWAE, PIWAE, CIWAE, Renyi, STL, DReG, VIMCO: " in str(report)
+
+
+def test_parameters_without_gradient_are_named():
+    guide = OwnGuide(normal)
+    guide.forgotten = nn.Linear(2, 3)
+    guide.frozen = nn.Linear(2, 3).requires_grad_(False)
+    vae = make_vae(guide)
+    report = check_guide(vae.model, vae.guide, torch.randn(N, *EVENT))
+    assert report.without_gradient == ("posterior.forgotten.weight", "posterior.forgotten.bias")
+    assert "without gradient: posterior.forgotten.weight" in str(report)
+
+
+def test_parameters_that_pyro_does_not_see_are_told():
+    hidden = OwnGuide(normal)
+    report = check_guide(make_vae().model, make_vae(hidden.forward).guide, torch.randn(N, *EVENT))
+    assert sorted(report.unregistered) == [(2 * K,), (2 * K, 6)]
+    assert "no Pyro statement shows" in str(report)
+
+    def registered(x):
+        pyro.module("hidden", hidden)
+        return hidden(x)
+
+    vae = make_vae(registered)
+    assert check_guide(vae.model, vae.guide, torch.randn(N, *EVENT)).unregistered == ()
+
+
+def test_nothing_is_left_behind():
+    guide = OwnGuide(normal)
+    guide.linear = nn.Sequential(nn.Linear(6, 2 * K), nn.BatchNorm1d(2 * K), nn.Dropout(0.5))
+    vae, x = make_vae(guide), torch.randn(N, *EVENT)
+    (vae.likelihood.network[1].weight.sum() * 2).backward()
+    state = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in vae.parameters()]
+    kept = pyro.param("kept", torch.tensor(3.0))
+    random_state = torch.get_rng_state()
+    try:
+        with pyro.poutine.trace() as tracer:
+            check_guide(vae.model, vae.guide, x)
+            with pytest.raises(GuideError):
+                check_guide(vae.model, sampling("latent"), x)
+        assert not tracer.trace.nodes
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert pyro.param("kept") is kept
+        assert list(pyro.get_param_store().keys()) == ["kept"]
+    finally:
+        pyro.clear_param_store()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in vae.state_dict().items())
+    for parameter, gradient in zip(vae.parameters(), gradients, strict=True):
+        assert gradient is None if parameter.grad is None else torch.equal(parameter.grad, gradient)
+
+
+def test_an_error_of_the_model_is_its_own():
+    vae = make_vae()
+    with pytest.raises(ValueError, match="x must have shape") as caught:
+        check_guide(vae.model, vae.guide, torch.randn(N, 7))
+    assert not isinstance(caught.value, GuideError)
+
+
+if __name__ == "__main__":
+    print("\n\n".join(entry(name) for name in BROKEN))

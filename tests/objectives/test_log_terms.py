@@ -1,0 +1,773 @@
+"""The terms of one run, for pairs of many shapes, against Pyro's own traces; and what is refused."""
+
+import math
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine.util import prune_subsample_sites
+from torch import nn
+from torch.distributions import kl_divergence
+
+from pyro_vae.objectives.estimators import IWAE, check_mean_field, terms
+
+S, N, D, K = 5, 4, 6, 2  # particles, data, their dimension, latent dimensions
+X = torch.randn(N, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+def data_plate(x):
+    return pyro.plate("data", len(x), dim=-1)
+
+
+class Flat:
+    """One latent vector."""
+
+    @staticmethod
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+            pyro.sample(
+                "x", dist.Normal(z.sum(-1, keepdim=True), 1.0).expand([*z.shape[:-1], D]).to_event(1), obs=x
+            )
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
+
+
+class Hierarchical:
+    """Two latent vectors, each drawn given the one before, in the same order in both."""
+
+    @staticmethod
+    def model(x):
+        with data_plate(x):
+            z1 = pyro.sample("z1", dist.Normal(zeros(K), 1.0).to_event(1))
+            z2 = pyro.sample("z2", dist.Normal(z1.sum(-1), 1.0))
+            pyro.sample("x", dist.Normal(z2.unsqueeze(-1) * x, 1.0).to_event(1), obs=x)
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x):
+            z1 = pyro.sample("z1", dist.Normal(x[:, :K], 0.5).to_event(1))
+            pyro.sample("z2", dist.Normal(z1.prod(-1), 0.5))
+
+
+class BottomUp(Hierarchical):
+    """The guide draws them the other way round."""
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x):
+            z2 = pyro.sample("z2", dist.Normal(x[:, 0], 0.5))
+            pyro.sample("z1", dist.Normal(z2.unsqueeze(-1) * x[:, :K], 0.5).to_event(1))
+
+
+class Masked(Flat):
+    """A mask on data, and one on latents."""
+
+    @staticmethod
+    def model(x):
+        with data_plate(x):
+            with poutine.mask(mask=MASK):
+                z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+            with poutine.mask(mask=~MASK):
+                pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x), poutine.mask(mask=MASK):
+            pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
+
+
+MASK = torch.tensor([True, False, True, True])
+
+
+class Nested:
+    """Latent and observed sites in a second plate, left of the data's."""
+
+    max_plate_nesting = 2
+
+    @staticmethod
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(zeros(()), 1.0))
+            with pyro.plate("pixels", D, dim=-2):
+                u = pyro.sample("u", dist.Normal(z, 1.0))
+                pyro.sample("x", dist.Normal(u, 1.0), obs=x.T)
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x[:, 0], 0.5))
+            with pyro.plate("pixels", D, dim=-2):
+                pyro.sample("u", dist.Normal(x.T / 2, 0.5))
+
+
+class DataLeft:
+    """The data plate left of the pixels': it is found by what lies in it, not by its dimension."""
+
+    max_plate_nesting = 2
+
+    @staticmethod
+    def model(x):
+        with pyro.plate("images", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(zeros(()), 1.0))
+            with pyro.plate("pixels", D, dim=-1):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    @staticmethod
+    def guide(x):
+        with pyro.plate("images", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x[:, :1], 0.5))
+
+
+class TwoPlates:
+    """Everything in two plates: the rightmost is the data's, the other is summed over."""
+
+    max_plate_nesting = 2
+
+    @staticmethod
+    def model(x):
+        with data_plate(x), pyro.plate("frames", D, dim=-2):
+            z = pyro.sample("z", dist.Normal(zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x), pyro.plate("frames", D, dim=-2):
+            pyro.sample("z", dist.Normal(x.T / 2, 0.5))
+
+
+class Discrete:
+    """Discrete latents beside a continuous one."""
+
+    @staticmethod
+    def model(x):
+        with data_plate(x):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)))
+            z = pyro.sample("z", dist.Normal(k.double().unsqueeze(-1) + zeros(K), 1.0).to_event(1))
+            pyro.sample("x", dist.Poisson(z.exp().sum(-1)), obs=x[:, 0].abs().round())
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("k", dist.Categorical(logits=x[:, :3]))
+            pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
+
+
+class Auxiliary(Flat):
+    """A guide that draws through an auxiliary site and weighs by a factor; a model that notes things."""
+
+    @staticmethod
+    def model(x):
+        pyro.deterministic("size", torch.tensor(len(x)))
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+            pyro.deterministic("note", 2 * z)
+            pyro.factor("tilt", -z.square().sum(-1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x):
+            u = pyro.sample("u", dist.Normal(zeros(K), 1.0).to_event(1), infer={"is_auxiliary": True})
+            density = zeros(()) - 0.3
+            pyro.sample("z", dist.Delta(x[:, :K] + u, log_density=density, event_dim=1))
+            pyro.factor("jacobian", zeros(()) + 0.1, has_rsample=True)
+
+
+class Partial:
+    """Some data missing: those are latent too."""
+
+    @staticmethod
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0], obs_mask=MASK)
+
+    @staticmethod
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x[:, 0], 0.5))
+            with poutine.mask(mask=~MASK):
+                pyro.sample("x_unobserved", dist.Normal(x[:, 1], 0.5))
+
+
+class Subsampled:
+    """A batch of a larger data set, chosen by the plate itself."""
+
+    @staticmethod
+    def model(x):
+        with pyro.plate("data", 3 * len(x), subsample_size=len(x), dim=-1) as index:
+            z = pyro.sample("z", dist.Normal(zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.repeat(3, 1)[index, 0])
+
+    @staticmethod
+    def guide(x):
+        with pyro.plate("data", 3 * len(x), subsample_size=len(x), dim=-1) as index:
+            pyro.sample("z", dist.Normal(x.repeat(3, 1)[index, 1], 0.5))
+
+
+PAIRS = {
+    pair.__name__: pair
+    for pair in (
+        Flat,
+        Hierarchical,
+        BottomUp,
+        Masked,
+        Nested,
+        DataLeft,
+        TwoPlates,
+        Discrete,
+        Auxiliary,
+        Partial,
+        Subsampled,
+    )
+}
+each_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+each_size = pytest.mark.parametrize("num_particles", [1, S])
+
+
+def of(pair, x=X, *, num_particles=S):
+    nesting = getattr(pair, "max_plate_nesting", 1)
+    return terms(pair.model, pair.guide, x, num_particles=num_particles, max_plate_nesting=nesting)
+
+
+@each_size
+@each_pair
+def test_terms_are_those_of_pyros_trace(pair, num_particles):
+    """Each term summed over the data, with the scale put back, is what Pyro's trace gives, by particle."""
+    nesting = getattr(pair, "max_plate_nesting", 1)
+    torch.manual_seed(11)
+    elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=nesting)
+    ((model_trace, guide_trace),) = elbo._get_traces(pair.model, pair.guide, (X,), {})
+    expected = {"log_likelihood": 0.0, "log_prior": 0.0, "log_guide": 0.0}
+    for trace in (model_trace, guide_trace):
+        for site in prune_subsample_sites(trace).nodes.values():
+            if site["type"] == "sample":
+                rows = site["log_prob"].reshape(num_particles, -1)
+                observed = "log_likelihood" if site["is_observed"] else "log_prior"
+                name = "log_guide" if trace is guide_trace else observed
+                expected[name] = expected[name] + rows.sum(1)
+    torch.manual_seed(11)
+    found = of(pair, num_particles=num_particles)
+    for name, total in expected.items():
+        term = getattr(found, name)
+        assert term.shape == (num_particles, N)
+        torch.testing.assert_close(found.scale * term.sum(1), total, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS.values() if pair is not Subsampled])
+def test_each_datum_has_terms_of_its_own(pair):
+    """Changing one datum changes that column of the terms, and no other."""
+    changed = X.clone()
+    changed[2] += 0.5
+    weights = []
+    for x in (X, changed):
+        torch.manual_seed(0)
+        weights.append(of(pair, x).log_weight)
+    differs = (weights[0] != weights[1]).any(0)
+    assert differs.tolist() == [False, False, True, False]
+
+
+@each_pair
+def test_particles_are_independent_draws(pair):
+    assert len(of(pair).log_weight.unique(dim=0)) == S
+
+
+def test_scale():
+    assert of(Flat).scale == 1.0
+    assert of(Subsampled).scale == pytest.approx(3.0)
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    scaled = [poutine.scale(program, scale=weight) for program in (Flat.model, Flat.guide)]
+    assert terms(*scaled, X, num_particles=S).scale.tolist() == weight.tolist()
+    torch.manual_seed(0)
+    inside = terms(*scaled, X).log_weight
+    torch.manual_seed(0)
+    assert torch.equal(inside, of(Flat, num_particles=1).log_weight)
+
+
+def test_subsampling_in_another_bound_than_pyros():
+    """The scale stays out of the logarithm, where RenyiELBO has it."""
+    torch.manual_seed(0)
+    loss = IWAE(S).loss(Subsampled.model, Subsampled.guide, X)
+    torch.manual_seed(0)
+    log_weight = of(Subsampled).log_weight
+    assert loss == pytest.approx(-3 * (log_weight.logsumexp(0) - math.log(S)).sum().item(), rel=1e-12)
+
+
+def test_convolutional_networks_and_images():
+    """A decoder that sees (S, N, K) by flattening, and an encoder that sees the images once."""
+    images = torch.rand(N, 1, 8, 8)
+    encoder = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.Flatten(), nn.LazyLinear(2 * K))
+    decoder = nn.Sequential(
+        nn.Linear(K, 48), nn.Unflatten(1, (3, 4, 4)), nn.ConvTranspose2d(3, 1, 2, stride=2)
+    )
+    calls = []
+    encoder.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape))
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(K), 1.0).to_event(1))
+            logits = decoder(z.reshape(-1, K)).reshape(*z.shape[:-1], 1, 8, 8)
+            pyro.sample("x", dist.ContinuousBernoulli(logits=logits).to_event(3), obs=x)
+
+    def guide(x):
+        loc, scale = encoder(x).chunk(2, -1)
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    found = terms(model, guide, images, num_particles=S)
+    assert found.log_weight.shape == (S, N)
+    assert found.kl.shape == (N,)
+    assert calls == [(N, 1, 8, 8)]
+
+
+def test_gradients_reach_a_prior_with_parameters():
+    loc = torch.zeros(K, dtype=torch.float64, requires_grad=True)
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    found = terms(model, Flat.guide, X, num_particles=S)
+    torch.testing.assert_close(torch.autograd.grad(found.kl.sum(), loc)[0], -X[:, :K].sum(0))
+    assert (torch.autograd.grad(found.log_prior.sum(), loc)[0] != 0).all()
+
+
+# The KL in closed form --------------------------------------------------------------------------------------
+
+
+def test_kl_of_one_site():
+    q, p = dist.Normal(X[:, :K], 0.5).to_event(1), dist.Normal(zeros(K), 1.0).to_event(1).expand([N])
+    for num_particles in (1, S):
+        found = of(Flat, num_particles=num_particles)
+        torch.testing.assert_close(found.kl, kl_divergence(q, p), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.elbo, found.log_likelihood - found.kl)
+
+
+@each_size
+@pytest.mark.parametrize("pair", [Flat, Hierarchical, Masked, Nested, DataLeft, Subsampled])
+def test_kl_is_that_of_trace_mean_field_elbo(pair, num_particles):
+    nesting = getattr(pair, "max_plate_nesting", 1)
+    torch.manual_seed(3)
+    pyros = TraceMeanField_ELBO(
+        num_particles=num_particles, vectorize_particles=True, max_plate_nesting=nesting
+    ).loss(pair.model, pair.guide, X)
+    torch.manual_seed(3)
+    found = of(pair, num_particles=num_particles)
+    assert found.kl.shape == (N,)
+    assert (-found.scale * found.elbo.mean(0)).sum().item() == pytest.approx(pyros, rel=1e-12)
+
+
+@pytest.mark.parametrize("pair", [Flat, BottomUp], ids=["closed", "sampled"])
+def test_the_weight_on_the_kl_enters_the_elbo_once(pair):
+    found = of(pair)
+    kl = found.log_guide - found.log_prior if pair is BottomUp else found.kl
+    weighted = replace(found, kl_weight=0.3)
+    torch.testing.assert_close(weighted.elbo, found.log_likelihood - 0.3 * kl, rtol=1e-12, atol=1e-12)
+
+
+def test_kl_and_sampled_kl_have_one_mean():
+    found = terms(Hierarchical.model, Hierarchical.guide, X, num_particles=100_000)
+    sampled = found.log_guide - found.log_prior
+    error = 5 * sampled.std(0) / math.sqrt(len(sampled))
+    assert ((sampled.mean(0) - found.kl).abs() < error).all()
+
+
+def pair_of(q, p):
+    """A pair of one site with these distributions."""
+
+    class Pair:
+        @staticmethod
+        def model(x):
+            with data_plate(x):
+                z = pyro.sample("z", p)
+                pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+        @staticmethod
+        def guide(x):
+            with data_plate(x):
+                pyro.sample("z", q)
+
+    return Pair
+
+
+def no_kl(model, guide):
+    class Pair:
+        pass
+
+    Pair.model, Pair.guide = staticmethod(model), staticmethod(guide)
+    return Pair
+
+
+def masked_guide(x):
+    with data_plate(x), poutine.mask(mask=MASK):
+        pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
+
+
+def delta_guide(log_density):
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Delta(x[:, :K], log_density=zeros(()) + log_density, event_dim=1))
+
+    return guide
+
+
+def scaled_pair(guide_scale, model_scale):
+    """A pair whose latent sites count for more, or less."""
+
+    def model(x):
+        with data_plate(x):
+            with poutine.scale(scale=model_scale):
+                z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    return no_kl(model, poutine.scale(Flat.guide, scale=guide_scale))
+
+
+def masked_pair(guide_mask, model_mask):
+    """A pair whose distributions, and not its sites, are masked."""
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1).mask(model_mask))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1).mask(guide_mask))
+
+    return no_kl(model, guide)
+
+
+NORMAL = dist.Normal(zeros(K), 1.0).to_event(1)
+TRANSFORMED = dist.TransformedDistribution(NORMAL, [dist.transforms.AffineTransform(0.0, 2.0, event_dim=1)])
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        BottomUp,
+        Auxiliary,
+        pair_of(dist.StudentT(zeros(K) + 5.0).to_event(1), NORMAL),
+        pair_of(TRANSFORMED, NORMAL),
+        no_kl(Flat.model, masked_guide),
+        masked_pair(MASK, ~MASK),
+        masked_pair(MASK, True),
+        no_kl(Flat.model, delta_guide(0.3)),
+    ],
+    ids=[
+        "other order",
+        "auxiliary site",
+        "StudentT",
+        "transformed",
+        "mask of one alone",
+        "other masks of distributions",
+        "mask of one distribution",
+        "Delta with a density",
+    ],
+)
+def test_no_kl_where_none_is_valid(pair):
+    found = of(pair)
+    assert found.kl is None
+    assert torch.equal(found.elbo, found.log_weight)
+
+
+def test_kl_of_distributions_with_one_mask():
+    torch.testing.assert_close(of(masked_pair(MASK, MASK)).kl, of(Flat).kl * MASK, rtol=1e-12, atol=0)
+
+
+def test_kl_of_a_delta_is_what_its_only_draw_gives():
+    found = of(no_kl(Flat.model, delta_guide(0.0)))
+    torch.testing.assert_close(found.log_likelihood - found.kl, found.log_weight, rtol=1e-12, atol=0)
+
+
+# The mean-field condition -----------------------------------------------------------------------------------
+
+
+def independent(first, second):
+    def guide(x):
+        with data_plate(x):
+            for name in (first, second):
+                event_dim = 1 if name == "z1" else 0
+                loc = x[:, :K] if event_dim else x[:, 0]
+                pyro.sample(name, dist.Normal(loc, 0.5).to_event(event_dim))
+
+    return guide
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [Hierarchical.guide, independent("z1", "z2"), independent("z2", "z1")],
+    ids=["chain", "same", "other"],
+)
+def test_check_mean_field_accepts(guide):
+    state = torch.get_rng_state()
+    check_mean_field(Hierarchical.model, guide, X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_check_mean_field_needs_no_closer_look_at_one_order():
+    """Two sites in the same order: one run of the guide, and one of the model."""
+    runs = []
+
+    def counted(program):
+        return lambda x: runs.append(program.__name__) or program(x)
+
+    check_mean_field(counted(Hierarchical.model), counted(Hierarchical.guide), X)
+    assert runs == ["guide", "model"]
+
+
+def test_check_mean_field_refuses_what_trace_mean_field_elbo_gets_wrong():
+    with pytest.raises(ValueError, match=r"draws 'z2' given 'z1', but the guide draws 'z1' given 'z2'"):
+        check_mean_field(BottomUp.model, BottomUp.guide, X)
+
+
+def test_check_mean_field_sees_through_a_chain():
+    """The guide's z1 depends on z2 by way of an auxiliary site and a deterministic one."""
+
+    def guide(x):
+        with data_plate(x):
+            z2 = pyro.sample("z2", dist.Normal(x[:, 0], 0.5))
+            u = pyro.sample("u", dist.Normal(z2, 1.0), infer={"is_auxiliary": True})
+            v = pyro.deterministic("v", u.exp(), event_dim=0)
+            pyro.sample("z1", dist.Normal(v.unsqueeze(-1) * x[:, :K], 0.5).to_event(1))
+
+    with pytest.raises(ValueError, match=r"draws 'z2' given 'z1', but the guide draws 'z1' given 'z2'"):
+        check_mean_field(Hierarchical.model, guide, X)
+
+
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [
+        (no_kl(Flat.model, masked_guide), "at 'z', guide and model carry different masks.*use Trace_ELBO"),
+        (masked_pair(MASK, ~MASK), "guide and model carry different masks"),
+        (masked_pair(MASK, True), "guide and model carry different masks"),
+        (no_kl(Flat.model, delta_guide(0.3)), "the guide's Delta carries a log_density"),
+        (scaled_pair(1.0, 0.3), "at 'z', the guide is scaled by 1.0 and the model by 0.3.*see KLWeighted"),
+        (scaled_pair(torch.tensor([1.0, 3.0, 1.0, 2.0]), 1.0), r"scaled by tensor\(\[1., 3., 1., 2.\]\)"),
+    ],
+    ids=[
+        "sites' masks",
+        "distributions' masks",
+        "mask of one distribution",
+        "Delta with a density",
+        "scale of the model's alone",
+        "scale of the guide's alone",
+    ],
+)
+def test_check_mean_field_refuses_a_kl_that_is_not_its_sites(pair, fault):
+    sampled, by_table = (
+        estimator(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(
+            pair.model, pair.guide, X
+        )
+        for estimator in (Trace_ELBO, TraceMeanField_ELBO)
+    )
+    assert abs(sampled - by_table) > 0.5  # some tens of standard errors
+    with pytest.raises(ValueError, match=fault):
+        check_mean_field(pair.model, pair.guide, X)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        masked_pair(MASK, MASK.clone()),
+        scaled_pair(0.3, torch.tensor(0.3)),
+        no_kl(poutine.mask(Flat.model, mask=MASK), masked_guide),
+        no_kl(Flat.model, delta_guide(0.0)),
+        no_kl(
+            Flat.model,
+            poutine.mask(pair_of(dist.StudentT(zeros(K) + 5.0).to_event(1), NORMAL).guide, mask=MASK),
+        ),
+    ],
+    ids=["distributions' masks", "scales", "sites' masks", "Delta", "other masks, but no KL in closed form"],
+)
+def test_check_mean_field_accepts_a_kl_that_is_its_sites(pair):
+    check_mean_field(pair.model, pair.guide, X)
+
+
+def test_check_mean_field_refuses_sites_that_are_not_reparameterised():
+    with pytest.raises(ValueError, match=r"'k', a Categorical, is not reparameterised.*Trace_ELBO, or VIMCO"):
+        check_mean_field(Discrete.model, Discrete.guide, X)
+
+
+# What is refused --------------------------------------------------------------------------------------------
+
+
+def no_plate_model(x):
+    z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[0, 0])
+
+
+def no_plate_guide(x):
+    pyro.sample("z", dist.Normal(x[0, :K], 0.5).to_event(1))
+
+
+def global_latent_model(x):
+    w = pyro.sample("w", dist.Normal(zeros(()), 1.0))
+    with data_plate(x):
+        z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(w * z.sum(-1), 1.0), obs=x[:, 0])
+
+
+def global_latent_guide(x):
+    pyro.sample("w", dist.Normal(zeros(()), 1.0))
+    Flat.guide(x)
+
+
+def unobserved_model(x):
+    with data_plate(x):
+        z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0))
+
+
+def nothing_observed_model(x):
+    with data_plate(x):
+        pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+
+
+def nothing_latent_model(x):
+    with data_plate(x):
+        pyro.sample("x", dist.Normal(zeros(()), 1.0), obs=x[:, 0])
+
+
+def no_guide(x):
+    pass
+
+
+def guide_with_another_site(x):
+    with data_plate(x):
+        pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
+        pyro.sample("extra", dist.Normal(zeros(()), 1.0))
+
+
+def guide_with_the_data(x):
+    with data_plate(x):
+        pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
+        pyro.sample("x", dist.Normal(zeros(D), 1.0).to_event(1))
+
+
+def guide_without_plate(x):
+    pyro.sample("z", dist.Normal(x[:, :K], 0.5).to_event(1))
+
+
+def guide_of_other_event_dim(x):
+    with data_plate(x):
+        pyro.sample("z", dist.Normal(x[:, 0], 0.5))
+
+
+def grey_model(x):
+    with data_plate(x):
+        z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+        logits = z.sum(-1, keepdim=True).expand(*z.shape[:-1], D)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+def weighed_model(x):
+    with data_plate(x):
+        with poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+
+def unplated_dimension_model(x):
+    with data_plate(x):
+        z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0).expand([D, *z.shape[:-1]]), obs=x.T)
+
+
+@each_size
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (no_plate_model, no_plate_guide, r'no site lies in a plate.*pyro.plate\("data"'),
+        (global_latent_model, global_latent_guide, "guide's site 'w' lies outside the data plate 'data'"),
+        (Flat.model, guide_without_plate, "guide's site 'z' lies outside the data plate 'data'"),
+        (unobserved_model, Flat.guide, "model draws 'x', which the guide does not.*obs="),
+        (nothing_observed_model, Flat.guide, "model observes nothing"),
+        (nothing_latent_model, no_guide, "no latent site"),
+        (Flat.model, no_guide, "model draws 'z', which the guide does not"),
+        (Flat.model, guide_with_another_site, "guide draws 'extra', which the model does not"),
+        (Flat.model, guide_with_the_data, "guide has the site 'x', which the model observes"),
+        (Flat.model, guide_of_other_event_dim, "event_dims disagree at site 'z'|plate.'data'. at site x"),
+        (grey_model, Flat.guide, "model's site 'x' cannot score its value(.|\n)*support(.|\n)*binarise"),
+        (weighed_model, Flat.guide, "guide's site 'z' is scaled by 1.0 and the model's site 'z' by 0.5"),
+        (
+            unplated_dimension_model,
+            Flat.guide,
+            "model's site 'x' cannot score its value(.|\n)*to_event",
+        ),
+        (Nested.model, Nested.guide, "(max_plate_nesting=1 plates|max_plate_nesting=2)"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused_by_name(model, guide, message, num_particles):
+    with pytest.raises(ValueError, match=message):
+        terms(model, guide, X, num_particles=num_particles)
+
+
+@each_size
+def test_an_empty_batch_is_refused(num_particles):
+    with pytest.raises(ValueError, match="plate has size 0: the batch must hold at least one datum"):
+        terms(Flat.model, Flat.guide, X[:0], num_particles=num_particles)
+
+
+@pytest.mark.parametrize("name", ["num_particles", "max_plate_nesting"])
+def test_counts(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+        terms(Flat.model, Flat.guide, X, **{name: 0})
+    with pytest.raises(TypeError, match=f"{name} must be an integer; got 2.0"):
+        terms(Flat.model, Flat.guide, X, **{name: 2.0})
+
+
+def test_a_run_leaves_the_programs_own_errors_alone():
+    def model(x):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        terms(model, Flat.guide, X)
+
+
+@pytest.mark.parametrize(
+    "pair", [Flat, Hierarchical, BottomUp, Masked, Nested, DataLeft, Partial, Subsampled]
+)
+def test_scoring_again_draws_nothing(pair):
+    """The score is that of the same draws and the same subsample."""
+    found = of(pair)
+    state = torch.get_rng_state()
+    torch.testing.assert_close(found.log_score, found.log_guide, rtol=1e-12, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_size
+def test_paths_are_weighed_by_particle_and_datum_wherever_the_data_plate_lies(num_particles):
+    """The gradient in each draw is multiplied by its own weight."""
+    weight = 1 + torch.arange(num_particles * N, dtype=torch.float64).reshape(num_particles, N)
+    for pair in (Flat, Nested, DataLeft):
+        nesting = getattr(pair, "max_plate_nesting", 1)
+        loc = X.clone().requires_grad_()
+        gradients = []
+        for weigh in (False, True):
+            torch.manual_seed(0)
+            found = terms(pair.model, pair.guide, loc, num_particles=num_particles, max_plate_nesting=nesting)
+            draws = {name: site["value"] for name, site in found.sites.guide.items()}
+            if weigh:
+                found.weigh_paths(weight)
+            gradients.append(torch.autograd.grad(found.log_prior.sum(), list(draws.values())))
+        for plain, weighed, site in zip(*gradients, found.sites.guide.values(), strict=True):
+            ratio = weighed / plain
+            plates = {f.name: f.dim for f in site["cond_indep_stack"]}
+            data_dim = plates.get("data", plates.get("images")) - site["fn"].event_dim
+            by_datum = ratio.movedim(data_dim, -1)
+            by_datum = by_datum.reshape(num_particles, -1, N)
+            torch.testing.assert_close(by_datum, weight.unsqueeze(1).expand_as(by_datum))
