@@ -38,7 +38,7 @@ from pyro_vae.closed_form import LinearGaussian
 from pyro_vae.comparison.reference_bounds import target
 from pyro_vae.objectives.labels import label
 from pyro_vae.utils.display import Estimate
-from pyro_vae.utils.files import replacing
+from pyro_vae.utils.serialization import replacing
 
 EVENT, K, HIDDEN = (1, 28, 28), 16, (200,)
 

@@ -21,7 +21,7 @@ from pyro_vae.evaluation.importance_sampling import evaluate
 from pyro_vae.evaluation.result import Evaluation
 from pyro_vae.inference.guide_check import check_guide
 from pyro_vae.inference.guide_report import GuideError, GuideReport
-from pyro_vae.inference.svi import SVI, NonFiniteError
+from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.estimators import (
     CIWAE,
     IWAE,
@@ -37,7 +37,8 @@ from pyro_vae.objectives.estimators import (
 )
 from pyro_vae.training.fitting import TensorBoard, fit
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.utils.checkpoints import CheckpointError
+from pyro_vae.utils.serialization import CheckpointError
+from pyro_vae.utils.validation import NonFiniteError
 from pyro_vae.vae import VAE
 
 __all__ = [

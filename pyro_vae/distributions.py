@@ -9,35 +9,9 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedLogistic", "grid", "outside_support"]
+from pyro_vae.utils.validation import outside_support
 
-
-def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
-    """Tell of the first value of x that is not finite or outside a support, and what to do; None if all fit.
-
-    Example:
-        >>> outside_support("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
-        'x[1] = -3 lies outside the support of Bernoulli, 0 or 1; 1 of 2 values do'
-    """
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    outside = ~(support.check(x) & torch.isfinite(x))
-    if not outside.any():
-        return None
-    is_binary = isinstance(support, type(constraints.boolean))
-    index = tuple(outside.nonzero()[0].tolist())
-    message = (
-        f"{name}{list(index)} = {x[index].item():.6g} lies outside the support of {family}, "
-        f"{'0 or 1' if is_binary else support}; {outside.sum()} of {x.numel()} values do"
-    )
-    if is_binary and ((x >= 0) & (x <= 1)).all():
-        message += (
-            '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold") to fit, '
-            "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
-        )
-    elif not support.check(x.new_tensor(2.0)) and ((x >= 0) & (x <= 255)).all():  # for values up to 1
-        message += ". Divide grey levels 0..255 by 255"
-    return message
+__all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedLogistic", "grid"]
 
 
 class _InASentence:

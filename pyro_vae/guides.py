@@ -354,7 +354,7 @@ class SemiAmortised(nn.Module):
     Wrapped around a guide that is trained already, with many steps, it comes near the best q of the
     family for each datum; what that wins in ELBO is the amortisation gap.
 
-    A `VAE` hands it the model that it refines for.
+    A `VAE` gives log p(x, z) to every guide with a true attribute `needs_log_joint`, as a second argument.
 
     Args:
         guide: The guide to refine, a `Guide`.
@@ -380,6 +380,8 @@ class SemiAmortised(nn.Module):
         >>> q.batch_shape, q.event_shape
         (torch.Size([5]), torch.Size([2]))
     """
+
+    needs_log_joint = True
 
     def __init__(
         self,

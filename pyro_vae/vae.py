@@ -19,12 +19,10 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.distributions import outside_support
-from pyro_vae.guides import SemiAmortised
-from pyro_vae.utils import checkpoints
-from pyro_vae.utils.isolation import isolated_generators
+from pyro_vae.utils import serialization
+from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
-from pyro_vae.utils.validation import require_floating, to_shape
+from pyro_vae.utils.validation import outside_support, require_floating, to_shape
 
 __all__ = ["VAE"]
 
@@ -92,9 +90,10 @@ class VAE(nn.Module):
             return pyro.sample("z", q)
 
     def _call_posterior(self, x: Tensor) -> Any:
-        if isinstance(self.posterior, SemiAmortised):
-            return self.posterior(x, self.log_joint)  # it refines q for this very model
-        return self.posterior(x)
+        posterior: Callable[..., Any] = self.posterior
+        if getattr(posterior, "needs_log_joint", False):  # it refines q for this very model
+            return posterior(x, self.log_joint)
+        return posterior(x)
 
     def encode(self, x: Tensor) -> dist.Distribution:
         """Return q(z|x), of batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
@@ -157,14 +156,8 @@ class VAE(nn.Module):
                 support; the message names the first such value and its index.
         """
         require_floating("x", x)
-        modes = [(module, module.training) for module in self.modules()]
-        try:
-            self.eval()  # so that no BatchNorm learns from this
-            with torch.no_grad(), isolated_generators(x.device, seed=0):
-                p = self.decode(self.prior().sample((1,)))
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluation_mode(self), torch.no_grad(), isolated_generators(x.device, seed=0):
+            p = self.decode(self.prior().sample((1,)))
         support = _covering(p, x).support
         message = outside_support("x", x, type(self.likelihood).__name__, support)
         if message:
@@ -179,7 +172,7 @@ class VAE(nn.Module):
         Raises:
             OSError: If the file cannot be written; an earlier file of that name stays whole.
         """
-        checkpoints.write(path, "VAE", {"spec": spec(self), "state": self.state_dict()})
+        serialization.write(path, "VAE", {"spec": spec(self), "state": self.state_dict()})
 
     @classmethod
     def load(
@@ -197,10 +190,10 @@ class VAE(nn.Module):
             FileNotFoundError: If there is no such file.
             CheckpointError: If the file is damaged or foreign, needs `into`, or does not fit it.
         """
-        content = checkpoints.read(path, "VAE", device=device)
+        content = serialization.read(path, "VAE", device=device)
         state = content["state"]
         if into is None and content["spec"] is None:
-            raise checkpoints.CheckpointError(
+            raise serialization.CheckpointError(
                 f"{path} holds a VAE with modules of your own, which a file cannot rebuild: "
                 "build it as before and call VAE.load(path, into=vae)"
             )
@@ -215,7 +208,7 @@ class VAE(nn.Module):
             vae.load_state_dict(state)
             return vae
 
-        return checkpoints.fitting(path, restore)
+        return serialization.fitting(path, restore)
 
 
 def _data_plate(x: Tensor) -> pyro.plate:

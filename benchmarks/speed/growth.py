@@ -25,8 +25,8 @@ from matplotlib.ticker import LogLocator
 from pyro.infer import TraceMeanField_ELBO
 
 import pyro_vae as pv
+from pyro_vae.comparison.peak_memory import peak_memory
 from pyro_vae.inference.svi import ENGINES
-from pyro_vae.utils.costs import peak_memory
 
 RESULTS = Path(__file__).parent.parent / "results"
 PIXELS = 784

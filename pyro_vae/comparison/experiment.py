@@ -19,17 +19,16 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_vae.comparison.gradient_noise import GradientMoments, ZeroMeanTest
+from pyro_vae.comparison.peak_memory import peak_memory
 from pyro_vae.comparison.reference_bounds import Target, target
 from pyro_vae.comparison.result import PARAMETERS, Comparison, Measured, Reference, summarise
 from pyro_vae.evaluation.importance_sampling import evaluate
-from pyro_vae.inference.svi import NonFiniteError
 from pyro_vae.objectives.estimators import KLWeighted, check_mean_field, terms
 from pyro_vae.objectives.labels import family, label
 from pyro_vae.objectives.sites import Program, require_programs
-from pyro_vae.utils.costs import peak_memory
-from pyro_vae.utils.isolation import derived_seed, isolated_generators
-from pyro_vae.utils.progress import progress_bar
-from pyro_vae.utils.validation import require_count
+from pyro_vae.utils.display import progress_bar
+from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
+from pyro_vae.utils.validation import NonFiniteError, require_count
 
 __all__ = ["compare_estimators"]
 
@@ -353,11 +352,8 @@ def _undisturbed(model: Program, guide: Program, device: torch.device, seed: int
 
     Yields a function that takes more tensors whose gradients are to be restored.
     """
-    programs = [getattr(program, "__self__", program) for program in (model, guide)]
-    modules = [
-        module for program in programs if isinstance(program, nn.Module) for module in program.modules()
-    ]
-    modes = [(module, module.training) for module in modules]
+    owners = [getattr(program, "__self__", program) for program in (model, guide)]
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
     gradients: dict[Tensor, Tensor | None] = {}
 
     def restore(tensors: Sequence[Tensor]) -> None:
@@ -365,15 +361,16 @@ def _undisturbed(model: Program, guide: Program, device: torch.device, seed: int
             if tensor not in gradients:
                 gradients[tensor], tensor.grad = tensor.grad, None
 
-    restore([parameter for module in modules for parameter in module.parameters(recurse=False)])
+    restore([parameter for module in modules for parameter in module.parameters()])
     store = pyro.get_param_store()
-    with isolated_generators(device, seed), store.scope(store.get_state()), torch.enable_grad():
+    with (
+        isolated_generators(device, seed),
+        store.scope(store.get_state()),
+        torch.enable_grad(),
+        evaluation_mode(model, guide),
+    ):
         try:
-            for module in modules:
-                module.training = False
             yield restore
         finally:
-            for module, training in modes:
-                module.training = training
             for tensor, gradient in gradients.items():
                 tensor.grad = gradient

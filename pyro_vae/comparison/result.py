@@ -19,7 +19,7 @@ from pyro_vae.comparison.reference_bounds import Target
 from pyro_vae.comparison.summary import findings, mean_and_error, rounding_error, tables
 from pyro_vae.evaluation.arviz_compat import forest, inference_data
 from pyro_vae.plots.charts import PALETTE
-from pyro_vae.utils.files import replacing
+from pyro_vae.utils.serialization import replacing
 
 if TYPE_CHECKING:
     import xarray

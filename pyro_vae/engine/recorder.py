@@ -13,9 +13,7 @@ pass as one list of operations, while the step itself runs as ever. In the graph
 
 import math
 import operator
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +25,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_vae.utils.isolation import preserved, python_noise, restore_python_noise
+
 __all__ = [
     "Graph",
     "LossAndGradients",
     "Untraceable",
-    "preserved",
-    "python_noise",
     "record",
-    "restore_python_noise",
 ]
 
 aten = torch.ops.aten
@@ -120,31 +117,6 @@ def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) ->
     module = recorder.graph_module(arguments, outputs)
     drawn_from = _generators_of([*arguments, *recorder.outside])
     return Graph(module, recorder.outside, changed, list(modules.values()), drawn_from)
-
-
-@contextmanager
-def preserved(generators: Sequence[Generator], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put generators and tensors back, after the block, to the state they are in."""
-    states = [generator.get_state() for generator in generators]
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.detach().copy_(value)
-
-
-def python_noise() -> tuple:
-    """The states of Python's and NumPy's global generators."""
-    return random.getstate(), np.random.get_state(legacy=True)  # noqa: NPY002 (which a model may still use)
-
-
-def restore_python_noise(states: tuple) -> None:
-    """Put those generators back."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _all_generators() -> list[Generator]:

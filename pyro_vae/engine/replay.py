@@ -45,7 +45,7 @@ from pyro_vae.engine.recorder import (
     restore_python_noise,
 )
 from pyro_vae.objectives.kl_weighting import KLWeighted
-from pyro_vae.utils.costs import keep_freed_memory
+from pyro_vae.utils.isolation import keep_freed_memory
 
 __all__ = ["ENGINES", "Replay"]
 

@@ -17,11 +17,12 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.data.datasets import Images
-from pyro_vae.evaluation.draws import Pair, chunk_sizes, evaluating, observe, require_finite
+from pyro_vae.evaluation.draws import Pair, chunk_sizes, observe, require_finite
 from pyro_vae.evaluation.importance_weights import WeightSummary, summarise_weights
 from pyro_vae.objectives.log_terms import PairSites, terms
 from pyro_vae.objectives.sites import Site, run, sample_sites, site_family
-from pyro_vae.utils.progress import progress_bar
+from pyro_vae.utils.display import progress_bar
+from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_count
 
 __all__ = ["AnnealedEvidence", "annealed_importance_sampling"]

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Images
 from pyro_vae.evaluation.arviz_compat import arviz_version, inference_data, write_netcdf
-from pyro_vae.evaluation.draws import Pair, chunk_sizes, evaluating, observe, parts, require_finite
+from pyro_vae.evaluation.draws import Pair, chunk_sizes, observe, parts, require_finite
 from pyro_vae.evaluation.importance_weights import pareto_smoothed, summarise_weights
 from pyro_vae.evaluation.latents import by_datum
 from pyro_vae.objectives.log_terms import PairSites, terms
 from pyro_vae.objectives.sites import Site, run, sample_sites
-from pyro_vae.utils.files import replacing
-from pyro_vae.utils.progress import progress_bar
+from pyro_vae.utils.display import progress_bar
+from pyro_vae.utils.isolation import evaluating
+from pyro_vae.utils.serialization import replacing
 from pyro_vae.utils.validation import require_count
 
 if TYPE_CHECKING:

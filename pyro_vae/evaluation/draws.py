@@ -5,25 +5,18 @@ evaluation mode and without gradients, and with random numbers of its own, so th
 nothing about its training.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any, Protocol
 
-import pyro
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.datasets import Images
-from pyro_vae.inference.svi import NonFiniteError
-from pyro_vae.utils.costs import keep_freed_memory
-from pyro_vae.utils.isolation import isolated_generators
-from pyro_vae.utils.validation import require_floating
+from pyro_vae.utils.validation import NonFiniteError, require_floating
 
-__all__ = ["Pair", "chunk_sizes", "evaluating", "head", "observe", "parts", "require_finite"]
+__all__ = ["Pair", "chunk_sizes", "head", "observe", "parts", "require_finite"]
 
 # draws decoded at a time, and the numbers that they decode to: four arrays of them are kept when freed
 _ROWS, _VALUES = 2**13, 3 * 2**20
@@ -78,26 +71,6 @@ def _require_data(x: Tensor) -> None:
     require_floating("the data", x)
     if len(x) == 0:
         raise ValueError("the data are empty: there must be at least one datum")
-
-
-@contextlib.contextmanager
-def evaluating(pair: Pair, device: torch.device, seed: int) -> Iterator[None]:
-    """Run a pair in evaluation mode, without gradients, with random numbers from `seed`; restore all after.
-
-    Pyro's validation, which reads every logit once more, is off where a `VAE` has checked its data already.
-    """
-    if device.type == "cpu":
-        keep_freed_memory()
-    modes = [(module, module.training) for module in pair.modules()] if isinstance(pair, nn.Module) else []
-    validation = is_validation_enabled() and not hasattr(pair, "check_data")
-    with torch.no_grad(), isolated_generators(device, seed), pyro.validation_enabled(validation):
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def chunk_sizes(batches: Batches, num_particles: int) -> tuple[int, int]:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Images
 from pyro_vae.evaluation.aggregate import AggregatePosterior, aggregate_posterior
-from pyro_vae.evaluation.draws import Pair, chunk_sizes, evaluating, head, observe, parts, require_finite
+from pyro_vae.evaluation.draws import Pair, chunk_sizes, head, observe, parts, require_finite
 from pyro_vae.evaluation.importance_weights import bound_by_particles, summarise_weights
 from pyro_vae.evaluation.latents import units
 from pyro_vae.evaluation.result import Evaluation, PerDatum, standard_error
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
-from pyro_vae.utils.display import Estimate
-from pyro_vae.utils.progress import progress_bar
+from pyro_vae.utils.display import Estimate, progress_bar
+from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_count
 
 __all__ = ["evaluate"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.evaluation.aggregate import AggregatePosterior
 from pyro_vae.evaluation.arviz_compat import MIN_DRAWS
 from pyro_vae.utils.display import Estimate
+from pyro_vae.utils.serialization import to_plain
 
 __all__ = ["Evaluation", "PerDatum", "standard_error"]
 
@@ -193,7 +194,7 @@ class Evaluation:
         fields = [field.name for field in dataclasses.fields(PerDatum) if not field.name.startswith("unit")]
         means = {name: self.mean(name) for name in [*fields, "elbo", "elbo_by_entropy", "gap"]}
         k = self.pareto_k
-        return _plain(
+        return to_plain(
             {
                 "num_data": self.num_data,
                 "num_particles": self.num_particles,
@@ -209,23 +210,20 @@ class Evaluation:
                 "kl_per_dimension": self.kl_per_dimension,
                 "kl_per_dimension_se": self.kl_per_dimension_se,
                 "activity": self.activity,
-                "bound_by_particles": self.convergence,
-            }
+                "bound_by_particles": {str(size): list(bound) for size, bound in self.convergence.items()},
+            },
+            _for_json,
         )
 
     def __repr__(self) -> str:
         return "\n".join(_table(self))
 
 
-def _plain(value: Any) -> Any:
-    """Turn tensors into lists, and NaN, which JSON lacks, into None."""
+def _for_json(value: Any) -> Any:
+    """Turn tensors into lists, and NaN and infinities, which JSON lacks, into None."""
     if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return to_plain(value.tolist(), _for_json)
+    return None if isinstance(value, float) and not math.isfinite(value) else NotImplemented
 
 
 def standard_error(values: Tensor) -> Tensor:

@@ -2,6 +2,6 @@
 
 from pyro_vae.inference.guide_check import check_guide
 from pyro_vae.inference.guide_report import GuideError, GuideReport
-from pyro_vae.inference.svi import SVI, NonFiniteError
+from pyro_vae.inference.svi import SVI
 
-__all__ = ["SVI", "GuideError", "GuideReport", "NonFiniteError", "check_guide"]
+__all__ = ["SVI", "GuideError", "GuideReport", "check_guide"]

@@ -44,7 +44,7 @@ from pyro_vae.objectives.sites import (
     sample_sites,
     site_family,
 )
-from pyro_vae.utils.aside import nothing_left_behind
+from pyro_vae.utils.isolation import isolated
 
 __all__ = ["check_guide", "check_training", "require_fit"]
 
@@ -91,7 +91,7 @@ def check_guide(
         True
     """
     require_programs("check_guide(vae.model, vae.guide, x)", model, guide)
-    with nothing_left_behind(model, guide):
+    with isolated(model, guide):
         model_trace, guide_trace, sites = _fitting(model, guide, data, kwargs)
         shown = parameters(guide_trace, model_trace)
         loss = Trace_ELBO().differentiable_loss(model, guide, *data, **kwargs)
@@ -112,7 +112,7 @@ def require_fit(model: Program, guide: Program, *data: Any, **kwargs: Any) -> No
     Raises:
         GuideError: See `check_guide`.
     """
-    with nothing_left_behind(model, guide):
+    with isolated(model, guide):
         _fitting(model, guide, data, kwargs)
 
 
@@ -141,7 +141,7 @@ def check_training(
         tried[0].estimator = copy.copy(estimator.estimator)
         tried.insert(0, tried[0].estimator)
     enumerates = isinstance(estimator, TraceEnum_ELBO)
-    with nothing_left_behind(model, guide):
+    with isolated(model, guide):
         model_trace, guide_trace, _ = _fitting(model, guide, data, kwargs, enumerates=enumerates)
         untrained = _untrained(model_trace, guide_trace, [*trained, *data])
         if untrained:

@@ -17,12 +17,9 @@ from pyro.infer import ELBO
 from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_training
 from pyro_vae.objectives.sites import require_programs
+from pyro_vae.utils.validation import NonFiniteError
 
-__all__ = ["SVI", "NonFiniteError"]
-
-
-class NonFiniteError(ValueError):
-    """A loss, gradient or parameter became infinite or NaN."""
+__all__ = ["SVI"]
 
 
 class SVI:

@@ -34,7 +34,7 @@ from pyro_vae.plots.image_grids import (
     manifold,
     reconstructions,
 )
-from pyro_vae.utils.files import replacing
+from pyro_vae.utils.serialization import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

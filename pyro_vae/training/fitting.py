@@ -24,8 +24,8 @@ from pyro_vae.data.batches import Batches
 from pyro_vae.data.datasets import Images
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.run import Run
-from pyro_vae.utils.isolation import derived_seed, isolated_generators
-from pyro_vae.utils.progress import progress_bar
+from pyro_vae.utils.display import progress_bar
+from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.validation import require_count
 from pyro_vae.vae import VAE
 
@@ -169,7 +169,7 @@ def fit(
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
     train, held_out = _prepare(vae, data, validation, binarize, seed)
     with contextlib.ExitStack() as stack:
-        stack.callback(_restore_modes, [(module, module.training) for module in vae.modules()])
+        stack.enter_context(evaluation_mode(vae))  # and back, after the last step, to the modes of now
         # in the one store of the process a PyroModule would share its parameters with others of their names
         stack.enter_context(pyro.get_param_store().scope())
         stack.enter_context(torch.inference_mode(False))
@@ -214,11 +214,6 @@ def fit(
         if patience is not None:
             vae.load_state_dict(run.best_state)
     return run.history
-
-
-def _restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _call(callbacks: Sequence[Callback], vae: VAE, epoch: Epoch, seed: int) -> bool:

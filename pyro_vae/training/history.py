@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pyro_vae.utils.display import Estimate, aligned
-from pyro_vae.utils.files import replacing
+from pyro_vae.utils.serialization import replacing
 
 __all__ = ["Epoch", "History"]
 

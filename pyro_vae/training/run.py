@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.evaluation.draws import evaluating
-from pyro_vae.inference.svi import SVI, NonFiniteError
+from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.estimators import KLWeighted, terms
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.utils import checkpoints
-from pyro_vae.utils.isolation import derived_seed
+from pyro_vae.utils import serialization
+from pyro_vae.utils.isolation import derived_seed, evaluating
 from pyro_vae.utils.serialization import spec
+from pyro_vae.utils.validation import NonFiniteError
 from pyro_vae.vae import VAE
 
 __all__ = ["Run"]
@@ -236,7 +236,7 @@ class Run:
             "done": self.done,
             "seconds": self.seconds,
         }
-        checkpoints.write(self.directory / "last.pt", "run", content)
+        serialization.write(self.directory / "last.pt", "run", content)
 
     def begin(self, *, resume: bool) -> None:
         """Continue the run in the folder, or begin one there, so that a bad folder is known at once."""
@@ -251,14 +251,14 @@ class Run:
             self.save()
         if not resume or not path.exists():
             return  # an earlier run gives way to this one's first checkpoint, not to its first mistake
-        content = checkpoints.read(path, "run", device="cpu")
+        content = serialization.read(path, "run", device="cpu")
         differing = list(_differences(content["settings"], self.settings))
         if differing:
-            raise checkpoints.CheckpointError(
+            raise serialization.CheckpointError(
                 f"{path} is of a run with other settings: {'; '.join(differing)}. "
                 "Resume with the same, or train in another folder"
             )
-        checkpoints.fitting(path, lambda: self._restore(content))
+        serialization.fitting(path, lambda: self._restore(content))
 
     def _restore(self, content: dict[str, Any]) -> None:
         self.vae.load_state_dict(content["model"])

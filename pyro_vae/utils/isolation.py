@@ -1,16 +1,36 @@
-"""Streams of random numbers that do not disturb each other.
+"""Run Pyro programs and evaluations without side effects.
 
-Pyro draws from torch's global generators. Training, data order and evaluation each get a stream of
-their own here, derived from one seed, and the global generators are left as they were found.
+Restores what a run would leave behind: random generators, Pyro's parameter store, modes, buffers and
+attributes of modules. Pyro draws from torch's global generators. Training, data order and evaluation each get
+a stream of their own here, derived from one seed, and the global generators are restored.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import pyro
 import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from torch import Generator, Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["derived_seed", "isolated_generators"]
+__all__ = [
+    "derived_seed",
+    "evaluating",
+    "evaluation_mode",
+    "isolated",
+    "isolated_generators",
+    "keep_freed_memory",
+    "preserved",
+    "python_noise",
+    "restore_python_noise",
+]
+
+_KEPT = 31 * 2**20  # bytes
 
 
 def derived_seed(seed: int, *key: int) -> int:
@@ -38,3 +58,154 @@ def isolated_generators(device: torch.device, seed: int) -> Iterator[None]:
             with torch.cuda.device(each):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def evaluation_mode(*programs: Any) -> Iterator[None]:
+    """Put modules into evaluation mode within the block; restore the mode of each part after it.
+
+    Args:
+        *programs: Modules, methods of modules, or anything else, which is ignored.
+
+    Example:
+        >>> dropout = nn.Dropout(0.5)
+        >>> with evaluation_mode(dropout):
+        ...     dropout(torch.ones(2))
+        tensor([1., 1.])
+        >>> dropout.training
+        True
+    """
+    owners = [getattr(program, "__self__", program) for program in programs]
+    modules = [module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(pair: Any, device: torch.device, seed: int) -> Iterator[None]:
+    """Run a pair in evaluation mode, without gradients, with random numbers from `seed`; restore all after.
+
+    Pyro's validation, which reads every logit once more, is off where a `VAE` has checked its data already.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    validation = is_validation_enabled() and not hasattr(pair, "check_data")
+    with (
+        torch.no_grad(),
+        isolated_generators(device, seed),
+        pyro.validation_enabled(validation),
+        evaluation_mode(pair),
+    ):
+        yield
+
+
+@contextmanager
+def isolated(model: Any, guide: Any) -> Iterator[None]:
+    """Run Pyro programs within the block without a trace of it in what is global, or in their modules.
+
+    Random numbers, Pyro's parameter store and outer handlers are left alone, and the modules that run keep
+    their buffers, such as running means, and their attributes. Gradients are on. Validation is off, so that
+    distributions with wrong parameters come to be, and can be told of.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(3)
+        >>> with isolated(norm, norm):
+        ...     _ = norm(torch.randn(5, 3))
+        >>> norm.running_mean
+        tensor([0., 0., 0.])
+    """
+    kept = _Kept()
+    for program in (model, guide):
+        kept.keep(getattr(program, "__self__", program))
+    hook = register_module_forward_pre_hook(kept.keep)  # a function may call modules that nothing else shows
+    store = pyro.get_param_store()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with (
+            torch.random.fork_rng(devices=cuda),
+            torch.enable_grad(),
+            store.scope(store.get_state()),
+            pyro.validation_enabled(False),
+            poutine.block(),
+        ):
+            yield
+    finally:
+        hook.remove()
+        kept.restore()
+
+
+class _Kept:
+    """Modules as they were: their buffers, and their attributes, which an autoguide's first run adds to."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[int, tuple[nn.Module, dict, list[tuple[dict, dict]]]] = {}
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, module: Any, *_: Any) -> None:
+        """Note the state of a module and its parts, of each when it is first seen."""
+        if not isinstance(module, nn.Module) or id(module) in self.attributes:
+            return
+        for buffer in module.buffers():
+            self.buffers.setdefault(id(buffer), (buffer, buffer.clone()))
+        for part in module.modules():
+            if id(part) not in self.attributes:
+                inner = [(value, dict(value)) for value in vars(part).values() if isinstance(value, dict)]
+                self.attributes[id(part)] = part, dict(vars(part)), inner
+
+    def restore(self) -> None:
+        """Put all back, in place."""
+        for part, attributes, inner in self.attributes.values():
+            for now, before in [(vars(part), attributes), *inner]:
+                now.clear()
+                now.update(before)
+        with torch.no_grad():
+            for buffer, old in self.buffers.values():
+                buffer.copy_(old)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for its next tensors.
+
+    The C library gives freed memory back to the kernel, which clears each page of it anew when it is next
+    asked for: up to a third of the time of a step, or of decoding. Twice as much as the largest block that
+    was ever freed is kept, though, if that block is smaller than 32 MiB.
+
+    Example:
+        >>> keep_freed_memory()
+    """
+    torch.empty(_KEPT, dtype=torch.uint8)  # and freed at once
+
+
+@contextmanager
+def preserved(generators: Sequence[Generator], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put generators and tensors back, after the block, to the state they are in."""
+    states = [generator.get_state() for generator in generators]
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.detach().copy_(value)
+
+
+def python_noise() -> tuple:
+    """The states of Python's and NumPy's global generators."""
+    return random.getstate(), np.random.get_state(legacy=True)  # noqa: NPY002 (which a model may still use)
+
+
+def restore_python_noise(states: tuple) -> None:
+    """Put those generators back."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002

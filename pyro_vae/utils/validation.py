@@ -5,9 +5,24 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributions import constraints
 
-__all__ = ["require_count", "require_event_and_latent", "require_floating", "require_shape", "to_shape"]
+__all__ = [
+    "NonFiniteError",
+    "elementwise_support",
+    "outside_support",
+    "require_count",
+    "require_event_and_latent",
+    "require_floating",
+    "require_shape",
+    "to_shape",
+]
+
+
+class NonFiniteError(ValueError):
+    """A loss, gradient or parameter became infinite or NaN."""
 
 
 def require_count(name: str, value: Any, *, minimum: int = 1) -> None:
@@ -65,3 +80,42 @@ def to_shape(name: str, found: Sequence[int], expected: Sequence[int], part: str
     if len(found) > 0 and math.prod(found[1:]) == math.prod(expected):
         return f"{name}.reshape({', '.join(map(str, (-1, *expected)))}) has it"
     return f"reshape {name}, or build {part} for its shape"
+
+
+def elementwise_support(support: constraints.Constraint) -> constraints.Constraint:
+    """Return what a support asks of single elements: `constraints.independent` is unwrapped.
+
+    Example:
+        >>> elementwise_support(constraints.independent(constraints.boolean, 1))
+        Boolean()
+    """
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
+    """Tell of the first value of x that is not finite or outside a support, and what to do; None if all fit.
+
+    Example:
+        >>> outside_support("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
+        'x[1] = -3 lies outside the support of Bernoulli, 0 or 1; 1 of 2 values do'
+    """
+    support = elementwise_support(support)
+    outside = ~(support.check(x) & torch.isfinite(x))
+    if not outside.any():
+        return None
+    is_binary = isinstance(support, type(constraints.boolean))
+    index = tuple(outside.nonzero()[0].tolist())
+    message = (
+        f"{name}{list(index)} = {x[index].item():.6g} lies outside the support of {family}, "
+        f"{'0 or 1' if is_binary else support}; {outside.sum()} of {x.numel()} values do"
+    )
+    if is_binary and ((x >= 0) & (x <= 1)).all():
+        message += (
+            '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold") to fit, '
+            "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
+        )
+    elif not support.check(x.new_tensor(2.0)) and ((x >= 0) & (x <= 255)).all():  # for values up to 1
+        message += ". Divide grey levels 0..255 by 255"
+    return message

@@ -20,7 +20,7 @@ from pyro.nn import PyroModule, PyroParam
 from training_run import make_data, make_vae, train
 
 import pyro_vae as pv
-from pyro_vae.utils import checkpoints
+from pyro_vae.utils import serialization
 
 SCRIPT = Path(__file__).parent.parent / "helpers" / "training_run.py"
 
@@ -165,7 +165,7 @@ def run_with_kills(folder, kills, rng):
         process.wait()
         process.stdout.close()
         if (folder / "last.pt").exists():
-            checkpoints.read(folder / "last.pt", "run")
+            serialization.read(folder / "last.pt", "run")
         if (folder / "best.pt").exists():
             pv.VAE.load(folder / "best.pt", into=make_vae())
     subprocess.run([sys.executable, str(SCRIPT), str(folder)], check=True, stdout=subprocess.PIPE)
@@ -386,7 +386,7 @@ def test_a_loss_that_is_not_finite_names_the_place_and_keeps_the_checkpoint(tmp_
             callbacks=[lambda vae, _: good.append(state_of(vae))],
             progress=False,
         )
-    kept = checkpoints.read(tmp_path / "last.pt", "run")
+    kept = serialization.read(tmp_path / "last.pt", "run")
     assert len(kept["history"]) == 2
     assert_same_state(kept["model"], good[1])
     assert_same_state(state_of(vae), good[1])
@@ -406,7 +406,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         pv.NonFiniteError, match="parameter 'likelihood.network.3.bias' is not finite after a step"
     ):
         pv.fit(vae, x, epochs=1, batch_size=30, checkpoint_dir=tmp_path, progress=False)
-    assert checkpoints.read(tmp_path / "last.pt", "run")["history"] == []
+    assert serialization.read(tmp_path / "last.pt", "run")["history"] == []
 
 
 def test_a_run_with_other_settings_or_data_is_not_resumed(tmp_path):
@@ -621,7 +621,7 @@ def test_ctrl_c_after_the_last_step_is_not_lost(tmp_path):
             checkpoint_dir=tmp_path,
             progress=False,
         )
-    assert len(checkpoints.read(tmp_path / "last.pt", "run")["history"]) == 2
+    assert len(serialization.read(tmp_path / "last.pt", "run")["history"]) == 2
 
 
 def test_a_decoder_with_batch_normalisation_is_checked_without_learning():
@@ -640,7 +640,7 @@ def test_a_fresh_run_replaces_the_one_in_the_folder(tmp_path):
     x = torch.randn(20, 4)
     pv.fit(normal_vae(), x, epochs=3, checkpoint_dir=tmp_path, progress=False)
     assert len(pv.fit(normal_vae(), x, epochs=2, checkpoint_dir=tmp_path, progress=False)) == 2
-    assert len(checkpoints.read(tmp_path / "last.pt", "run")["history"]) == 2
+    assert len(serialization.read(tmp_path / "last.pt", "run")["history"]) == 2
 
 
 def test_training_works_beside_the_main_thread():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pyro_vae.utils.progress import progress_bar
+from pyro_vae.utils.display import progress_bar
 
 
 class Terminal(io.StringIO):

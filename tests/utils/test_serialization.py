@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.utils import checkpoints
+from pyro_vae.utils import serialization
 
 CONTENT = {
     "epoch": 3,
@@ -30,8 +30,8 @@ def same(a, b):
 
 
 def test_what_is_written_is_read(tmp_path):
-    checkpoints.write(tmp_path / "a.pt", "test", CONTENT)
-    assert same(checkpoints.read(tmp_path / "a.pt", "test"), CONTENT)
+    serialization.write(tmp_path / "a.pt", "test", CONTENT)
+    assert same(serialization.read(tmp_path / "a.pt", "test"), CONTENT)
     assert same(torch.load(tmp_path / "a.pt", weights_only=True)["content"], CONTENT)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
@@ -52,13 +52,15 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 def check_mutants(path, count, seed):
-    checkpoints.write(path, "test", CONTENT)
+    serialization.write(path, "test", CONTENT)
     original, rng = path.read_bytes(), random.Random(seed)
     refused = 0
     for _ in range(count):
         path.write_bytes(mutate(original, rng))
         try:
-            assert same(checkpoints.read(path, "test"), CONTENT)  # harmless: between the parts of the archive
+            assert same(
+                serialization.read(path, "test"), CONTENT
+            )  # harmless: between the parts of the archive
         except pv.CheckpointError:
             refused += 1
     assert refused > 0.8 * count
@@ -81,46 +83,46 @@ class Exploit:
 def test_code_in_a_file_does_not_run(tmp_path, capsys):
     torch.save({"format": "pyro_vae test", "version": 1, "content": Exploit()}, tmp_path / "a.pt")
     with pytest.raises(pv.CheckpointError, match="never code"):
-        checkpoints.read(tmp_path / "a.pt", "test")
+        serialization.read(tmp_path / "a.pt", "test")
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("value", [Exploit(), print, torch.nn.Linear(2, 2), {1, 2}, [object()]])
 def test_only_plain_values_are_written(tmp_path, value):
     with pytest.raises(TypeError, match=r"content\['a'\].*only tensors and plain values"):
-        checkpoints.write(tmp_path / "a.pt", "test", {"a": value})
+        serialization.write(tmp_path / "a.pt", "test", {"a": value})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_foreign_files_are_told_apart(tmp_path):
     path = tmp_path / "a.pt"
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*a\.pt"):
-        checkpoints.read(path, "test")
-    checkpoints.write(path, "other", CONTENT)
+        serialization.read(path, "test")
+    serialization.write(path, "other", CONTENT)
     with pytest.raises(pv.CheckpointError, match=r"should hold a 'test' file.*found 'pyro_vae other'"):
-        checkpoints.read(path, "test")
+        serialization.read(path, "test")
     torch.save([1, 2], path)
     with pytest.raises(pv.CheckpointError, match="found 'list'"):
-        checkpoints.read(path, "test")
+        serialization.read(path, "test")
     torch.save({"format": "pyro_vae test", "version": 99, "content": {}}, path)
     with pytest.raises(pv.CheckpointError, match="format version 99"):
-        checkpoints.read(path, "test")
+        serialization.read(path, "test")
     path.write_text("not an archive")
     with pytest.raises(pv.CheckpointError, match="no readable checkpoint"):
-        checkpoints.read(path, "test")
+        serialization.read(path, "test")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hello", "world")
     with pytest.raises(pv.CheckpointError, match="no readable checkpoint"):
-        checkpoints.read(path, "test")
+        serialization.read(path, "test")
 
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from pyro_vae.utils import checkpoints
+from pyro_vae.utils import serialization
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    checkpoints.write(sys.argv[1], "test", {"w": torch.zeros(100_000)})
+    serialization.write(sys.argv[1], "test", {"w": torch.zeros(100_000)})
 except OSError as error:
     print(error)
 """
@@ -128,14 +130,14 @@ except OSError as error:
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     path = tmp_path / "a.pt"
-    checkpoints.write(path, "test", CONTENT)
+    serialization.write(path, "test", CONTENT)
     script = [sys.executable, "-c", FULL_DISK, str(path)]
     run = subprocess.run(script, capture_output=True, text=True, check=True)
     assert f"cannot write the checkpoint {path}" in run.stdout
-    assert same(checkpoints.read(path, "test"), CONTENT)
+    assert same(serialization.read(path, "test"), CONTENT)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=r"cannot write the checkpoint .*nowhere"):
-        checkpoints.write(tmp_path / "nowhere" / "a.pt", "test", CONTENT)
+        serialization.write(tmp_path / "nowhere" / "a.pt", "test", CONTENT)

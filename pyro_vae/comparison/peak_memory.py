@@ -8,9 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["keep_freed_memory", "peak_memory"]
-
-_KEPT = 31 * 2**20  # bytes
+__all__ = ["peak_memory"]
 
 
 def peak_memory(computation: Callable[[], Any]) -> int:
@@ -27,19 +25,6 @@ def peak_memory(computation: Callable[[], Any]) -> int:
     with _Storages() as storages:
         computation()
     return storages.peak
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for its next tensors.
-
-    The C library gives freed memory back to the kernel, which clears each page of it anew when it is next
-    asked for: up to a third of the time of a step, or of decoding. Twice as much as the largest block that
-    was ever freed is kept, though, if that block is smaller than 32 MiB.
-
-    Example:
-        >>> keep_freed_memory()
-    """
-    torch.empty(_KEPT, dtype=torch.uint8)  # and freed at once
 
 
 class _Storages(TorchDispatchMode):
