@@ -135,7 +135,7 @@ def to_plain(value: Any, convert: Callable[[Any], Any], place: str = "value") ->
     if value is None:
         return None
     raise TypeError(
-        f"{place} is a {type(value).__name__}; expected tensors and plain values "
+        f"{place} is a {type(value).__name__}; expected only tensors and plain values "
         "(numbers, strings, booleans, None, and dicts, lists and tuples of these)"
     )
 
