@@ -36,7 +36,7 @@ import pyro_vae as pv
 from pyro_vae import plots
 from pyro_vae.closed_form import LinearGaussian
 from pyro_vae.comparison.reference_bounds import target
-from pyro_vae.objectives.labels import label
+from pyro_vae.objectives.estimators import label
 from pyro_vae.utils.display import Estimate
 from pyro_vae.utils.serialization import replacing
 

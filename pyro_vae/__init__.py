@@ -13,30 +13,17 @@ The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
 """
 
 from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors
-from pyro_vae.comparison.experiment import compare_estimators
-from pyro_vae.comparison.result import Comparison
-from pyro_vae.evaluation.annealed_importance import annealed_importance_sampling
-from pyro_vae.evaluation.arviz_export import save_netcdf, to_inference_data
-from pyro_vae.evaluation.importance_sampling import evaluate
-from pyro_vae.evaluation.result import Evaluation
-from pyro_vae.inference.guide_check import check_guide
-from pyro_vae.inference.guide_report import GuideError, GuideReport
-from pyro_vae.inference.svi import SVI
-from pyro_vae.objectives.estimators import (
-    CIWAE,
-    IWAE,
-    PIWAE,
-    STL,
-    VIMCO,
-    DReG,
-    KLWeighted,
-    Renyi,
-    Terms,
-    check_mean_field,
-    terms,
+from pyro_vae.comparison import Comparison, compare_estimators
+from pyro_vae.evaluation import (
+    Evaluation,
+    annealed_importance_sampling,
+    evaluate,
+    save_netcdf,
+    to_inference_data,
 )
-from pyro_vae.training.fitting import TensorBoard, fit
-from pyro_vae.training.history import Epoch, History
+from pyro_vae.inference import SVI, GuideError, GuideReport, check_guide, check_mean_field
+from pyro_vae.objectives import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, Terms, terms
+from pyro_vae.training import Epoch, History, TensorBoard, fit
 from pyro_vae.utils.serialization import CheckpointError
 from pyro_vae.utils.validation import NonFiniteError
 from pyro_vae.vae import VAE

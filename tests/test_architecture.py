@@ -64,7 +64,6 @@ def test_imports_go_down():
     assert not wrong
 
 
-@pytest.mark.xfail(reason="the cuts that make the floors true come next", strict=True)
 def test_plots_and_engine_import_utils_alone_and_closed_form_nothing():
     for name, tree in FILES.items():
         others = {room(other) for other in imported(tree)} - {room(name)}

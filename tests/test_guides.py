@@ -12,7 +12,8 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae.closed_form import LinearGaussian
-from pyro_vae.objectives.estimators import STL, terms
+from pyro_vae.objectives.estimators import STL
+from pyro_vae.objectives.log_terms import terms
 from pyro_vae.utils.serialization import rebuild, spec
 
 every_guide = pytest.mark.parametrize("name", GUIDES)

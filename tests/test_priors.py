@@ -10,7 +10,9 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, terms
+from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Renyi
+from pyro_vae.objectives.kl_weighting import KLWeighted
+from pyro_vae.objectives.log_terms import terms
 from pyro_vae.utils.serialization import rebuild, spec
 
 every_prior = pytest.mark.parametrize("name", PRIORS)

@@ -23,8 +23,10 @@ from pyro_vae.comparison.peak_memory import peak_memory
 from pyro_vae.comparison.reference_bounds import Target, target
 from pyro_vae.comparison.result import PARAMETERS, Comparison, Measured, Reference, summarise
 from pyro_vae.evaluation.importance_sampling import evaluate
-from pyro_vae.objectives.estimators import KLWeighted, check_mean_field, terms
-from pyro_vae.objectives.labels import family, label
+from pyro_vae.inference.guide_check import check_mean_field
+from pyro_vae.objectives.estimators import family, label
+from pyro_vae.objectives.kl_weighting import KLWeighted
+from pyro_vae.objectives.log_terms import terms
 from pyro_vae.objectives.sites import Program, require_programs
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators

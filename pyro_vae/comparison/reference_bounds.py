@@ -13,7 +13,8 @@ import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
-from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, KLWeighted, Renyi
+from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi
+from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.log_terms import Terms
 
 __all__ = ["Plain", "Target", "target"]

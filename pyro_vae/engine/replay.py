@@ -32,10 +32,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from pyro_vae.engine.compiler import NotCompiled, compile_graph
+from pyro_vae.engine.compiler import NotCompiled, choose_products, compile_graph
 from pyro_vae.engine.guards import PLAIN, Watch
 from pyro_vae.engine.optimizer_step import Update
-from pyro_vae.engine.products import choose_products
 from pyro_vae.engine.recorder import (
     LossAndGradients,
     Untraceable,
@@ -44,7 +43,6 @@ from pyro_vae.engine.recorder import (
     record,
     restore_python_noise,
 )
-from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.utils.isolation import keep_freed_memory
 
 __all__ = ["ENGINES", "Replay"]
@@ -100,7 +98,8 @@ class Replay:
         eager_step: Callable[..., float],
         fastest: dict[str, str],
     ):
-        self.model, self.guide, self.estimator = model, guide, estimator
+        self.model, self.guide = model, guide
+        self.estimator: Any = estimator
         self.optimizer, self.clip_norm, self.eager_step = optimizer, clip_norm, eager_step
         self.engine, self.fastest = engine, fastest
         self.update = Update(optimizer)
@@ -110,14 +109,18 @@ class Replay:
         some = self._parameters()[0]
         if some.device.type == "cpu":
             keep_freed_memory()
-        self.kl_weight = torch.ones((), dtype=torch.float64, device=some.device)  # it promotes nothing
+        # A loss with a scheduled weight, such as `KLWeighted`, has `beta`, the weight of the next step,
+        # `steps`, how many were taken, and `differentiable_loss_at(weight, model, guide, ...)`. The weight is
+        # filled in outside the recorded function: within it, a number would become a constant of the graph.
+        self.is_scheduled = hasattr(estimator, "differentiable_loss_at")
+        self.weight = torch.ones((), dtype=torch.float64, device=some.device)  # it promotes nothing
 
     def step(self, number: int, *args: Any, **kwargs: Any) -> float:
         """Take the step of that number, counted from 0, and return its loss."""
         if self.given_up or _PYRO_STACK:  # a handler around the step may do anything
             return self.eager_step(*args, **kwargs)
-        if isinstance(self.estimator, KLWeighted):
-            self.kl_weight.fill_(self.estimator.beta)  # in a tensor: a number would be the same at every step
+        if self.is_scheduled:
+            self.weight.fill_(self.estimator.beta)
         try:
             recording, tensors = self._recording(args, kwargs)
             self._prepare(recording, tensors, number)
@@ -139,7 +142,7 @@ class Replay:
             self.update(gradients, skip=does_not_hold)
             value = loss.item()
             if math.isfinite(value):
-                if isinstance(self.estimator, KLWeighted):
+                if self.is_scheduled:
                     self.estimator.steps += 1
                 return value
             for generator, state in zip(graph.generators, states, strict=True):
@@ -150,29 +153,13 @@ class Replay:
 
     def _recording(self, args: tuple, kwargs: dict[str, Any]) -> "tuple[_Recording, list[Tensor]]":
         """Find or make the recording for these arguments; return it and the tensors among them."""
-        if not kwargs and all(isinstance(arg, Tensor) for arg in args):
-            leaves, spec = (
-                list(args),
-                None,
-            )  # the common case: flattening takes as long as a small matrix product
-        else:
+        leaves, spec = list(args), None  # the common case: flattening takes as long as a small product
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not all(isinstance(leaf, PLAIN) for leaf in leaves):
             raise Untraceable(f"its arguments are more than tensors, numbers and words: {spec}")
-        identities = [id(tensor) for tensor in tensors]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         parameters = self._parameters()
-        key = (
-            spec,
-            *[_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
-            *[(id(p), *_form(p), *(p._backward_hooks or ())) for p in parameters],
-            id(getattr(self.estimator, "estimator", self.estimator)),
-            *map(identities.index, identities),  # which of them are the same
-            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
-            torch.get_default_dtype(),
-            is_validation_enabled(),
-            Distribution._validate_args,
-        )
 
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
             rest = iter(tensors)
@@ -180,23 +167,42 @@ class Replay:
             args, kwargs = pytree.tree_unflatten(filled, spec) if spec else (filled, {})
             return self._loss_and_gradients(parameters, args, kwargs)
 
+        key = self._key(leaves, spec, tensors, parameters)
         recording = self.recordings.get(key)
         if recording is None or not recording.watch.is_same():
-            self.num_recordings += 1
-            if self.num_recordings > _MAX_RECORDINGS:
-                raise Untraceable(f"shapes or attributes keep changing, {_MAX_RECORDINGS} times by now")
-            estimator = getattr(self.estimator, "estimator", self.estimator)  # the one that KLWeighted holds
-            nesting = estimator.max_plate_nesting
-            pair = (self.model, self.guide)
-            recording = _Recording(loss_and_gradients, tensors, pair, self._watched(), self.fastest)
-            if estimator.max_plate_nesting != nesting:
-                estimator.max_plate_nesting = nesting
-                raise _NotYet(
-                    "the estimator finds max_plate_nesting at its first step, by draws that no other makes"
-                )
-            self.recordings[key] = recording
+            recording = self.recordings[key] = self._record(loss_and_gradients, tensors)
         recording.loss_and_gradients = loss_and_gradients
         return recording, tensors
+
+    def _key(self, leaves: list[Any], spec: Any, tensors: list[Tensor], parameters: list[Tensor]) -> tuple:
+        """What a recording depends on: the forms of arguments and parameters, and what is set in torch."""
+        identities = [id(tensor) for tensor in tensors]
+        return (
+            spec,
+            *[_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
+            *[(id(p), *_form(p), *(p._backward_hooks or ())) for p in parameters],
+            id(self._inner_estimator),
+            *map(identities.index, identities),  # which of them are the same
+            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+            torch.get_default_dtype(),
+            is_validation_enabled(),
+            Distribution._validate_args,
+        )
+
+    def _record(self, loss_and_gradients: LossAndGradients, tensors: list[Tensor]) -> "_Recording":
+        self.num_recordings += 1
+        if self.num_recordings > _MAX_RECORDINGS:
+            raise Untraceable(f"shapes or attributes keep changing, {_MAX_RECORDINGS} times by now")
+        estimator = self._inner_estimator
+        nesting = estimator.max_plate_nesting
+        pair = (self.model, self.guide)
+        recording = _Recording(loss_and_gradients, tensors, pair, self._watched(), self.fastest)
+        if estimator.max_plate_nesting != nesting:
+            estimator.max_plate_nesting = nesting
+            raise _NotYet(
+                "the estimator finds max_plate_nesting at its first step, by draws that no other makes"
+            )
+        return recording
 
     def _prepare(self, recording: "_Recording", tensors: Sequence[Tensor], number: int) -> None:
         """Compile the graph if the time has come, and look whether it is right."""
@@ -213,8 +219,8 @@ class Replay:
         self, parameters: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         estimator = self.estimator
-        if isinstance(estimator, KLWeighted):
-            loss = estimator.differentiable_loss_at(self.kl_weight, self.model, self.guide, *args, **kwargs)
+        if self.is_scheduled:
+            loss = estimator.differentiable_loss_at(self.weight, self.model, self.guide, *args, **kwargs)
         elif hasattr(estimator, "differentiable_loss"):
             loss = estimator.differentiable_loss(self.model, self.guide, *args, **kwargs)
         else:
@@ -231,14 +237,17 @@ class Replay:
         laid_out = [_laid_out_like(parameter, found.get(id(parameter))) for parameter in parameters]
         return loss, _apart(laid_out)
 
+    @property
+    def _inner_estimator(self) -> ELBO:
+        """The estimator that a loss with a scheduled weight holds, or the loss itself."""
+        return self.estimator.estimator if self.is_scheduled else self.estimator
+
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _watched(self) -> list[Any]:
         """What shapes the graph beside the modules that run: the estimator, and modules bound to the pair."""
-        watched: list[Any] = [self.estimator]
-        if isinstance(self.estimator, KLWeighted):
-            watched = [self.estimator.estimator]
+        watched: list[Any] = [self._inner_estimator]
         for function in (self.model, self.guide):
             owner = getattr(function, "__self__", function)
             if isinstance(owner, nn.Module):

@@ -2,25 +2,17 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-from pyro_vae.inference.guide_problems import (
-    latent_sites,
-    misfits,
-    not_finite,
-    parameters,
-    plates,
-    separate_subsamples,
-    support,
-    why_it_failed,
-)
-from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
 from pyro_vae.objectives.estimators import (
     CIWAE,
     IWAE,
@@ -29,16 +21,29 @@ from pyro_vae.objectives.estimators import (
     VIMCO,
     DReG,
     Estimator,
-    KLWeighted,
     Renyi,
-    check_mean_field,
+    label,
 )
-from pyro_vae.objectives.labels import label
+from pyro_vae.objectives.guide_problems import (
+    explain_failure,
+    latent_sites,
+    not_finite,
+    parameters,
+    plates,
+    separate_subsamples,
+    support,
+)
+from pyro_vae.objectives.guide_problems import (
+    problems as problems_of,
+)
+from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.sites import (
     Program,
     Sites,
     analytic_kl,
     check_plates,
+    kl_by_table,
+    kl_fault,
     require_programs,
     run,
     sample_sites,
@@ -46,7 +51,138 @@ from pyro_vae.objectives.sites import (
 )
 from pyro_vae.utils.isolation import isolated
 
-__all__ = ["check_guide", "check_training", "require_fit"]
+__all__ = [
+    "DistributionReport",
+    "GuideError",
+    "GuideReport",
+    "SiteReport",
+    "check_guide",
+    "check_mean_field",
+    "check_training",
+    "require_fit",
+]
+
+
+class DistributionReport(NamedTuple):
+    """A site's distribution: its family and shapes."""
+
+    family: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What is known of one latent site of a pair.
+
+    Args:
+        name: The site's.
+        status: "match", "missing" in the guide, "extra" in the guide, "auxiliary" to the guide, or "observed"
+            by the model though the guide draws it.
+        guide: The guide's distribution, or None.
+        model: The model's distribution, or None.
+        plates: Names of the guide's plates, the outermost first.
+        support: What each element of the guide's draws satisfies.
+        reparameterised: Whether the guide's draws carry gradients.
+        analytic_kl: Whether the KL of the two distributions is known in closed form.
+    """
+
+    name: str
+    status: str
+    guide: DistributionReport | None
+    model: DistributionReport | None
+    plates: tuple[str, ...] = ()
+    support: str = ""
+    reparameterised: bool = False
+    analytic_kl: bool = False
+
+
+@dataclass(frozen=True)
+class GuideReport:
+    """What `check_guide` found; printed, a table.
+
+    Args:
+        sites: The latent sites of both.
+        problems: Why the guide does not fit: empty if it does.
+        estimators: From each estimator's name to why it is not valid for the pair; None if it is.
+        without_gradient: Names of parameters that the ELBO does not depend on.
+        unregistered: Shapes of parameters that the ELBO depends on but that no Pyro statement shows, as when
+            `pyro.module` is forgotten: Pyro's SVI and `fit` do not train them.
+    """
+
+    sites: tuple[SiteReport, ...]
+    problems: tuple[str, ...] = ()
+    estimators: dict[str, str | None] = field(default_factory=dict)
+    without_gradient: tuple[str, ...] = ()
+    unregistered: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def mean_field(self) -> bool:
+        """Whether the KL is the sum of the sites' KLs, as `TraceMeanField_ELBO` takes it to be."""
+        return self.estimators.get("TraceMeanField_ELBO", "not tried") is None
+
+    def __str__(self) -> str:
+        lines = ["the guide does not fit the model" if self.problems else "the guide fits the model"]
+        lines += [f"  {problem}" for problem in self.problems]
+        lines += _table(self.sites)
+        if self.estimators:
+            valid = (name for name, reason in self.estimators.items() if reason is None)
+            lines.append(f"valid estimators: {', '.join(valid)}")
+            for reason in dict.fromkeys(filter(None, self.estimators.values())):
+                names = ", ".join(name for name, other in self.estimators.items() if other == reason)
+                lines.append(f"not {names}: {reason}")
+        if self.without_gradient:
+            lines.append(f"parameters without gradient: {', '.join(self.without_gradient)}")
+        if self.unregistered:
+            lines.append(
+                "parameters that no Pyro statement shows, so that Pyro does not train them: of shapes "
+                f"{', '.join(map(str, self.unregistered))}; call pyro.module, or make their module the guide"
+            )
+        return "\n".join(lines)
+
+
+def _table(sites: tuple[SiteReport, ...]) -> list[str]:
+    def cells(part: DistributionReport | None) -> list[str]:
+        return [str(cell) for cell in part] if part else ["-"] * 3
+
+    rows = [
+        [
+            "site",
+            "status",
+            "guide",
+            "batch",
+            "event",
+            "model",
+            "batch",
+            "event",
+            "plates",
+            "support",
+            "path",
+            "KL",
+        ]
+    ]
+    for site in sites:
+        path, kl = (
+            ("reparameterised" if site.reparameterised else "score function") if site.guide else "-",
+            ("closed form" if site.analytic_kl else "sampled") if site.status == "match" else "-",
+        )
+        about_guide = [", ".join(site.plates) or "-", site.support or "-", path, kl]
+        rows.append([site.name, site.status, *cells(site.guide), *cells(site.model), *about_guide])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+class GuideError(ValueError):
+    """A guide that does not fit its model.
+
+    Args:
+        message: What is wrong, and what to change.
+        report: What was found; None if the guide did not run.
+    """
+
+    def __init__(self, message: str, report: GuideReport | None = None):
+        super().__init__(message)
+        self.report = report
 
 
 def check_guide(
@@ -175,7 +311,7 @@ def _fitting(
             if name in guide_sites or not site["infer"].get("enumerate")
         }
     problems = (
-        *misfits(model_sites, guide_sites, returned),
+        *problems_of(model_sites, guide_sites, returned),
         *separate_subsamples(model_trace, guide_trace),
     )
     sites = tuple(_site_reports(model_sites, guide_sites))
@@ -196,7 +332,7 @@ def _run_guide(
     except Exception as error:
         drawn = sample_sites(tracer.trace)
         waiting = [name for name in latent_sites(model_sites) if name not in drawn]
-        raise GuideError(why_it_failed(error, tracer.trace, waiting, data)) from error
+        raise GuideError(explain_failure(error, tracer.trace, waiting, data)) from error
     return tracer.trace, returned
 
 
@@ -314,3 +450,77 @@ def _reason_against(
     except (ValueError, NotImplementedError) as error:
         return str(error)
     return None
+
+
+def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) -> None:
+    """Refuse a pair for which `pyro.infer.TraceMeanField_ELBO` is wrong.
+
+    That estimator adds up the KLs of single sites. This is right if, for every latent site z, none of the
+    sites that the model draws z from depends on z in the guide, and if each KL is that of its site, see
+    `kl_fault`; and its gradient is right if every draw of the guide is reparameterised. Pyro warns of the
+    first, and only while its validation is on. Sites drawn in the same order in both need no closer look.
+    Otherwise their dependencies are tracked through one more run of each; writing draws into a tensor in
+    place (`buffer[..., 0] = z`) escapes that tracking.
+
+    Random numbers are left as they were. Arguments as for `terms`.
+
+    Raises:
+        ValueError: If the estimator is wrong for the pair; names the sites, and what to use instead.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> def top_down(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z1 = pyro.sample("z1", dist.Normal(0, 1))
+        ...         z2 = pyro.sample("z2", dist.Normal(z1, 1))
+        ...         pyro.sample("x", dist.Normal(z2, 1), obs=x)
+        >>> def bottom_up(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z2 = pyro.sample("z2", dist.Normal(x / 2, 1))
+        ...         pyro.sample("z1", dist.Normal(z2 / 2, 1))
+        >>> check_mean_field(top_down, bottom_up, torch.zeros(3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: TraceMeanField_ELBO is wrong here: the model draws 'z2' given 'z1', ...
+    """
+    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        guide_trace = run(guide, data, kwargs)
+        model_trace = run(poutine.replay(model, trace=guide_trace), data, kwargs)
+        guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
+        for name, site in guide_sites.items():
+            if not is_identically_zero(site["fn"].score_parts(site["value"]).score_function):
+                raise ValueError(
+                    f"TraceMeanField_ELBO is wrong here: the guide's site {name!r}, a {site_family(site)}, "
+                    "is not reparameterised, so its gradient would be lost; use Trace_ELBO, or VIMCO"
+                )
+        latent = [name for name, site in model_sites.items() if not site["is_observed"]]
+        for name in (name for name in latent if name in guide_sites):
+            pair = guide_sites[name], model_sites[name]
+            fault = kl_fault(*pair)
+            if fault and kl_by_table(*pair) is not None:
+                raise ValueError(f"TraceMeanField_ELBO is wrong here: at {name!r}, {fault}; use Trace_ELBO")
+        if latent == [name for name in guide_sites if name in latent]:
+            return
+        model_parents = get_dependencies(model, data, kwargs)["prior_dependencies"]
+        guide_parents = get_dependencies(guide, data, kwargs)["prior_dependencies"]
+    for name in latent:
+        for parent in model_parents.get(name, ()):
+            if parent != name and name in _ancestors(parent, guide_parents):
+                raise ValueError(
+                    f"TraceMeanField_ELBO is wrong here: the model draws {name!r} given {parent!r}, but the "
+                    f"guide draws {parent!r} given {name!r}. Use Trace_ELBO, or a guide that draws its "
+                    "sites in the model's order"
+                )
+
+
+def _ancestors(name: str, parents: dict[str, dict[str, Any]]) -> set[str]:
+    """Whatever `name` depends on, directly or through others."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for parent in parents.get(waiting.pop(), {}):
+            if parent not in found and parent != name:
+                found.add(parent)
+                waiting.append(parent)
+    return found

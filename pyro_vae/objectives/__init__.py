@@ -1,9 +1,8 @@
 """Bounds on the evidence and their gradient estimators, for any Pyro model and guide."""
 
-from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Renyi
-from pyro_vae.objectives.kl_weighting import Estimator, KLWeighted
+from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi
+from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.log_terms import Terms, terms
-from pyro_vae.objectives.sites import check_mean_field
 
 __all__ = [
     "CIWAE",
@@ -16,6 +15,5 @@ __all__ = [
     "KLWeighted",
     "Renyi",
     "Terms",
-    "check_mean_field",
     "terms",
 ]

@@ -7,14 +7,19 @@ To add an estimator, derive from `Estimator` and write `bound`, and `surrogate` 
 not that of the bound's own estimate.
 """
 
+import copy
+import inspect
 import math
+from abc import abstractmethod
+from typing import Any
 
 import torch
+from pyro.infer import ELBO
+from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_vae.objectives.kl_weighting import Estimator, KLWeighted
 from pyro_vae.objectives.log_terms import Terms, terms
-from pyro_vae.objectives.sites import check_mean_field
+from pyro_vae.objectives.sites import Program
 from pyro_vae.utils.validation import require_count
 
 __all__ = [
@@ -25,12 +30,115 @@ __all__ = [
     "VIMCO",
     "DReG",
     "Estimator",
-    "KLWeighted",
+    "Loss",
     "Renyi",
-    "Terms",
-    "check_mean_field",
-    "terms",
+    "family",
+    "label",
+    "total_loss",
+    "with_gradient_of",
 ]
+
+
+class Loss(ELBO):
+    """A `pyro.infer.ELBO` by its `differentiable_loss`."""
+
+    @abstractmethod
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Estimate the loss, shape (), to be differentiated."""
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Estimate the loss, and add its gradient to that of the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return warn_if_nan(float(loss.detach()), "loss")
+
+    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
+        raise NotImplementedError("traces are not shown; see `terms`")
+
+
+class Estimator(Loss):
+    """What the estimators share: from terms to losses.
+
+    Args:
+        num_particles: S, in each group.
+        num_groups: G, independent groups of particles.
+        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, num_particles: int = 1, num_groups: int = 1, *, max_plate_nesting: int = 1):
+        require_count("num_particles", num_particles)
+        require_count("num_groups", num_groups)
+        require_count("max_plate_nesting", max_plate_nesting)
+        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        self.num_groups = num_groups
+
+    @property
+    def is_elbo(self) -> bool:
+        """Whether the bound is the ELBO: of one particle, or of groups of one that are averaged."""
+        return self.num_particles == 1
+
+    @abstractmethod
+    def bound(self, terms: Terms) -> Tensor:
+        """Reduce terms (S · G, N) to the bound's estimate, (N,), in nats per datum."""
+
+    def surrogate(self, terms: Terms) -> Tensor:
+        """Reduce terms (S · G, N) to what is differentiated, (N,); by default the bound.
+
+        Raises:
+            ValueError: If a site of the guide is not reparameterised, and the estimator needs it to be.
+        """
+        self._require_reparameterised(terms)
+        return self.bound(terms)
+
+    @torch.no_grad()
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Estimate the loss, minus the bound summed over the batch, in nats."""
+        terms = self.terms(model, guide, *args, **kwargs)
+        return warn_if_nan(float(total_loss(terms, self.bound(terms))), "loss")
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Estimate the loss, shape (), with the value of the bound and the gradient of the surrogate."""
+        terms = self.terms(model, guide, *args, **kwargs)
+        return with_gradient_of(
+            total_loss(terms, self.surrogate(terms)), value=total_loss(terms, self.bound(terms))
+        )
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
+        """Run the pair with all the particles of all groups."""
+        return terms(
+            model,
+            guide,
+            *args,
+            num_particles=self.num_particles * self.num_groups,
+            max_plate_nesting=self.max_plate_nesting,
+            **kwargs,
+        )
+
+    def _require_reparameterised(self, terms: Terms) -> None:
+        for name in terms.unreparameterised:
+            raise ValueError(
+                f"{self!r} needs draws that carry gradients, but the guide's site {name!r} is not "
+                "reparameterised: its parameters would get no gradient. Use VIMCO, or Pyro's Trace_ELBO"
+            )
+
+    def __repr__(self) -> str:
+        groups = f", num_groups={self.num_groups}" if self.num_groups > 1 else ""
+        return f"{type(self).__name__}({self.num_particles}{groups})"
+
+
+def total_loss(terms: Terms, per_datum: Tensor) -> Tensor:
+    """Turn a bound per datum into a loss: negated, scaled, summed over the batch."""
+    return -(terms.scale * per_datum).sum()
+
+
+def with_gradient_of(surrogate: Tensor, *, value: Tensor) -> Tensor:
+    """Give a tensor with one tensor's value and another's gradient."""
+    return value.detach() + (surrogate - surrogate.detach())
 
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
@@ -112,7 +220,7 @@ class PIWAE(IWAE):
         floor = torch.finfo(log_weight.dtype).eps ** 2
         model_weight = log_weight.softmax(0).clamp(min=floor)
         # The gradient of log p through z has the factor model_weight below, and is to have guide_weight.
-        terms.weigh_paths(guide_weight / model_weight)
+        terms.scale_path_gradients(guide_weight / model_weight)
         log_joint = terms.log_likelihood + terms.kl_weight * terms.log_prior
         return (model_weight * log_joint - guide_weight * terms.kl_weight * terms.log_guide).sum(0)
 
@@ -272,7 +380,7 @@ class DReG(Estimator):
         self._require_reparameterised(terms)
         weight = terms.log_weight.detach().softmax(0)
         path_weight = 1 - terms.kl_weight + terms.kl_weight * weight
-        terms.weigh_paths(path_weight)  # of the gradient of log p through z: w̃ becomes w̃²
+        terms.scale_path_gradients(path_weight)  # of the gradient of log p through z: w̃ becomes w̃²
         log_joint = terms.log_likelihood + terms.kl_weight * terms.log_prior
         path = terms.kl_weight * (
             terms.log_score - terms.log_guide
@@ -338,3 +446,42 @@ def _leave_one_out(log_weight: Tensor) -> Tensor:
     geometric_mean = (before + after) / (num_particles - 1)
     baseline = torch.logaddexp(log_sum, geometric_mean) - math.log(num_particles)
     return baseline.where(log_sum > -math.inf, 0.0)
+
+
+def label(estimator: ELBO) -> str:
+    """Name an estimator by its class and the settings that differ from their defaults.
+
+    Not by `max_plate_nesting`, which says something of the pair, and which Pyro's estimators change when
+    they first see one.
+
+    Example:
+        >>> from pyro.infer import Trace_ELBO
+        >>> label(Trace_ELBO(max_plate_nesting=1)), label(Trace_ELBO(num_particles=5))
+        ('Trace_ELBO()', 'Trace_ELBO(num_particles=5)')
+    """
+    if type(estimator).__repr__ is not object.__repr__:
+        return repr(estimator)
+    settings = [
+        f"{name}={getattr(estimator, name)}"
+        for name, parameter in inspect.signature(type(estimator)).parameters.items()
+        if name != "max_plate_nesting"
+        and isinstance(getattr(estimator, name, None), bool | int | float | str)
+        and getattr(estimator, name) != parameter.default
+    ]
+    return f"{type(estimator).__name__}({', '.join(settings)})"
+
+
+def family(estimator: ELBO) -> str:
+    """Name an estimator but for its number of particles, S.
+
+    Example:
+        >>> from pyro.infer import Trace_ELBO
+        >>> family(Trace_ELBO(num_particles=5)) == family(Trace_ELBO())
+        True
+    """
+    kind = copy.copy(estimator)
+    kind.num_particles = "S"
+    if isinstance(getattr(estimator, "estimator", None), ELBO):  # it is wrapped, as by KLWeighted
+        kind.estimator = copy.copy(kind.estimator)
+        kind.estimator.num_particles = "S"
+    return label(kind)

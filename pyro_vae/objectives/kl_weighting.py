@@ -1,12 +1,9 @@
-"""From terms to losses: what every estimator is to Pyro's SVI, and the weight on the KL.
+"""Weight the KL of an estimator: β, constant or scheduled, and free bits.
 
-A *bound* is per datum, in nats, higher is better. A *surrogate* is what is differentiated in its place. The
-two are never mixed: a loss has the value of the bound and the gradient of the surrogate. Losses are summed
-over the batch and scaled as the data plate is subsampled, like Pyro's.
+The value of a loss stays that of the estimator with β = 1; its gradient is weighted.
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,113 +14,19 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
-from pyro_vae.objectives.log_terms import Terms, terms
+from pyro_vae.objectives.estimators import Estimator, Loss, label, total_loss, with_gradient_of
 from pyro_vae.objectives.sites import Program, Site, Sites, kl_by_table, kl_fault, site_family
-from pyro_vae.utils.validation import require_count
 
-__all__ = ["Estimator", "KLWeighted"]
+__all__ = ["KLWeighted", "inner_estimator"]
 
 # The weighted loss; the loss with β = 1; guide's and latent sites of each run; particles within a run
 _Evaluated = tuple[Tensor, Tensor, list[tuple[Sites, Sites]], int]
 
 
-class _Loss(ELBO):
-    """A `pyro.infer.ELBO` by its `differentiable_loss`."""
-
-    @abstractmethod
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Estimate the loss, shape (), to be differentiated."""
-
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Estimate the loss, and add its gradient to that of the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return warn_if_nan(float(loss.detach()), "loss")
-
-    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
-        raise NotImplementedError("traces are not shown; see `terms`")
-
-
-class Estimator(_Loss):
-    """What the estimators share: from terms to losses.
-
-    Args:
-        num_particles: S, in each group.
-        num_groups: G, independent groups of particles.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
-
-    Raises:
-        TypeError: If a number is no integer.
-        ValueError: If a number is below 1.
-    """
-
-    def __init__(self, num_particles: int = 1, num_groups: int = 1, *, max_plate_nesting: int = 1):
-        require_count("num_particles", num_particles)
-        require_count("num_groups", num_groups)
-        require_count("max_plate_nesting", max_plate_nesting)
-        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
-        self.num_groups = num_groups
-
-    @property
-    def is_elbo(self) -> bool:
-        """Whether the bound is the ELBO: of one particle, or of groups of one that are averaged."""
-        return self.num_particles == 1
-
-    @abstractmethod
-    def bound(self, terms: Terms) -> Tensor:
-        """Reduce terms (S · G, N) to the bound's estimate, (N,), in nats per datum."""
-
-    def surrogate(self, terms: Terms) -> Tensor:
-        """Reduce terms (S · G, N) to what is differentiated, (N,); by default the bound.
-
-        Raises:
-            ValueError: If a site of the guide is not reparameterised, and the estimator needs it to be.
-        """
-        self._require_reparameterised(terms)
-        return self.bound(terms)
-
-    @torch.no_grad()
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Estimate the loss, minus the bound summed over the batch, in nats."""
-        terms = self.terms(model, guide, *args, **kwargs)
-        return warn_if_nan(float(total_loss(terms, self.bound(terms))), "loss")
-
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Estimate the loss, shape (), with the value of the bound and the gradient of the surrogate."""
-        terms = self.terms(model, guide, *args, **kwargs)
-        return with_gradient_of(
-            total_loss(terms, self.surrogate(terms)), value=total_loss(terms, self.bound(terms))
-        )
-
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
-        """Run the pair with all the particles of all groups."""
-        return terms(
-            model,
-            guide,
-            *args,
-            num_particles=self.num_particles * self.num_groups,
-            max_plate_nesting=self.max_plate_nesting,
-            **kwargs,
-        )
-
-    def _require_reparameterised(self, terms: Terms) -> None:
-        for name in terms.unreparameterised:
-            raise ValueError(
-                f"{self!r} needs draws that carry gradients, but the guide's site {name!r} is not "
-                "reparameterised: its parameters would get no gradient. Use VIMCO, or Pyro's Trace_ELBO"
-            )
-
-    def __repr__(self) -> str:
-        groups = f", num_groups={self.num_groups}" if self.num_groups > 1 else ""
-        return f"{type(self).__name__}({self.num_particles}{groups})"
-
-
-class KLWeighted(_Loss):
+class KLWeighted(Loss):
     r"""Another weight on the KL of an estimator: β, constant or scheduled, and free bits.
 
     .. math:: \text{minimised:}\quad -E_q[\log p(x|z)] + \beta \sum_k \max(\lambda, \mathrm{KL}_k), \qquad
@@ -159,7 +62,7 @@ class KLWeighted(_Loss):
         >>> KLWeighted(TraceMeanField_ELBO(), beta=lambda step: min(1.0, step / 1000)).beta
         0.0
         >>> KLWeighted(Trace_ELBO(), 1.0, free_bits=0.1)
-        KLWeighted(Trace_ELBO(1), 1.0, free_bits=0.1, per='dimension')
+        KLWeighted(Trace_ELBO(), 1.0, free_bits=0.1, per='dimension')
     """
 
     def __init__(
@@ -304,7 +207,17 @@ class KLWeighted(_Loss):
     def __repr__(self) -> str:
         beta = "schedule" if callable(self.schedule) else self.schedule
         free_bits = f", free_bits={self.free_bits}, per={self.per!r}" if self.free_bits else ""
-        return f"KLWeighted({_label(self.estimator)}, {beta}{free_bits})"
+        return f"KLWeighted({label(self.estimator)}, {beta}{free_bits})"
+
+
+def inner_estimator(loss: ELBO) -> ELBO:
+    """Return the estimator that a `KLWeighted` holds, or the loss itself.
+
+    Example:
+        >>> label(inner_estimator(KLWeighted(Trace_ELBO(), 0.5)))
+        'Trace_ELBO()'
+    """
+    return loss.estimator if isinstance(loss, KLWeighted) else loss
 
 
 class _WeighLatents(Messenger):
@@ -351,16 +264,6 @@ class _WeighLatents(Messenger):
             (guide if self.in_guide else latent)[msg["name"]] = {**msg, "scale": self.scale}
 
 
-def total_loss(terms: Terms, per_datum: Tensor) -> Tensor:
-    """Turn a bound per datum into a loss: negated, scaled, summed over the batch."""
-    return -(terms.scale * per_datum).sum()
-
-
-def with_gradient_of(surrogate: Tensor, *, value: Tensor) -> Tensor:
-    """Give a tensor with one tensor's value and another's gradient."""
-    return value.detach() + (surrogate - surrogate.detach())
-
-
 def _scaled(tensor: Tensor, site: Site, *, event_dim: int = 0) -> Tensor:
     """Scale and mask a tensor of a site's batch shape, with event dimensions on the right."""
     scale, mask = (
@@ -391,10 +294,3 @@ def _require_weight(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be finite and at least 0; got {value}")
-
-
-def _label(estimator: ELBO) -> str:
-    """Name an estimator; Pyro's have no repr of their own."""
-    if isinstance(estimator, Estimator):
-        return repr(estimator)
-    return f"{type(estimator).__name__}({estimator.num_particles})"

@@ -23,12 +23,12 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_vae.objectives.guide_problems import latent_sites, name_problems
 from pyro_vae.objectives.sites import (
     Program,
     Site,
     Sites,
     analytic_kl,
-    check_sites,
     data_plate,
     require_programs,
     run,
@@ -119,7 +119,7 @@ class Terms:
             if getattr(site["score_function"], "requires_grad", False)
         ]
 
-    def weigh_paths(self, weight: Tensor) -> None:
+    def scale_path_gradients(self, weight: Tensor) -> None:
         """Multiply the gradients of log p(x|z) and log p(z) in the guide's parameters by `weight` (S, N).
 
         They come through z. Those in the model's own parameters stay as they are. To be called once, before
@@ -189,16 +189,17 @@ def terms(
     particles: AbstractContextManager = nullcontext()
     if num_particles > 1:
         particles = pyro.plate(name, num_particles, dim=-1 - max_plate_nesting)
-    with particles, _advised():
-        guide_trace = run(guide, data, kwargs)
-        guide_sites = sample_sites(guide_trace)
-        # The model gets other views of the draws, so that `weigh_paths` can tell the gradients apart.
-        draws = {
-            key: site["value"].view_as(site["value"])
-            for key, site in guide_sites.items()
-            if not site["is_observed"]
-        }
-        model_trace = run(poutine.replay(model, trace=_with_values(guide_trace, draws)), data, kwargs)
+    guide_trace, model_trace, draws = _run_pair(model, guide, data, kwargs, particles)
+    guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
+    observed = {key: site for key, site in model_sites.items() if site["is_observed"]}
+    latent = latent_sites(model_sites)
+    _check_sites(latent, observed, model_sites, guide_sites)
+    plate = data_plate(guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=name)
+    check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+    for key, site in guide_sites.items():  # each site is given its log_prob, summed over below
+        site["score_function"] = _scored(f"the guide's site {key!r}", site).score_function
+    for key, site in model_sites.items():
+        _scored(f"the model's site {key!r}", site)
 
     def at_fixed_draws() -> Sites:
         fixed = _with_values(guide_trace, {key: site["value"].detach() for key, site in guide_sites.items()})
@@ -206,17 +207,6 @@ def terms(
             return sample_sites(fixed)
         with particles:
             return sample_sites(run(poutine.replay(guide, trace=fixed), data, kwargs))
-
-    model_sites = sample_sites(model_trace)
-    observed = {key: site for key, site in model_sites.items() if site["is_observed"]}
-    latent = {key: site for key, site in model_sites.items() if not site["is_observed"]}
-    check_sites(latent, observed, guide_sites)
-    plate = data_plate(guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=name)
-    check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
-    for key, site in guide_sites.items():  # each site is given its log_prob, summed over below
-        site["score_function"] = _scored(f"the guide's site {key!r}", site).score_function
-    for key, site in model_sites.items():
-        _scored(f"the model's site {key!r}", site)
 
     sites = PairSites(
         guide=guide_sites,
@@ -235,6 +225,34 @@ def terms(
         scale=shared_scale(guide_sites, model_sites, sites.num_data),
         sites=sites,
     )
+
+
+def _run_pair(
+    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], particles: AbstractContextManager
+) -> tuple[poutine.Trace, poutine.Trace, dict[str, Tensor]]:
+    """Run the guide, then the model at its draws; return both traces and the draws as the model saw them."""
+    with particles, _advised():
+        guide_trace = run(guide, data, kwargs)
+        # The model gets other views of the draws, so that `scale_path_gradients` can tell the gradients apart.
+        draws = {
+            key: site["value"].view_as(site["value"])
+            for key, site in sample_sites(guide_trace).items()
+            if not site["is_observed"]
+        }
+        return (
+            guide_trace,
+            run(poutine.replay(model, trace=_with_values(guide_trace, draws)), data, kwargs),
+            draws,
+        )
+
+
+def _check_sites(latent: Sites, observed: Sites, model_sites: Sites, guide_sites: Sites) -> None:
+    if not latent:
+        raise ValueError("the model has no latent site: there is nothing to infer")
+    if not observed:
+        raise ValueError("the model observes nothing: give a site the data, by obs=...")
+    for problem in name_problems(model_sites, guide_sites):
+        raise ValueError(problem)
 
 
 @contextmanager

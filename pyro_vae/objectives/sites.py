@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
-from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer.inspect import get_dependencies
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -22,9 +21,7 @@ __all__ = [
     "Site",
     "Sites",
     "analytic_kl",
-    "check_mean_field",
     "check_plates",
-    "check_sites",
     "data_plate",
     "kl_by_table",
     "kl_fault",
@@ -40,68 +37,6 @@ __all__ = [
 Program = Callable[..., Any]  # a Pyro model or guide
 Site = dict[str, Any]
 Sites = dict[str, Site]
-
-
-def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) -> None:
-    """Refuse a pair for which `pyro.infer.TraceMeanField_ELBO` is wrong.
-
-    That estimator adds up the KLs of single sites. This is right if, for every latent site z, none of the
-    sites that the model draws z from depends on z in the guide, and if each KL is that of its site, see
-    `kl_fault`; and its gradient is right if every draw of the guide is reparameterised. Pyro warns of the
-    first, and only while its validation is on. Sites drawn in the same order in both need no closer look.
-    Otherwise their dependencies are tracked through one more run of each; writing draws into a tensor in
-    place (`buffer[..., 0] = z`) escapes that tracking.
-
-    Random numbers are left as they were. Arguments as for `terms`.
-
-    Raises:
-        ValueError: If the estimator is wrong for the pair; names the sites, and what to use instead.
-
-    Example:
-        >>> import pyro
-        >>> import pyro.distributions as dist
-        >>> def top_down(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z1 = pyro.sample("z1", dist.Normal(0, 1))
-        ...         z2 = pyro.sample("z2", dist.Normal(z1, 1))
-        ...         pyro.sample("x", dist.Normal(z2, 1), obs=x)
-        >>> def bottom_up(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z2 = pyro.sample("z2", dist.Normal(x / 2, 1))
-        ...         pyro.sample("z1", dist.Normal(z2 / 2, 1))
-        >>> check_mean_field(top_down, bottom_up, torch.zeros(3))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ValueError: TraceMeanField_ELBO is wrong here: the model draws 'z2' given 'z1', ...
-    """
-    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-        guide_trace = run(guide, data, kwargs)
-        model_trace = run(poutine.replay(model, trace=guide_trace), data, kwargs)
-        guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
-        for name, site in guide_sites.items():
-            if not is_identically_zero(site["fn"].score_parts(site["value"]).score_function):
-                raise ValueError(
-                    f"TraceMeanField_ELBO is wrong here: the guide's site {name!r}, a {site_family(site)}, "
-                    "is not reparameterised, so its gradient would be lost; use Trace_ELBO, or VIMCO"
-                )
-        latent = [name for name, site in model_sites.items() if not site["is_observed"]]
-        for name in (name for name in latent if name in guide_sites):
-            pair = guide_sites[name], model_sites[name]
-            fault = kl_fault(*pair)
-            if fault and kl_by_table(*pair) is not None:
-                raise ValueError(f"TraceMeanField_ELBO is wrong here: at {name!r}, {fault}; use Trace_ELBO")
-        if latent == [name for name in guide_sites if name in latent]:
-            return
-        model_parents = get_dependencies(model, data, kwargs)["prior_dependencies"]
-        guide_parents = get_dependencies(guide, data, kwargs)["prior_dependencies"]
-    for name in latent:
-        for parent in model_parents.get(name, ()):
-            if parent != name and name in _ancestors(parent, guide_parents):
-                raise ValueError(
-                    f"TraceMeanField_ELBO is wrong here: the model draws {name!r} given {parent!r}, but the "
-                    f"guide draws {parent!r} given {name!r}. Use Trace_ELBO, or a guide that draws its "
-                    "sites in the model's order"
-                )
 
 
 def require_programs(call: str, *programs: Any) -> None:
@@ -174,28 +109,6 @@ def kl_fault(guide_site: Site, model_site: Site) -> str | None:
             "weight on the KL, see KLWeighted)"
         )
     return None
-
-
-def check_sites(latent: Sites, observed: Sites, guide_sites: Sites) -> None:
-    """Refuse a pair whose sample sites do not match."""
-    if not latent:
-        raise ValueError("the model has no latent site: there is nothing to infer")
-    for name in latent:
-        if name not in guide_sites:
-            raise ValueError(
-                f"the model draws {name!r}, which the guide does not: add the site to the guide, or observe "
-                "it by obs=... (a site to be enumerated in the model goes with TraceEnum_ELBO)"
-            )
-    if not observed:
-        raise ValueError("the model observes nothing: give a site the data, by obs=...")
-    for name, site in guide_sites.items():
-        if name in observed:
-            raise ValueError(f"the guide has the site {name!r}, which the model observes: remove it there")
-        if name not in latent and not site["infer"].get("is_auxiliary"):
-            raise ValueError(
-                f"the guide draws {name!r}, which the model does not: remove it, or mark it by "
-                'infer={"is_auxiliary": True} if it is part of how the guide draws'
-            )
 
 
 def check_plates(guide_sites: Sites, model_sites: Sites) -> None:
@@ -299,15 +212,3 @@ def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
 def vectorized_plates(site: Site) -> list[Any]:
     """The plates that a site lies in, as Pyro's frames, the outermost first."""
     return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda frame: frame.dim)
-
-
-def _ancestors(name: str, parents: dict[str, dict[str, Any]]) -> set[str]:
-    """Whatever `name` depends on, directly or through others."""
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        for parent in parents.get(waiting.pop(), {}):
-            if parent not in found and parent != name:
-                found.add(parent)
-                waiting.append(parent)
-    return found

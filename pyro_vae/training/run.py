@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.inference.svi import SVI
-from pyro_vae.objectives.estimators import KLWeighted, terms
+from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
+from pyro_vae.objectives.log_terms import terms
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.utils import serialization
 from pyro_vae.utils.isolation import derived_seed, evaluating
@@ -97,7 +98,7 @@ class Run:
         self.train.bits.set_state(state)
         self.vae.eval()
         self.svi.check(x)
-        estimator = getattr(self.svi.loss, "estimator", self.svi.loss)  # the one that KLWeighted holds
+        estimator = inner_estimator(self.svi.loss)
         looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
         if looks_for_plates and math.isinf(estimator.max_plate_nesting):
             # else found at the first step, by draws that a resumed run would make once more

@@ -19,8 +19,7 @@ from pyro.infer import (
 from pyro_vae import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, terms
 from pyro_vae.comparison.peak_memory import peak_memory
 from pyro_vae.comparison.reference_bounds import Plain, target
-from pyro_vae.objectives.estimators import Estimator
-from pyro_vae.objectives.labels import family, label
+from pyro_vae.objectives.estimators import Estimator, family, label
 
 
 @pytest.mark.parametrize(

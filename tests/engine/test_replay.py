@@ -13,11 +13,11 @@ from test_agreement import GUIDES, LIKELIHOODS
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.engine import products
+from pyro_vae.engine import compiler as products
 from pyro_vae.engine import replay as engines
 from pyro_vae.engine.compiler import NotCompiled
 from pyro_vae.engine.recorder import record
-from pyro_vae.objectives.estimators import KLWeighted
+from pyro_vae.objectives.kl_weighting import KLWeighted
 
 EVENT, K, BATCH, LAST = (2, 3), 4, 7, 5
 TRACED_AND_COMPILED = ["traced", pytest.param("compiled", marks=pytest.mark.slow)]

@@ -15,7 +15,8 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_vae.closed_form import LinearGaussian
-from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi
+from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Renyi
+from pyro_vae.objectives.kl_weighting import KLWeighted
 
 N, D = 3, 5  # data, their dimension; particles and latent dimensions differ from both and from each other
 

@@ -21,8 +21,7 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.inference.guide_check import check_guide
-from pyro_vae.inference.guide_report import GuideError
+from pyro_vae.inference.guide_check import GuideError, check_guide
 from pyro_vae.networks import positive
 
 EVENT, K, N = (2, 3), 4, 5

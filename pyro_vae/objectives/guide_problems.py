@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae.objectives.sites import Site, Sites, same_scale, site_family, vectorized_plates
+from pyro_vae.utils.validation import elementwise_support
 
 __all__ = [
+    "explain_failure",
     "latent_sites",
-    "misfits",
+    "name_problems",
     "not_finite",
     "parameters",
     "plates",
+    "problems",
     "separate_subsamples",
     "support",
-    "why_it_failed",
 ]
 
 _FIXED_SET = (
@@ -34,7 +36,7 @@ _FIXED_SET = (
 _PLATE_MISMATCH = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"
 
 
-def why_it_failed(error: Exception, trace: poutine.Trace, waiting: list[str], data: Iterable[Any]) -> str:
+def explain_failure(error: Exception, trace: poutine.Trace, waiting: list[str], data: Iterable[Any]) -> str:
     """Tell why a guide raised an error.
 
     Args:
@@ -70,32 +72,40 @@ def why_it_failed(error: Exception, trace: poutine.Trace, waiting: list[str], da
     return f"{message}\nReshape or flatten the data as its network expects them" if about_shapes else message
 
 
-def misfits(model_sites: Sites, guide_sites: Sites, returned: Any) -> Iterator[str]:
-    """Tell what does not fit between the sites of a model and those of a guide that ran on the same data."""
+def problems(model_sites: Sites, guide_sites: Sites, returned: Any = None) -> Iterator[str]:
+    """Describe each mismatch between the sites of a model and those of a guide run on the same data.
+
+    Args:
+        model_sites: The model's sample sites.
+        guide_sites: The guide's.
+        returned: What the guide returned.
+    """
+    yield from name_problems(model_sites, guide_sites, returned)
     latent = latent_sites(model_sites)
-    renamed = _misspelt(
-        missing={name: p for name, p in latent.items() if name not in guide_sites},
-        extra={
-            name: q
-            for name, q in guide_sites.items()
-            if name not in model_sites and not q["infer"].get("is_auxiliary")
-        },
-    )
+    renamed = _renamed(latent, model_sites, guide_sites)
+    for name, q in guide_sites.items():
+        p = latent.get(renamed.get(name, name))
+        if p is not None:
+            yield from _site_problems(f"the guide's site {name!r}", p, q)
+
+
+def name_problems(model_sites: Sites, guide_sites: Sites, returned: Any = None) -> Iterator[str]:
+    """Describe the sites that only one of the two has, or that the guide draws and the model observes.
+
+    Arguments as for `problems`.
+    """
+    latent = latent_sites(model_sites)
+    renamed = _renamed(latent, model_sites, guide_sites)
     for name, p in latent.items():
-        if name in guide_sites:
-            yield from _misfits_of_a_site(f"the guide's site {name!r}", p, guide_sites[name])
-        elif name not in renamed.values():
+        if name not in guide_sites and name not in renamed.values():
             yield _missing(name, p, guide_sites, returned)
     for name, q in guide_sites.items():
-        if name in latent:
-            continue
         if name in renamed:
             expected = renamed[name]
             yield f"the guide draws {name!r}, expected {expected!r}: rename {name!r} to {expected!r}"
-            yield from _misfits_of_a_site(f"the guide's site {name!r}", latent[expected], q)
-        elif name in model_sites:
+        elif name in model_sites and name not in latent:
             yield f"the guide draws {name!r}, which the model observes: remove the site from the guide"
-        elif not q["infer"].get("is_auxiliary"):
+        elif name not in model_sites and not q["infer"].get("is_auxiliary"):
             yield (
                 f"the guide draws {name!r}, which the model does not; expected "
                 f"{', '.join(map(repr, latent))}: rename or remove it, or mark it by "
@@ -133,7 +143,7 @@ def not_finite(trace: poutine.Trace, data: Iterable[Any]) -> Iterator[str]:
     for what, verb, value in tensors:
         wrong = ~torch.isfinite(value)
         if wrong.any():
-            index, found = _first(wrong, value)
+            index, found = _first_entry(wrong, value)
             yield f"{what}, of shape {tuple(value.shape)}, {verb} {found} at index {index}"
 
 
@@ -160,16 +170,19 @@ def plates(site: Site) -> list[tuple[str, int, int]]:
 def support(site: Site) -> constraints.Constraint | None:
     """The constraint on each element of a draw, or None where it is not known."""
     try:
-        found = site["fn"].support
+        return elementwise_support(site["fn"].support)
     except NotImplementedError:
         return None
-    while hasattr(found, "base_constraint"):
-        found = found.base_constraint
-    return found
 
 
-def _misspelt(*, missing: Sites, extra: Sites) -> dict[str, str]:
+def _renamed(latent: Sites, model_sites: Sites, guide_sites: Sites) -> dict[str, str]:
     """From names that only the guide has to those of the model's sites, of the same shapes, that it meant."""
+    missing = {name: p for name, p in latent.items() if name not in guide_sites}
+    extra = {
+        name: q
+        for name, q in guide_sites.items()
+        if name not in model_sites and not q["infer"].get("is_auxiliary")
+    }
     meant: dict[str, str] = {}
     for name, q in extra.items():
         names = [other for other, p in missing.items() if _shapes(p) == _shapes(q)]
@@ -183,6 +196,8 @@ def _misspelt(*, missing: Sites, extra: Sites) -> dict[str, str]:
 
 def _missing(name: str, p: Site, guide_sites: Sites, returned: Any) -> str:
     message = f"the guide has no site {name!r}, expected one of {_shapes(p)} as in the model"
+    if p["infer"].get("enumerate"):
+        message += " (a site that the model enumerates goes with TraceEnum_ELBO)"
     if guide_sites or returned is None:
         return (
             f"{message}: add pyro.sample({name!r}, ...) to it, or rename one of its sites {list(guide_sites)}"
@@ -193,7 +208,7 @@ def _missing(name: str, p: Site, guide_sites: Sites, returned: Any) -> str:
     )
 
 
-def _misfits_of_a_site(where: str, p: Site, q: Site) -> Iterator[str]:
+def _site_problems(where: str, p: Site, q: Site) -> Iterator[str]:
     invalid = _invalid_parameter(q["fn"])
     if invalid:
         yield f"{where}: {invalid}"
@@ -215,11 +230,11 @@ def _misfits_of_a_site(where: str, p: Site, q: Site) -> Iterator[str]:
             "make the rest event shape, by .to_event(1)"
         )
     elif same_plates:
-        yield from _misfits_of_subsampling(where, p, q)
-        yield from _misfits_of_a_draw(where, p, q)
+        yield from _subsampling_problems(where, p, q)
+        yield from _draw_problems(where, p, q)
 
 
-def _misfits_of_subsampling(where: str, p: Site, q: Site) -> Iterator[str]:
+def _subsampling_problems(where: str, p: Site, q: Site) -> Iterator[str]:
     for model, guide in zip(vectorized_plates(p), vectorized_plates(q), strict=True):
         if model.full_size != guide.full_size and not same_scale(p["scale"], q["scale"]):
             yield (
@@ -229,7 +244,7 @@ def _misfits_of_subsampling(where: str, p: Site, q: Site) -> Iterator[str]:
             )
 
 
-def _misfits_of_a_draw(where: str, p: Site, q: Site) -> Iterator[str]:
+def _draw_problems(where: str, p: Site, q: Site) -> Iterator[str]:
     value, expected = q["value"], p["value"]
     if (value.dtype, value.device) != (expected.dtype, expected.device):
         yield (
@@ -237,7 +252,7 @@ def _misfits_of_a_draw(where: str, p: Site, q: Site) -> Iterator[str]:
             "as in the model: convert or move one of them, by .to(...)"
         )
     elif not torch.isfinite(value).all():
-        index, found = _first(~torch.isfinite(value), value)
+        index, found = _first_entry(~torch.isfinite(value), value)
         yield f"{where} draws {found} at index {index}, expected finite values: look at its network's output"
     elif not _covers(support(p), support(q)):
         yield (
@@ -272,15 +287,15 @@ def _invalid_parameter(fn: Any) -> str | None:
             continue
         where = f"the {name} of its {type(fn).__name__}, of shape {tuple(value.shape)},"
         if torch.isnan(value).any():
-            index, _ = _first(torch.isnan(value), value)
+            index, _ = _first_entry(torch.isnan(value), value)
             return f"{where} is nan at index {index}: look at the data, and at what its network computes"
         event_dims = value.dim() - valid.dim()  # which the constraint judges together
-        index, entry = _first(~valid.reshape(*valid.shape, *[1] * event_dims).expand_as(value), value)
+        index, entry = _first_entry(~valid.reshape(*valid.shape, *[1] * event_dims).expand_as(value), value)
         remedy = "; pass the network's output through pyro_vae.networks.positive" if "scale" in name else ""
         return f"{where} must satisfy {constraint}; found {entry:.6g} at index {index}{remedy}"
     return None
 
 
-def _first(wrong: Tensor, value: Tensor) -> tuple[list[int], float]:
+def _first_entry(wrong: Tensor, value: Tensor) -> tuple[list[int], float]:
     index = wrong.nonzero()[0].tolist()
     return index, value[tuple(index)].item()
