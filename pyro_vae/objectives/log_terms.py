@@ -233,7 +233,7 @@ def _run_pair(
     """Run the guide, then the model at its draws; return both traces and the draws as the model saw them."""
     with particles, _advised():
         guide_trace = run(guide, data, kwargs)
-        # The model gets other views of the draws, so that `scale_path_gradients` can tell the gradients apart.
+        # other views of the draws for the model: `scale_path_gradients` tells the gradients apart by them
         draws = {
             key: site["value"].view_as(site["value"])
             for key, site in sample_sites(guide_trace).items()

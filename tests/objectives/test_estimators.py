@@ -893,7 +893,7 @@ def test_a_nan_is_warned_of():
         (DReG(50), "DReG(50)"),
         (VIMCO(50), "VIMCO(50)"),
         (KLWeighted(DReG(5), 0.5), "KLWeighted(DReG(5), 0.5)"),
-        (KLWeighted(Trace_ELBO(), lambda step: 1.0), "KLWeighted(Trace_ELBO(1), schedule)"),
+        (KLWeighted(Trace_ELBO(), lambda step: 1.0), "KLWeighted(Trace_ELBO(), schedule)"),
         (
             KLWeighted(STL(5), 1.0, free_bits=0.1, per="total"),
             "KLWeighted(STL(5), 1.0, free_bits=0.1, per='total')",

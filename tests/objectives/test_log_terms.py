@@ -696,7 +696,7 @@ def unplated_dimension_model(x):
         (no_plate_model, no_plate_guide, r'no site lies in a plate.*pyro.plate\("data"'),
         (global_latent_model, global_latent_guide, "guide's site 'w' lies outside the data plate 'data'"),
         (Flat.model, guide_without_plate, "guide's site 'z' lies outside the data plate 'data'"),
-        (unobserved_model, Flat.guide, "guide has no site 'x', expected one of"),
+        (unobserved_model, Flat.guide, "model observes nothing.*obs="),
         (nothing_observed_model, Flat.guide, "model observes nothing"),
         (nothing_latent_model, no_guide, "no latent site"),
         (Flat.model, no_guide, "guide has no site 'z', expected one of"),
