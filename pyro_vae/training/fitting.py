@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.datasets import Images
+from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.training.run import Run
+from pyro_vae.training.run import Run, Settings
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.validation import require_count
@@ -153,6 +154,48 @@ def fit(
         >>> len(history)
         3
     """
+    settings = _settings(
+        vae,
+        estimator=estimator,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_norm=clip_norm,
+        kl_warmup=kl_warmup,
+        engine=engine,
+        patience=patience,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+    )
+    train, held_out = _prepare(vae, data, validation, binarize, seed)
+    with _surroundings(vae, train.device, derived_seed(seed, _NOISE)):
+        run = Run(vae, train, held_out, settings)
+        checkpoint = Checkpoint(run)
+        checkpoint.begin(resume=resume)
+        _train(run, checkpoint, epochs, callbacks, progress=progress)
+        if patience is not None:
+            vae.load_state_dict(run.best_state)
+    return run.history
+
+
+def _settings(
+    vae: VAE,
+    *,
+    estimator: ELBO | None,
+    epochs: int,
+    batch_size: int | None,
+    learning_rate: float,
+    optimizer: Callable[[list[torch.nn.Parameter]], Optimizer] | None,
+    kl_warmup: float,
+    patience: int | None,
+    checkpoint_dir: str | os.PathLike[str] | None,
+    resume: bool,
+    **others: Any,
+) -> Settings:
+    """Check the arguments of `fit`, and fill in defaults."""
     if not isinstance(vae, VAE):
         raise TypeError(
             f"fit trains a VAE; got {type(vae).__name__}: any other model and guide go with pyro_vae.SVI"
@@ -167,36 +210,42 @@ def fit(
         raise ValueError(f"kl_warmup must be a number of epochs, at least 0; got {kl_warmup}")
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
-    train, held_out = _prepare(vae, data, validation, binarize, seed)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluation_mode(vae))  # and back, after the last step, to the modes of now
+    return Settings(
+        estimator=estimator or TraceMeanField_ELBO(),
+        optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, learning_rate)),
+        batch_size=batch_size,
+        kl_warmup=kl_warmup,
+        patience=patience,
+        directory=None if checkpoint_dir is None else Path(checkpoint_dir),
+        **others,
+    )
+
+
+@contextlib.contextmanager
+def _surroundings(vae: VAE, device: torch.device, seed: int) -> Iterator[None]:
+    """Train with random numbers of the run's own; restore modes, generators and Pyro's store after it."""
+    with (
+        evaluation_mode(vae),
         # in the one store of the process a PyroModule would share its parameters with others of their names
-        stack.enter_context(pyro.get_param_store().scope())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(isolated_generators(train.device, derived_seed(seed, _NOISE)))
-        run = Run(
-            vae,
-            train,
-            held_out,
-            estimator=estimator or TraceMeanField_ELBO(),
-            optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, learning_rate)),
-            schedule=schedule,
-            batch_size=min(128, len(train)) if batch_size is None else batch_size,
-            seed=seed,
-            clip_norm=clip_norm,
-            kl_warmup=kl_warmup,
-            engine=engine,
-            directory=None if checkpoint_dir is None else Path(checkpoint_dir),
-        )
-        run.begin(resume=resume)
-        interrupted = stack.enter_context(_deferred_interrupt())
-        bar = stack.enter_context(
-            progress_bar(epochs * len(train), initial=run.data_seen(), shown=progress, unit=" data")
-        )
+        pyro.get_param_store().scope(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        isolated_generators(device, seed),
+    ):
+        yield
+
+
+def _train(
+    run: Run, checkpoint: Checkpoint, epochs: int, callbacks: Sequence[Callback], *, progress: bool
+) -> None:
+    """Take the epochs that remain, and save after each."""
+    with (
+        _deferred_interrupt() as interrupted,
+        progress_bar(epochs * len(run.train), initial=run.data_seen(), shown=progress, unit=" data") as bar,
+    ):
         bar.unit_scale = True
         stop = False
-        while len(run.history) < epochs and not run.out_of_patience(patience) and not stop:
+        while len(run.history) < epochs and not run.out_of_patience() and not stop:
             bar.set_description(f"epoch {len(run.history) + 1}/{epochs}")
             for batch_length in run.steps():
                 bar.set_postfix_str(f"{run.mean_bound():.2f} nats", refresh=False)
@@ -205,22 +254,17 @@ def fit(
                     break
             else:
                 run.finish_epoch()
-                stop = _call(
-                    callbacks, vae, run.history[-1], derived_seed(seed, _CALLBACKS, len(run.history))
-                )
-            run.save()  # after the callbacks, which may have changed the learning rate, say
+                stop = _call(callbacks, run)
+            checkpoint.save()  # after the callbacks, which may have changed the learning rate, say
             if interrupted():
                 raise KeyboardInterrupt(run.how_to_resume())
-        if patience is not None:
-            vae.load_state_dict(run.best_state)
-    return run.history
 
 
-def _call(callbacks: Sequence[Callback], vae: VAE, epoch: Epoch, seed: int) -> bool:
-    """Call each in evaluation mode, with random numbers of its own; tell whether one wants to stop."""
-    vae.eval()
-    with isolated_generators(next(vae.parameters()).device, seed):
-        wishes = [callback(vae, epoch) for callback in callbacks]
+def _call(callbacks: Sequence[Callback], run: Run) -> bool:
+    """Call each in evaluation mode with its own random numbers; return whether one wants to stop."""
+    run.vae.eval()
+    with isolated_generators(run.device, derived_seed(run.settings.seed, _CALLBACKS, len(run.history))):
+        wishes = [callback(run.vae, run.history[-1]) for callback in callbacks]
     return any(wishes)
 
 
