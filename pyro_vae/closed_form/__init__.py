@@ -1,15 +1,19 @@
-"""Losses derived by hand, and models whose evidence, posterior and ELBO are known exactly.
+"""Analytic losses, and models whose evidence, posterior and ELBO are known exactly.
 
-These judge the rest of the library, so they stand on torch's arithmetic alone: they use neither Pyro, nor
-``torch.distributions``, nor any other file of the package. ``docs/derivation.md`` derives every formula.
+These are the ground truth that the rest of the library is tested against. They use only torch's arithmetic:
+neither Pyro, nor ``torch.distributions``, nor any other file of the package. ``docs/derivation.md`` derives
+every formula.
 
 Notation: data x in R^D, latents z in R^K, prior p(z), likelihood p(x|z) ("decoder"), guide q(z|x)
 ("encoder"), evidence p(x) = ∫ p(x|z) p(z) dz, posterior p(z|x). Logarithms are natural, results in nats.
 
-Every function is batched (dimensions on the left broadcast), differentiable, and takes float32 or float64
-tensors; a Python number may stand for a tensor and takes the type of the tensors beside it. An argument
-which is not floating-point raises a ``TypeError``; one which is not finite, not positive or positive definite
-where it must be, or which does not broadcast, raises a ``ValueError``. Either names the argument.
+Every function is batched (leading dimensions broadcast), differentiable, and takes float32 or float64
+tensors. A Python number may replace a tensor and takes the dtype of the tensor arguments, float64 if there
+are none. Invalid arguments raise an error that names the argument:
+
+- ``TypeError``: not a tensor or a number, or a tensor that is not float32 or float64.
+- ``ValueError``: not finite, outside the range stated under Args (such as σ > 0), not positive definite, or
+  of a shape that does not fit.
 """
 
 from pyro_vae.closed_form.losses import (

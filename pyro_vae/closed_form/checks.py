@@ -1,4 +1,4 @@
-"""Checks of the tensors that a formula is given: each raises an error that names the argument."""
+"""Validation of tensor arguments; every error names the argument."""
 
 import math
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def as_tensors(**arguments: Tensor | float) -> list[Tensor]:
-    """Returns the arguments as finite floating-point tensors, numbers in the type of their neighbours."""
+    """Return the arguments as finite tensors; numbers take the widest dtype among the tensors."""
     given = [value for value in arguments.values() if isinstance(value, Tensor)]
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, Tensor | float | int):
@@ -41,14 +41,14 @@ def as_tensors(**arguments: Tensor | float) -> list[Tensor]:
 
 
 def elementwise(**arguments: Tensor | float) -> list[Tensor]:
-    """Returns the arguments as tensors which broadcast against each other."""
+    """Return the arguments as tensors that broadcast together."""
     tensors = as_tensors(**arguments)
     require_broadcast(**{name: tensor.shape for name, tensor in zip(arguments, tensors, strict=True)})
     return tensors
 
 
 def require(name: str, tensor: Tensor, holds: Tensor, expected: str) -> None:
-    """Raises a ValueError which names the first entry of the tensor where ``holds`` is false."""
+    """Raise a ValueError with the first entry of the tensor where ``holds`` is false."""
     if not holds.all():
         where = tuple((~holds).nonzero()[0].tolist())
         at = f" at index {where}" if where else ""
@@ -56,20 +56,20 @@ def require(name: str, tensor: Tensor, holds: Tensor, expected: str) -> None:
 
 
 def require_positive(**tensors: Tensor) -> None:
-    """Raises a ValueError unless every entry is positive."""
+    """Raise a ValueError unless every entry is positive."""
     for name, tensor in tensors.items():
         require(name, tensor, tensor > 0, "positive values")
 
 
 def require_distribution(name: str, probabilities: Tensor) -> None:
-    """Raises a ValueError unless the last dimension holds probabilities, which sum to one."""
-    require(name, probabilities, probabilities >= 0, "probabilities of at least zero")
+    """Raise a ValueError unless the last dimension holds probabilities that sum to one."""
+    require(name, probabilities, probabilities >= 0, "non-negative probabilities")
     total = probabilities.detach().sum(-1)
-    require(name, total, (total - 1).abs() <= rounding(total), "probabilities which sum to one")
+    require(name, total, (total - 1).abs() <= rounding(total), "probabilities that sum to one")
 
 
 def require_broadcast(**shapes: torch.Size) -> None:
-    """Raises a ValueError unless the shapes broadcast against each other."""
+    """Raise a ValueError unless the shapes broadcast together."""
     try:
         torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
@@ -78,22 +78,22 @@ def require_broadcast(**shapes: torch.Size) -> None:
 
 
 def require_last(name: str, tensor: Tensor, *sizes: int) -> None:
-    """Raises a ValueError unless the last dimensions have these sizes: here nothing may broadcast."""
+    """Raise a ValueError unless the last dimensions have exactly these sizes, without broadcasting."""
     if tensor.shape[-len(sizes) :] != sizes:
         expected = ", ".join(str(size) for size in sizes)
         raise ValueError(f"{name}: expected shape (..., {expected}), found {tuple(tensor.shape)}")
 
 
 def require_scale_tril(name: str, factor: Tensor) -> None:
-    """Raises a ValueError unless the matrices are lower triangular, with a positive diagonal."""
+    """Raise a ValueError unless the matrices are lower triangular with a positive diagonal."""
     _require_square(name, factor)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    require(name, factor, factor.triu(1) == 0, "a Cholesky factor, which is zero above its diagonal")
-    require(name, diagonal, diagonal > 0, "a Cholesky factor, whose diagonal is positive")
+    require(name, factor, factor.triu(1) == 0, "a Cholesky factor, zero above its diagonal")
+    require(name, diagonal, diagonal > 0, "a Cholesky factor with a positive diagonal")
 
 
 def cholesky(name: str, covariance: Tensor) -> Tensor:
-    """Returns L, lower triangular, with L Lᵀ = covariance."""
+    """Return the lower-triangular L with L Lᵀ = covariance."""
     _require_square(name, covariance)
     size = covariance.detach().abs().amax((-2, -1), keepdim=True)
     symmetric = (covariance - covariance.mT).abs() <= rounding(covariance) * size
@@ -108,7 +108,7 @@ def cholesky(name: str, covariance: Tensor) -> Tensor:
 
 
 def rounding(tensor: Tensor) -> float:
-    """What rounding may amount to, relatively, in a value that was computed elsewhere."""
+    """Return the relative rounding error tolerated in a caller's result: √ε of the dtype."""
     return math.sqrt(torch.finfo(tensor.dtype).eps)
 
 

@@ -1,6 +1,6 @@
-"""Kullback-Leibler divergences, likelihoods and the whole loss, each derived by hand.
+"""Analytic Kullback-Leibler divergences, negative log-likelihoods and VAE losses.
 
-Notation and conventions are those of :mod:`pyro_vae.closed_form`; ``docs/derivation.md`` has the derivations.
+Notation, batching and errors are described in :mod:`pyro_vae.closed_form`.
 """
 
 import math
@@ -42,17 +42,15 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 def normal_negentropy(scale: Tensor | float) -> Tensor:
-    r"""Negative entropy of a univariate Gaussian: :math:`\int p \log p = -\tfrac12 (\log 2\pi\sigma^2 + 1)`.
+    r"""Compute the negative entropy of a univariate Gaussian.
+
+    .. math:: \int p \log p = -\tfrac12 (\log 2\pi\sigma^2 + 1)
 
     Args:
         scale: standard deviation σ > 0, any shape.
 
     Returns:
-        Nats, element by element, in the shape of ``scale``.
-
-    Raises:
-        ValueError: ``scale`` is not positive and finite.
-        TypeError: ``scale`` is not floating-point.
+        Nats, element-wise, in the shape of ``scale``.
 
     Example:
         >>> normal_negentropy(1.0)
@@ -66,23 +64,19 @@ def normal_negentropy(scale: Tensor | float) -> Tensor:
 def normal_cross_entropy(
     loc1: Tensor | float, scale1: Tensor | float, loc2: Tensor | float, scale2: Tensor | float
 ) -> Tensor:
-    r"""Cross entropy of two univariate Gaussians.
+    r"""Compute the cross entropy of two univariate Gaussians.
 
     .. math:: -\int p_1 \log p_2
         = \tfrac12 \log 2\pi\sigma_2^2 + \frac{\sigma_1^2 + (\mu_1-\mu_2)^2}{2\sigma_2^2}
 
     Args:
-        loc1: mean μ₁ of the distribution that is averaged over.
-        scale1: its standard deviation σ₁ > 0.
-        loc2: mean μ₂ of the distribution that is scored.
-        scale2: its standard deviation σ₂ > 0. All four broadcast.
+        loc1: mean μ₁ of p₁, the distribution averaged over.
+        scale1: standard deviation σ₁ > 0.
+        loc2: mean μ₂ of p₂, whose log density is averaged.
+        scale2: standard deviation σ₂ > 0. All four broadcast.
 
     Returns:
-        Nats, element by element, in the broadcast shape.
-
-    Raises:
-        ValueError: a scale is not positive, a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        Nats, element-wise, in the broadcast shape.
 
     Example:
         >>> normal_cross_entropy(0.0, 1.0, 0.0, 1.0) + normal_negentropy(1.0)
@@ -97,13 +91,13 @@ def normal_cross_entropy(
 def normal_kl(
     loc1: Tensor | float, scale1: Tensor | float, loc2: Tensor | float, scale2: Tensor | float
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of two univariate Gaussians, element by element.
+    r"""Compute the Kullback-Leibler divergence of two univariate Gaussians, element-wise.
 
     .. math:: \mathrm{KL}(p_1 \,\|\, p_2)
         = \log\frac{\sigma_2}{\sigma_1} + \frac{\sigma_1^2 + (\mu_1-\mu_2)^2}{2\sigma_2^2} - \frac12
 
-    It is :func:`normal_negentropy` plus :func:`normal_cross_entropy`, written so that nothing cancels where
-    the two distributions are close.
+    Equals :func:`normal_negentropy` plus :func:`normal_cross_entropy`, without the cancellation of those two
+    where the distributions are close.
 
     Args:
         loc1: mean μ₁.
@@ -112,11 +106,7 @@ def normal_kl(
         scale2: standard deviation σ₂ > 0. All four broadcast.
 
     Returns:
-        Nats, element by element, in the broadcast shape.
-
-    Raises:
-        ValueError: a scale is not positive, a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        Nats, element-wise, in the broadcast shape.
 
     Example:
         >>> normal_kl(1.0, 1.0, 0.0, 1.0)
@@ -129,31 +119,25 @@ def normal_kl(
 
 
 def _excess_over_log(w: Tensor, log1p_w: Tensor) -> Tensor:
-    """Returns w − log(1 + w) ≥ 0, by its power series where the difference would cancel."""
+    """Return w − log(1 + w) ≥ 0, by its power series where the difference would cancel."""
     near = w.abs() < 1e-2
-    small = torch.where(
-        near, w, 0.0
-    )  # else the power that is not chosen overflows, and 0 · ∞ spoils the gradient
+    small = torch.where(near, w, 0.0)  # an overflow in the unused branch would make the gradient 0 · ∞
     series = sum((-small) ** k / k for k in range(2, 10))
     return torch.where(near, series, w - log1p_w)
 
 
 def standard_normal_kl(loc: Tensor | float, scale: Tensor | float) -> Tensor:
-    r"""Kullback-Leibler divergence from a diagonal Gaussian to the standard normal.
+    r"""Compute the Kullback-Leibler divergence from a diagonal Gaussian to the standard normal.
 
     .. math:: \mathrm{KL}(\mathcal N(g, \mathrm{diag}\, h) \,\|\, \mathcal N(0, I))
         = \tfrac12 \sum_k (h_k + g_k^2 - \log h_k - 1), \qquad h = \mathrm{scale}^2
 
     Args:
         loc: mean g, (..., K).
-        scale: standard deviation √h > 0, broadcasting against ``loc``.
+        scale: standard deviation √h > 0, broadcast against ``loc``.
 
     Returns:
-        Nats per datum, (...,): summed over the last dimension.
-
-    Raises:
-        ValueError: ``scale`` is not positive, a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        Nats per datum, (...,), summed over the last dimension.
 
     Source:
         D. P. Kingma, M. Welling (2013), Auto-Encoding Variational Bayes, arXiv:1312.6114, appendix B.
@@ -167,7 +151,7 @@ def standard_normal_kl(loc: Tensor | float, scale: Tensor | float) -> Tensor:
 
 
 def multivariate_normal_kl(loc1: Tensor, scale_tril1: Tensor, loc2: Tensor, scale_tril2: Tensor) -> Tensor:
-    r"""Kullback-Leibler divergence of two Gaussians given by Cholesky factors, :math:`\Sigma = L L^\top`.
+    r"""Compute the Kullback-Leibler divergence of two Gaussians with covariances :math:`\Sigma = L L^\top`.
 
     .. math:: \mathrm{KL} = \tfrac12 \Big[ \mathrm{tr}(\Sigma_2^{-1}\Sigma_1)
         + (\mu_2-\mu_1)^\top \Sigma_2^{-1} (\mu_2-\mu_1) - K + \log\frac{|\Sigma_2|}{|\Sigma_1|} \Big]
@@ -180,11 +164,6 @@ def multivariate_normal_kl(loc1: Tensor, scale_tril1: Tensor, loc2: Tensor, scal
 
     Returns:
         Nats per datum, (...,).
-
-    Raises:
-        ValueError: a factor is not lower triangular with a positive diagonal, a value is not finite, or the
-            shapes do not fit.
-        TypeError: an argument is not floating-point.
 
     Example:
         >>> eye = torch.eye(3)
@@ -206,8 +185,8 @@ def multivariate_normal_kl(loc1: Tensor, scale_tril1: Tensor, loc2: Tensor, scal
         loc2=loc2.shape[:-1],
         scale_tril2=scale_tril2.shape[:-2],
     )
-    # With A = L2⁻¹ L1, lower triangular, tr(Σ2⁻¹Σ1) = ‖A‖² and |Σ1|/|Σ2| = Π a_kk²: the diagonal of A makes
-    # K univariate divergences, everything below it is a sum of squares, and no two terms cancel.
+    # With A = L2⁻¹ L1, lower triangular, tr(Σ2⁻¹Σ1) = ‖A‖² and |Σ1|/|Σ2| = Π a_kk²: the diagonal of A gives K
+    # univariate divergences and the entries below it a sum of squares, so no two terms cancel.
     below = torch.linalg.solve_triangular(scale_tril2, scale_tril1, upper=False).tril(-1)
     shift = torch.linalg.solve_triangular(scale_tril2, (loc1 - loc2).unsqueeze(-1), upper=False)
     scale1, scale2 = (factor.diagonal(dim1=-2, dim2=-1) for factor in (scale_tril1, scale_tril2))
@@ -220,22 +199,18 @@ def multivariate_normal_kl(loc1: Tensor, scale_tril1: Tensor, loc2: Tensor, scal
 
 
 def gaussian_reconstruction_loss(x: Tensor, x_hat: Tensor, weight: Tensor | float) -> Tensor:
-    r"""Weighted squared error :math:`C \lVert x - \hat x \rVert^2`: a Gaussian's nll without its constant.
+    r"""Compute the weighted squared error :math:`C \lVert x - \hat x \rVert^2`.
 
-    With C = 1/(2c) it is :func:`gaussian_nll` less (D/2) log 2πc, so it has the same gradient in x̂, but
-    only while c is fixed: to learn c, use :func:`gaussian_nll`.
+    With C = 1/(2c) this is :func:`gaussian_nll` minus (D/2) log 2πc, with the same gradient in x̂. To learn c,
+    use :func:`gaussian_nll`: the omitted constant depends on it.
 
     Args:
         x: data, (..., D).
-        x_hat: reconstruction x̂ = f(z), broadcasting against ``x``.
-        weight: C > 0; a number, or broadcasting against ``x``.
+        x_hat: reconstruction x̂ = f(z), broadcast against ``x``.
+        weight: C > 0; a number, or broadcast against ``x``.
 
     Returns:
-        (...,): summed over the last dimension. Not a log density, so not comparable between different C.
-
-    Raises:
-        ValueError: ``weight`` is not positive, a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        (...,), summed over the last dimension. Not a log density, so not comparable between values of C.
 
     Example:
         >>> gaussian_reconstruction_loss(torch.tensor([1.0, 2.0]), torch.zeros(2), 0.5)
@@ -247,21 +222,17 @@ def gaussian_reconstruction_loss(x: Tensor, x_hat: Tensor, weight: Tensor | floa
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor | float) -> Tensor:
-    r"""Negative log density of N(mean, cI), every constant kept.
+    r"""Compute the negative log density of N(mean, cI), with every constant.
 
     .. math:: -\log p(x|z) = \frac{1}{2c} \lVert x - f(z) \rVert^2 + \frac D2 \log 2\pi c
 
     Args:
         x: data, (..., D).
-        mean: f(z), broadcasting against ``x``.
-        variance: c > 0; a number, or broadcasting against ``x`` for one variance per output.
+        mean: f(z), broadcast against ``x``.
+        variance: c > 0; a number, or broadcast against ``x`` for one variance per output.
 
     Returns:
-        Nats per datum, (...,): summed over the last dimension.
-
-    Raises:
-        ValueError: ``variance`` is not positive, a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        Nats per datum, (...,), summed over the last dimension.
 
     Example:
         >>> gaussian_nll(torch.zeros(1), torch.zeros(1), 1.0)
@@ -273,23 +244,19 @@ def gaussian_nll(x: Tensor, mean: Tensor, variance: Tensor | float) -> Tensor:
 
 
 def bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
-    r"""Negative log probability of binary data, the binary cross entropy, with λ = sigmoid(logits).
+    r"""Compute the binary cross entropy, the negative log probability of binary data, λ = sigmoid(logits).
 
     .. math:: -\log p(x|z) = -\sum_d x_d \log \lambda_d + (1-x_d) \log(1-\lambda_d)
 
-    On grey levels x in [0, 1] it is no normalised density: those need :func:`continuous_bernoulli_nll`, or
-    must be made binary.
+    On grey levels x in [0, 1] this is not a normalised density: binarise them, or use
+    :func:`continuous_bernoulli_nll`.
 
     Args:
         x: data in [0, 1], (..., D).
-        logits: log λ/(1−λ), finite, broadcasting against ``x``.
+        logits: log λ/(1−λ), finite, broadcast against ``x``.
 
     Returns:
-        Nats per datum, (...,): summed over the last dimension.
-
-    Raises:
-        ValueError: ``x`` leaves [0, 1], a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        Nats per datum, (...,), summed over the last dimension.
 
     Example:
         >>> bernoulli_nll(torch.tensor([0.0, 1.0]), torch.zeros(2))
@@ -299,22 +266,18 @@ def bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def continuous_bernoulli_log_normaliser(logits: Tensor | float) -> Tensor:
-    r"""Log normaliser log C of the continuous Bernoulli :math:`p(x) = C \lambda^x (1-\lambda)^{1-x}`.
+    r"""Compute the log normaliser log C of the continuous Bernoulli.
 
-    .. math:: \log C = \log \frac{2\,\mathrm{artanh}(1-2\lambda)}{1-2\lambda}
-        = \log \frac{\eta}{\tanh(\eta/2)}
+    .. math:: p(x) = C \lambda^x (1-\lambda)^{1-x}, \qquad
+        \log C = \log \frac{2\,\mathrm{artanh}(1-2\lambda)}{1-2\lambda} = \log \frac{\eta}{\tanh(\eta/2)}
 
-    It is an even function of the logit η, and log 2 at η = 0.
+    An even function of the logit η, equal to log 2 at η = 0.
 
     Args:
         logits: η = log λ/(1−λ), any shape.
 
     Returns:
-        Nats, element by element, in the shape of ``logits``.
-
-    Raises:
-        ValueError: ``logits`` are not finite.
-        TypeError: ``logits`` are not floating-point.
+        Nats, element-wise, in the shape of ``logits``.
 
     Source:
         G. Loaiza-Ganem, J. P. Cunningham (2019), The continuous Bernoulli: fixing a pervasive error in
@@ -330,27 +293,23 @@ def continuous_bernoulli_log_normaliser(logits: Tensor | float) -> Tensor:
     series = math.log(2) + square * (
         1 / 12 - square * (7 / 1440 - square * (31 / 90720 - square * 127 / 4838400))
     )
-    far = torch.where(near, 1.0, logits)  # else 0/0 at η = 0, and 1/η − 1/sinh η cancels in the gradient
+    far = torch.where(near, 1.0, logits)  # avoids 0/0 at η = 0, and cancellation in the gradient near it
     return torch.where(near, series, (far / (far / 2).tanh()).log())
 
 
 def continuous_bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
-    r"""Negative log density of the continuous Bernoulli on [0, 1].
+    r"""Compute the negative log density of the continuous Bernoulli on [0, 1].
 
     .. math:: -\log p(x) = \sum_d \log\frac{e^{\eta_d} - 1}{\eta_d} - x_d \eta_d
 
-    which is :func:`bernoulli_nll` less the sum of :func:`continuous_bernoulli_log_normaliser`.
+    Equals :func:`bernoulli_nll` minus the sum of :func:`continuous_bernoulli_log_normaliser`.
 
     Args:
         x: data in [0, 1], (..., D).
-        logits: η, finite, broadcasting against ``x``.
+        logits: η, finite, broadcast against ``x``.
 
     Returns:
-        Nats per datum, (...,): summed over the last dimension.
-
-    Raises:
-        ValueError: ``x`` leaves [0, 1], a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        Nats per datum, (...,), summed over the last dimension.
 
     Source:
         G. Loaiza-Ganem, J. P. Cunningham (2019), The continuous Bernoulli: fixing a pervasive error in
@@ -361,7 +320,7 @@ def continuous_bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
         tensor(True)
     """
     cross_entropy = _cross_entropy(x, logits)
-    # one sum of the small differences: the difference of two large sums loses digits
+    # The sum of small differences keeps digits that the difference of two large sums would lose.
     return (cross_entropy - continuous_bernoulli_log_normaliser(logits)).sum(-1)
 
 
@@ -371,31 +330,26 @@ def _cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
     return -(x * logsigmoid(logits) + (1 - x) * logsigmoid(-logits))
 
 
-# The whole loss ---------------------------------------------------------------------------------------------
+# VAE losses -------------------------------------------------------------------------------------------------
 
 
 def vae_loss(x: Tensor, x_hat: Tensor, loc: Tensor, variance: Tensor, weight: Tensor | float) -> Tensor:
-    r"""The loss of a Gaussian VAE as it is usually written, without the likelihood's constant.
+    r"""Compute the usual loss of a Gaussian VAE, without the likelihood's constant.
 
     .. math:: C \lVert x - \hat x \rVert^2 + \tfrac12 \sum_k (h_k + g_k^2 - \log h_k - 1)
 
-    With C = 1/(2c) it is :func:`negative_elbo` less (D/2) log 2πc. It has the same gradient in the networks
-    while c is fixed; a learned c needs :func:`negative_elbo`.
+    With C = 1/(2c) this is :func:`negative_elbo` minus (D/2) log 2πc, with the same gradient in the networks.
+    To learn c, use :func:`negative_elbo`: the omitted constant depends on it.
 
     Args:
         x: data, (..., D).
-        x_hat: reconstruction x̂ = f(z) from one draw z = g + √h ε, (..., D). More draws go on the left.
+        x_hat: reconstruction x̂ = f(z) from z = g + √h ε, (..., D); several draws are leading dimensions.
         loc: guide's mean g(x), (..., K).
         variance: guide's variance h(x) > 0, (..., K).
-        weight: C > 0; a number, or broadcasting against ``x``.
+        weight: C > 0; a number, or broadcast against ``x``.
 
     Returns:
-        (...,), one value per draw and datum.
-
-    Raises:
-        ValueError: ``variance`` or ``weight`` is not positive, a value is not finite, or the shapes do not
-            broadcast.
-        TypeError: an argument is not floating-point.
+        (...,), one value per draw and example.
 
     Source:
         D. P. Kingma, M. Welling (2013), Auto-Encoding Variational Bayes, arXiv:1312.6114, eq. 10.
@@ -411,24 +365,20 @@ def vae_loss(x: Tensor, x_hat: Tensor, loc: Tensor, variance: Tensor, weight: Te
 def negative_elbo(
     x: Tensor, x_hat: Tensor, loc: Tensor, variance: Tensor, noise_variance: Tensor | float
 ) -> Tensor:
-    r"""The negative ELBO of a Gaussian VAE by one draw of z, every constant kept.
+    r"""Estimate the negative ELBO of a Gaussian VAE from one draw of z, with every constant.
 
     .. math:: \frac{1}{2c} \lVert x - \hat x \rVert^2 + \frac D2 \log 2\pi c
         + \tfrac12 \sum_k (h_k + g_k^2 - \log h_k - 1)
 
     Args:
         x: data, (..., D).
-        x_hat: reconstruction x̂ = f(z) from one draw z = g + √h ε, (..., D). More draws go on the left.
+        x_hat: reconstruction x̂ = f(z) from z = g + √h ε, (..., D); several draws are leading dimensions.
         loc: guide's mean g(x), (..., K).
         variance: guide's variance h(x) > 0, (..., K).
-        noise_variance: c > 0; a number, or broadcasting against ``x``.
+        noise_variance: c > 0; a number, or broadcast against ``x``.
 
     Returns:
-        Nats, (...,), one value per draw and datum, whose mean over draws is −ELBO.
-
-    Raises:
-        ValueError: a variance is not positive, a value is not finite, or the shapes do not broadcast.
-        TypeError: an argument is not floating-point.
+        Nats, (...,), one value per draw and example. The mean over draws estimates −ELBO.
 
     Source:
         D. P. Kingma, M. Welling (2013), Auto-Encoding Variational Bayes, arXiv:1312.6114, eq. 10.
@@ -444,7 +394,7 @@ def negative_elbo(
 
 
 def _with_kl(reconstruction: Tensor, loc: Tensor, variance: Tensor) -> Tensor:
-    """Adds ½ Σ (h + g² − log h − 1), in the variance h itself: √h would lose half the digits of h − 1."""
+    """Add the KL ½ Σ (h + g² − log h − 1), computed from h: through √h, h − 1 would lose half its digits."""
     loc, variance = elementwise(loc=loc, variance=variance)
     require_positive(variance=variance)
     kl = 0.5 * (_excess_over_log(variance - 1, variance.log()) + loc**2).sum(-1)
@@ -453,22 +403,18 @@ def _with_kl(reconstruction: Tensor, loc: Tensor, variance: Tensor) -> Tensor:
 
 
 def naive_log_evidence(log_likelihood: Tensor) -> Tensor:
-    r"""Naive Monte Carlo estimate of the evidence, from draws z_s of the prior.
+    r"""Estimate the log-evidence naively, from draws z_s of the prior.
 
     .. math:: \log p(x) \approx \log \frac1S \sum_s p(x|z_s)
 
-    It is right in the limit, and low on average before it (Jensen). The S it needs grows exponentially with
-    the latent dimension; :meth:`LinearGaussian.log_naive_sample_size` says how fast.
+    The estimate is consistent, and too low on average (Jensen). The S it needs grows exponentially with the
+    latent dimension: see :meth:`LinearGaussian.log_naive_sample_size`.
 
     Args:
-        log_likelihood: log p(x|z_s) of S draws from the prior, (S, ...).
+        log_likelihood: log p(x|z_s) of S ≥ 1 draws from the prior, (S, ...).
 
     Returns:
         Nats per datum, (...,).
-
-    Raises:
-        ValueError: there are no draws, or a value is not finite.
-        TypeError: ``log_likelihood`` is not floating-point.
 
     Example:
         >>> naive_log_evidence(torch.tensor([0.25, 0.75]).log()).exp()

@@ -1,6 +1,6 @@
 """Models whose evidence, posterior and ELBO are known exactly.
 
-Notation and conventions are those of :mod:`pyro_vae.closed_form`; ``docs/derivation.md`` has the derivations.
+Notation, batching and errors are described in :mod:`pyro_vae.closed_form`.
 """
 
 import math
@@ -26,9 +26,9 @@ __all__ = ["ElboGradient", "GaussianMixture", "LinearGaussian", "MultivariateNor
 _LOG_2PI = math.log(2 * math.pi)
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one truth value
+@dataclass(frozen=True, eq=False)  # the comparison of two tensors has no single truth value
 class MultivariateNormal:
-    """A batch of Gaussians N(loc, L Lᵀ): the names of ``torch.distributions``, by arithmetic of its own.
+    """Batch of Gaussians N(loc, L Lᵀ), with the method names of ``torch.distributions``.
 
     Attributes:
         loc: mean, (..., K).
@@ -59,7 +59,7 @@ class MultivariateNormal:
         return self.scale_tril @ self.scale_tril.mT
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log density of z (..., K), in nats, (...,)."""
+        """Compute the log density of z (..., K), in nats, (...,)."""
         (z,) = as_tensors(z=z)
         K = self.loc.shape[-1]
         require_last("z", z, K)
@@ -68,25 +68,25 @@ class MultivariateNormal:
         return -0.5 * (white.square().sum((-2, -1)) + K * _LOG_2PI) - self._log_volume()
 
     def entropy(self) -> Tensor:
-        """Entropy ½ log |2πe Σ|, in nats, (...,)."""
+        """Compute the entropy ½ log |2πe Σ|, in nats, (...,)."""
         batch_shape = torch.broadcast_shapes(self.loc.shape[:-1], self.scale_tril.shape[:-2])
         return 0.5 * self.loc.shape[-1] * (_LOG_2PI + 1) + self._log_volume().expand(batch_shape)
 
     def _log_volume(self) -> Tensor:
-        """Half the log determinant of the covariance."""
+        """Compute half the log determinant of the covariance."""
         return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class ElboGradient:
-    """Exact gradient of each datum's ELBO in the parameters of the model and of its guide.
+    """Exact per-example gradient of the ELBO in the parameters of model and guide.
 
     Attributes:
         W: (..., D, K).
         b: (..., D).
         noise_variance: (...,).
         loc: (..., K).
-        covariance: (..., K, K), every entry taken as a free variable.
+        covariance: (..., K, K), every entry treated as a free variable.
     """
 
     W: Tensor
@@ -97,7 +97,7 @@ class ElboGradient:
 
 
 class LinearGaussian:
-    r"""The linear-Gaussian model (probabilistic PCA): evidence, posterior, ELBO and gradients are known.
+    r"""Linear-Gaussian model (probabilistic PCA), with exact evidence, posterior, ELBO and gradients.
 
     .. math:: z \sim \mathcal N(0, I), \qquad x \,|\, z \sim \mathcal N(Wz + b, cI)
 
@@ -106,8 +106,9 @@ class LinearGaussian:
     .. math:: x \sim \mathcal N(b, WW^\top + cI), \qquad
         z \,|\, x \sim \mathcal N(M^{-1} W^\top (x - b), cM^{-1}).
 
-    Nothing of size D × D is formed. In every method x is (..., D), a Gaussian guide q(z|x) is given by its
-    mean ``loc`` (..., K) and its ``covariance`` (..., K, K), and results are in nats per datum, (...,).
+    No D × D matrix is formed. In every method x is (..., D), a Gaussian guide q(z|x) has mean ``loc``
+    (..., K) and a symmetric, positive definite ``covariance`` (..., K, K), and results are in nats per datum,
+    (...,).
 
     Args:
         W: loadings, (D, K).
@@ -115,9 +116,8 @@ class LinearGaussian:
         noise_variance: c > 0, a number or a tensor of shape ().
 
     Raises:
-        ValueError: a shape does not fit, a value is not finite, ``noise_variance`` is not positive, or a
-            covariance is not symmetric and positive definite.
-        TypeError: an argument is not floating-point.
+        ValueError: in methods that use the posterior, also if ``noise_variance`` is so small relative to W
+            that half the digits of the posterior are lost.
 
     Source:
         M. E. Tipping, C. M. Bishop (1999), Probabilistic principal component analysis, JRSS B 61(3).
@@ -137,9 +137,7 @@ class LinearGaussian:
         if W.ndim != 2 or 0 in W.shape:
             raise ValueError(f"W: expected shape (D, K) with D, K ≥ 1, found {tuple(W.shape)}")
         if b.shape != W.shape[:1]:
-            raise ValueError(
-                f"b: expected shape ({len(W)},) beside W {tuple(W.shape)}, found {tuple(b.shape)}"
-            )
+            raise ValueError(f"b: expected shape ({len(W)},) for W {tuple(W.shape)}, found {tuple(b.shape)}")
         if noise_variance.ndim:
             raise ValueError(f"noise_variance: expected one value, found shape {tuple(noise_variance.shape)}")
         require_positive(noise_variance=noise_variance)
@@ -147,18 +145,19 @@ class LinearGaussian:
 
     @classmethod
     def maximum_likelihood(cls, x: Tensor, latent_dim: int) -> "LinearGaussian":
-        r"""The model with the largest mean log-evidence of data x (N, D), among those of K = ``latent_dim``.
+        r"""Return the model of K = ``latent_dim`` with the largest mean log-evidence of data x (N, D).
 
-        With λ and v the eigenvalues and eigenvectors of the data's covariance, the largest first: c is the
+        With λ and v the eigenvalues and eigenvectors of the data's covariance in descending order, c is the
         mean of the D − K smallest λ, and the k-th column of W is :math:`\sqrt{\lambda_k - c}\, v_k`. These
-        columns are orthogonal, so a diagonal guide leaves no gap, and a linear VAE can reach this value.
+        columns are orthogonal, so a diagonal guide has no gap, and a linear VAE can reach this evidence.
 
         Raises:
-            ValueError: ``latent_dim`` is not below N and D, or the data vary in no more than K directions.
+            ValueError: ``latent_dim`` ≥ min(N, D), or the data vary in at most K directions.
 
         Source:
-            M. E. Tipping, C. M. Bishop (1999), as above; J. Lucas, G. Tucker, R. Grosse, M. Norouzi (2019),
-            Don't blame the ELBO! A linear VAE perspective on posterior collapse, arXiv:1911.02469.
+            M. E. Tipping, C. M. Bishop (1999), Probabilistic principal component analysis, JRSS B 61(3);
+            J. Lucas, G. Tucker, R. Grosse, M. Norouzi (2019), Don't blame the ELBO! A linear VAE perspective
+            on posterior collapse, arXiv:1911.02469.
         """
         (x,) = as_tensors(x=x)
         if x.ndim != 2 or not 1 <= latent_dim < min(x.shape):
@@ -168,19 +167,17 @@ class LinearGaussian:
             )
         b = x.mean(0)
         _, singular, directions = torch.linalg.svd(x - b, full_matrices=False)
-        variances = singular**2 / len(x)  # along the directions, which are the rows
+        variances = singular**2 / len(x)  # along the rows of directions
         noise_variance = variances[latent_dim:].sum() / (x.shape[1] - latent_dim)
         if noise_variance <= rounding(x) ** 2 * variances[0]:
-            raise ValueError(
-                f"x: expected data which vary in more than {latent_dim} directions, found no more"
-            )
+            raise ValueError(f"x: expected data that vary in more than {latent_dim} directions")
         loadings = (variances[:latent_dim] - noise_variance).sqrt()
         return cls(directions[:latent_dim].mT * loadings, b, noise_variance)
 
     # The model
 
     def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws x (num_samples, D), through z; without a generator, from torch's global one."""
+        """Draw x (num_samples, D) from p(x|z) p(z), by default with torch's global generator."""
 
         def noise(size: int) -> Tensor:
             return torch.randn(
@@ -191,25 +188,23 @@ class LinearGaussian:
         return noise(K) @ self.W.mT + self.b + self.noise_variance.sqrt() * noise(D)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Log density log p(x|z) at z (..., K)."""
+        """Compute log p(x|z) at z (..., K)."""
         self._check(x=x, z=z)
         return -gaussian_nll(x, z @ self.W.mT + self.b, self.noise_variance)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        """Log density log p(x, z) = log p(x|z) + log p(z) at z (..., K)."""
+        """Compute log p(x, z) = log p(x|z) + log p(z) at z (..., K)."""
         return self.log_likelihood(x, z) - gaussian_nll(z, torch.zeros_like(z), 1.0)
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x), the log density of N(b, WWᵀ + cI).
-
-        By Bayes' rule it is log p(x, z) − log p(z|x) at any z. At the posterior's mean nothing cancels, and
-        there is no D × D matrix to factorise.
-        """
+        """Compute the exact log p(x), the log density of N(b, WWᵀ + cI)."""
+        # By Bayes' rule it is log p(x, z) − log p(z|x) at any z: at the posterior's mean nothing cancels, and
+        # no D × D matrix is factorised.
         posterior = self.posterior(x)
         return self.log_joint(x, posterior.loc) - posterior.log_prob(posterior.loc)
 
     def posterior(self, x: Tensor) -> MultivariateNormal:
-        """Exact posterior p(z|x) = N(M⁻¹Wᵀ(x − b), cM⁻¹), with batch shape (...,)."""
+        """Compute the exact posterior p(z|x) = N(M⁻¹Wᵀ(x − b), cM⁻¹), with batch shape (...,)."""
         self._check(x=x)
         factor = self._posterior_factor()
         loc = (x - self.b) @ self.W @ factor @ factor.mT / self.noise_variance
@@ -218,13 +213,13 @@ class LinearGaussian:
     # The ELBO of any Gaussian guide, in three equal forms
 
     def elbo(self, x: Tensor, loc: Tensor, covariance: Tensor) -> Tensor:
-        """Exact ELBO, as reconstruction and KL to the prior: E_q[log p(x|z)] − KL(q ‖ p(z))."""
+        """Compute the exact ELBO as reconstruction and KL to the prior, E_q[log p(x|z)] − KL(q ‖ p(z))."""
         factor = self._check_guide(x, loc, covariance)
         kl = multivariate_normal_kl(loc, factor, torch.zeros_like(loc), self._identity())
         return self.expected_log_likelihood(x, loc, covariance) - kl
 
     def elbo_by_entropy(self, x: Tensor, loc: Tensor, covariance: Tensor) -> Tensor:
-        """Exact ELBO, as joint and entropy: E_q[log p(x, z)] + H[q]."""
+        """Compute the exact ELBO as joint and entropy, E_q[log p(x, z)] + H[q]."""
         factor = self._check_guide(x, loc, covariance)
         second_moment = loc.square().sum(-1) + covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
         expected_log_prior = -0.5 * (second_moment + loc.shape[-1] * _LOG_2PI)
@@ -232,23 +227,23 @@ class LinearGaussian:
         return self.expected_log_likelihood(x, loc, covariance) + expected_log_prior + entropy
 
     def elbo_by_gap(self, x: Tensor, loc: Tensor, covariance: Tensor) -> Tensor:
-        """Exact ELBO, as evidence and gap: log p(x) − KL(q ‖ p(z|x))."""
+        """Compute the exact ELBO as evidence and gap, log p(x) − KL(q ‖ p(z|x))."""
         return self.log_evidence(x) - self.gap(x, loc, covariance)
 
     def expected_log_likelihood(self, x: Tensor, loc: Tensor, covariance: Tensor) -> Tensor:
-        """Exact E_q[log p(x|z)], by E_q‖x − Wz − b‖² = ‖x − Wμ − b‖² + tr(WᵀW Σ)."""
+        """Compute the exact E_q[log p(x|z)], with E_q‖x − Wz − b‖² = ‖x − Wμ − b‖² + tr(WᵀW Σ)."""
         self._check_guide(x, loc, covariance)
         spread = (self.W.mT @ self.W * covariance).sum((-2, -1))
         return self.log_likelihood(x, loc) - spread / (2 * self.noise_variance)
 
     def gap(self, x: Tensor, loc: Tensor, covariance: Tensor) -> Tensor:
-        """What the guide loses: log p(x) − ELBO = KL(q ‖ p(z|x)) ≥ 0."""
+        """Compute the variational gap log p(x) − ELBO = KL(q ‖ p(z|x)) ≥ 0."""
         factor = self._check_guide(x, loc, covariance)
         posterior = self.posterior(x)
         return multivariate_normal_kl(loc, factor, posterior.loc, posterior.scale_tril)
 
     def elbo_gradient(self, x: Tensor, loc: Tensor, covariance: Tensor) -> ElboGradient:
-        """Exact gradient of the ELBO, by hand; at the exact posterior, in W, b and c, that of log p(x)."""
+        """Compute the exact ELBO gradient; at the posterior it equals that of log p(x) in W, b and c."""
         factor = self._check_guide(x, loc, covariance)
         batch_shape = torch.broadcast_shapes(x.shape[:-1], loc.shape[:-1], covariance.shape[:-2])
         loc = loc.expand(*batch_shape, -1)
@@ -264,27 +259,27 @@ class LinearGaussian:
             covariance=0.5 * (precision - self._posterior_precision()),
         )
 
-    # What a diagonal guide cannot reach
+    # The gap of diagonal guides
 
     def best_diagonal_guide(self, x: Tensor) -> MultivariateNormal:
-        """The best guide of independent dimensions: the posterior's mean, with variances c / M_kk."""
+        """Return the diagonal guide of largest ELBO: the posterior's mean, with variances c / M_kk."""
         loc = self.posterior(x).loc
         scale = self._posterior_precision().diagonal().rsqrt()
         return MultivariateNormal(loc, scale.diag().expand(*loc.shape[:-1], -1, -1))
 
     def diagonal_gap(self) -> Tensor:
-        """The gap the best diagonal guide leaves, ½ (Σ log M_kk − log |M|) ≥ 0, alike at all x: shape ()."""
+        """Compute the gap of the best diagonal guide, ½ (Σ log M_kk − log |M|) ≥ 0, equal for all x: ()."""
         log_volume = self._posterior_factor().diagonal().log().sum()  # ½ log |cM⁻¹|
         return 0.5 * self._posterior_precision().diagonal().log().sum() + log_volume
 
-    # What drawing from the prior costs
+    # The cost of sampling from the prior
 
     def log_naive_sample_size(self, x: Tensor) -> Tensor:
-        r"""Log of the number S of draws with which the naive estimate of p(x) has a relative error of one.
+        r"""Compute log S, S the draws that give the naive estimate of p(x) a relative standard error of one.
 
         :math:`S = E[p(x|z)^2] / p(x)^2 - 1` over the prior, exact because :math:`\mathcal N(x; m, cI)^2 =
         (4\pi c)^{-D/2} \mathcal N(x; m, \tfrac c2 I)`. For a relative standard error of r,
-        :func:`naive_log_evidence` takes S / r² draws. Where W = 0 every draw is right, and the result is −∞.
+        :func:`naive_log_evidence` needs S / r² draws. If W = 0, every draw is exact and the result is −∞.
         """
         sharper = LinearGaussian(self.W, self.b, self.noise_variance / 2)
         log_factor = -0.5 * len(self.W) * (4 * math.pi * self.noise_variance).log()
@@ -297,26 +292,26 @@ class LinearGaussian:
         return torch.eye(self.W.shape[1], dtype=self.W.dtype, device=self.W.device)
 
     def _posterior_precision(self) -> Tensor:
-        """M / c, (K, K)."""
+        """Return M / c, (K, K)."""
         return self._identity() + self.W.mT @ self.W / self.noise_variance
 
     def _posterior_factor(self) -> Tensor:
-        """The lower Cholesky factor of the posterior covariance cM⁻¹, (K, K)."""
-        # Let the precision be U Uᵀ with U upper triangular: a Cholesky factor, rows and columns reversed.
-        # Then U⁻ᵀ is lower triangular, and it factorises the inverse.
+        """Return the lower Cholesky factor of the posterior covariance cM⁻¹, (K, K)."""
+        # If the precision is U Uᵀ with U upper triangular (a Cholesky factor with rows and columns reversed),
+        # then U⁻ᵀ is the lower Cholesky factor of its inverse.
         precision = self._posterior_precision()
         reverse, info = torch.linalg.cholesky_ex(precision.flip(-2, -1))
-        # Every eigenvalue is at least 1, which rounding may bury under the largest.
+        # Every eigenvalue is at least 1; the smallest vanish in the rounding error of a very large one.
         lost = torch.finfo(precision.dtype).eps * precision.diagonal().max() / reverse.diagonal().min() ** 2
         if info or lost > rounding(precision):
             raise ValueError(
-                f"noise_variance: {self.noise_variance.item():.3g} is too small beside W in {self.W.dtype}: "
+                f"noise_variance: {self.noise_variance.item():.3g} is too small for W in {self.W.dtype}: "
                 "half the digits of the posterior are lost; use float64, or a W with independent columns"
             )
         return torch.linalg.solve_triangular(reverse.flip(-2, -1).mT, self._identity(), upper=False)
 
     def _check(self, *, x: Tensor, **latents: Tensor) -> None:
-        """Raises an error unless x is (..., D), every latent is (..., K), and they broadcast."""
+        """Raise unless x is (..., D), every latent is (..., K), and they broadcast."""
         as_tensors(x=x, **latents)
         D, K = self.W.shape
         require_last("x", x, D)
@@ -325,7 +320,7 @@ class LinearGaussian:
         require_broadcast(x=x.shape[:-1], **{name: latent.shape[:-1] for name, latent in latents.items()})
 
     def _check_guide(self, x: Tensor, loc: Tensor, covariance: Tensor) -> Tensor:
-        """Checks a guide against the data and returns its covariance's Cholesky factor."""
+        """Check the guide against the data and return the Cholesky factor of its covariance."""
         self._check(x=x, loc=loc)
         as_tensors(covariance=covariance)
         require_last("covariance", covariance, self.W.shape[1], self.W.shape[1])
@@ -335,20 +330,15 @@ class LinearGaussian:
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    r"""A mixture of Gaussians: one categorical latent, so evidence and posterior are finite sums.
+    r"""Mixture of Gaussians: with one categorical latent, evidence and posterior are finite sums.
 
     .. math:: p(x) = \sum_c \pi_c \, \mathcal N(x; \mu_c, \Sigma_c), \qquad
         p(c|x) = \pi_c \, \mathcal N(x; \mu_c, \Sigma_c) / p(x)
 
     Attributes:
-        weights: π > 0, summing to one, (C,).
-        locs: μ, (C, D).
-        covariances: Σ, positive definite, (C, D, D).
-
-    Raises:
-        ValueError: a shape does not fit, a value is not finite, a weight is not positive, the weights do not
-            sum to one, or a covariance is not positive definite.
-        TypeError: an argument is not floating-point.
+        weights: π > 0, which sum to one, (C,).
+        locs: means μ, (C, D).
+        covariances: positive definite Σ, (C, D, D).
 
     Example:
         >>> weights, locs = torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]])
@@ -378,27 +368,27 @@ class GaussianMixture:
         cholesky("covariances", covariances)
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """Log density log p(x, c) of x (..., D) with each component, (..., C)."""
+        """Compute log p(x, c) of x (..., D) with each component, (..., C)."""
         (x,) = as_tensors(x=x)
         require_last("x", x, self.locs.shape[-1])
         components = MultivariateNormal(self.locs, cholesky("covariances", self.covariances))
         return self.weights.log() + components.log_prob(x.unsqueeze(-2))
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x) of x (..., D), in nats, (...,)."""
+        """Compute the exact log p(x) of x (..., D), in nats, (...,)."""
         return self.log_joint(x).logsumexp(-1)
 
     def posterior(self, x: Tensor) -> Tensor:
-        """Exact posterior probabilities p(c|x) of x (..., D), (..., C)."""
+        """Compute the exact posterior probabilities p(c|x) of x (..., D), (..., C)."""
         return self.log_joint(x).softmax(-1)
 
     def elbo(self, x: Tensor, probabilities: Tensor) -> Tensor:
-        """Exact ELBO of a categorical guide q (..., C), Σ_c q(c) (log p(x, c) − log q(c)), in nats."""
+        """Compute the exact ELBO of a guide q (..., C), Σ_c q(c) (log p(x, c) − log q(c)), in nats."""
         q = self._guide(x, probabilities)
         return (q * self.log_joint(x) - q.xlogy(q)).sum(-1)
 
     def gap(self, x: Tensor, probabilities: Tensor) -> Tensor:
-        """What the guide loses: log p(x) − ELBO = KL(q ‖ p(c|x)) ≥ 0, in nats, (...,)."""
+        """Compute the variational gap log p(x) − ELBO = KL(q ‖ p(c|x)) ≥ 0, in nats, (...,)."""
         q = self._guide(x, probabilities)
         return (q.xlogy(q) - q * self.log_joint(x).log_softmax(-1)).sum(-1)
 

@@ -1,17 +1,4 @@
-"""Figures of a trained model, from arrays and tables; nothing here knows a model.
-
-One rule for all: a figure is one matplotlib `Axes`, grids of images included, and every function returns
-the `Axes` it drew in. Without `ax=` that is a new figure of a fitting size, `axes.figure`, which belongs to
-the caller alone: pyplot, its list of open figures and its settings are never touched, no display is needed,
-and matplotlib is imported at the first figure. `save(axes, path)` writes the picture. To see it in a notebook
-or a window, or to arrange several, pass an `ax=` of your own: with pyplot as plt,
-`plots.image_grid(x, ax=plt.subplots(layout="constrained")[1])`.
-
-Arrays are anything NumPy or PyTorch can read as numbers, on any device. Images hold values in [0, 1], from
-black to full intensity, and have shape (..., H, W) or (..., C, H, W) with C = 1 (grey) or 3 (RGB).
-Latent dimensions are named as they are indexed: z[0] is the first. Colours stay apart for
-colour-blind readers.
-"""
+"""Charts of latent vectors, training and evaluation."""
 
 import itertools
 import math
@@ -25,14 +12,15 @@ import numpy.typing as npt
 import torch
 
 from pyro_vae.plots.image_grids import (
+    LEGEND,
+    LINE_MARKERS,
+    PALETTE,
+    POINT_MARKERS,
     Array,
     Numbers,
     axes_of,
     finite_array,
-    image_grid,
-    interpolation,
-    manifold,
-    reconstructions,
+    real_array,
 )
 from pyro_vae.utils.serialization import replacing
 
@@ -40,29 +28,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "PALETTE",
     "aggregate_posterior",
-    "image_grid",
-    "interpolation",
     "kl_per_dimension",
     "latent_scatter",
-    "manifold",
     "pareto_k_histogram",
-    "reconstructions",
     "save",
+    "snr",
     "training_curves",
 ]
 
-_BLUE, _VERMILION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_SKY, _ORANGE, _BLACK, _YELLOW = "#56B4E9", "#E69F00", "#000000", "#F0E442"
-_VIOLET, _BROWN = "#6622CC", "#662200"
-
-PALETTE = (_BLUE, _VERMILION, _GREEN, _PURPLE, _SKY, _ORANGE, _BLACK, _YELLOW, _VIOLET, _BROWN)
-"""Ten colours for categories: the eight of Okabe and Ito, 2008, Color Universal Design, and two that are as
-far from them, to colour-blind readers too, as the eight are from each other."""
-
-_MARKERS = "o^sDvP*X<>"  # labels 0 to 9 are discs of the ten colours, 10 to 19 triangles, and so on
-_LEGEND: dict[str, Any] = {"framealpha": 1, "edgecolor": "none"}  # readable on whatever lies behind
+_BLUE, _, _GREEN, _PURPLE, _SKY, _ORANGE, _BLACK = PALETTE[:7]
 
 
 def latent_scatter(
@@ -75,21 +50,15 @@ def latent_scatter(
 ) -> "Axes":
     """Draw latent vectors as points in the plane, coloured by label.
 
-    Vectors of more than two dimensions are projected on the first two principal components of z; the axes
-    say so, and the title, where it is not given. Points are drawn in one fixed, shuffled order, so that no
-    label hides another.
+    Vectors of more than two dimensions are projected on the first two principal components of z, named by
+    the axes. Points are drawn in a fixed, shuffled order, so that no label hides another.
 
     Args:
-        z: (N, K) latent vectors with K >= 2, such as the posterior means of N data.
-        labels: (N,) integers from 0 to 99: 0 to 9 differ by colour, every further ten by marker.
-        names: Names of the labels 0, 1, ..., for the legend; by default their numbers.
-        title: Title of the figure; by default it says what is drawn.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: If z is no numbers, the labels are no integers, or `ax` is no matplotlib Axes.
-        ValueError: If z has another shape or is not finite, or the labels are not N, outside 0 to 99, or
-            without a name.
+        z: (N, K) latent vectors with K >= 2, such as the posterior means of N examples.
+        labels: (N,) integers from 0 to 99; 0 to 9 differ by colour, each further ten by marker.
+        names: Names of the labels 0, 1, ... in the legend; by default their numbers.
+        title: Title of the figure; by default describes what is drawn.
+        ax: Axes to draw in; by default of a new figure.
 
     Example:
         >>> axes = latent_scatter(torch.randn(50, 2), torch.arange(50) % 3, names=["cat", "dog", "owl"])
@@ -116,20 +85,22 @@ def latent_scatter(
     axes = axes_of(ax, 5.6 + 0.8 * legend_columns, 5)
     shuffled = np.random.default_rng(0).permutation(count)
     size = float(np.clip(40_000 / count, 5, 36))
-    for block, marker in enumerate(_MARKERS):
+    for block, marker in enumerate(POINT_MARKERS):
         chosen = shuffled[kinds[shuffled] // len(PALETTE) == block]
         if len(chosen):
             colours = [PALETTE[kind % len(PALETTE)] for kind in kinds[chosen]]
             across, up = points[chosen].T
             dots = axes.scatter(across, up, s=size, c=colours, marker=marker, alpha=0.7, linewidths=0)
-            dots.set_rasterized(True)  # a PDF of many points stays small
+            dots.set_rasterized(True)  # keeps a PDF of many points small
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1], title=what if title is None else title)
     if labels is not None:
         for kind in present:
             block, colour = divmod(kind, len(PALETTE))
             name = str(kind) if names is None else names[kind]
-            axes.scatter([], [], s=36, c=PALETTE[colour], marker=_MARKERS[block], linewidths=0, label=name)
+            axes.scatter(
+                [], [], s=36, c=PALETTE[colour], marker=POINT_MARKERS[block], linewidths=0, label=name
+            )
         axes.legend(
             title="label", ncols=legend_columns, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
         )
@@ -144,20 +115,16 @@ def aggregate_posterior(
     title: str | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw the aggregate posterior q(z) = (1/N) Σ q(z|x_n) against the prior, a row for each dimension.
+    """Draw the aggregate posterior q(z) = (1/N) Σ q(z|x_n) against the prior, one row per dimension.
 
-    q(z) is a histogram of samples. Each row has its own scale of density, one for q and p.
+    q(z) is a histogram of samples. Each row has its own density scale, common to q and p.
 
     Args:
-        z: (N, K) samples of q(z|x), one or more a datum. (Posterior means would look too narrow.)
+        z: (N, K) samples of q(z|x), one or more per example; posterior means would be too narrow.
         dims: Dimensions to draw, from the top; by default all.
-        prior: (M, K) samples of the prior; by default the prior is standard normal, and drawn as a curve.
-        title: Title of the figure; by default it says what is drawn.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: If z or prior is no numbers, or `ax` is no matplotlib Axes.
-        ValueError: If z or prior has another shape or is not finite, or there is no such dimension.
+        prior: (M, K) samples of the prior; by default the standard normal density, drawn as a curve.
+        title: Title of the figure; by default describes what is drawn.
+        ax: Axes to draw in; by default of a new figure.
 
     Source: Hoffman and Johnson, 2016, ELBO surgery: yet another way to carve up the variational evidence
     lower bound.
@@ -173,12 +140,10 @@ def aggregate_posterior(
     count, latent_dim = samples.shape
     drawn = list(range(latent_dim) if dims is None else dims)
     if not drawn or any(k not in range(latent_dim) for k in drawn):
-        raise ValueError(f"dims must name some of the dimensions 0 to {latent_dim - 1}; got {drawn}")
+        raise ValueError(f"dims must be non-empty, from 0 to {latent_dim - 1}; got {drawn}")
     prior_samples = None if prior is None else finite_array("prior", prior)
     if prior_samples is not None and (prior_samples.shape[1:] != (latent_dim,) or len(prior_samples) < 1):
-        raise ValueError(
-            f"prior must hold samples of shape (M, {latent_dim}), as z does; got {prior_samples.shape}"
-        )
+        raise ValueError(f"prior must have shape (M, {latent_dim}) with M >= 1; got {prior_samples.shape}")
 
     axes = axes_of(ax, 6.4, 1.4 + 0.45 * len(drawn))
     reach = max(4.0, 1.05 * float(abs(samples[:, drawn]).max()))
@@ -210,20 +175,15 @@ def kl_per_dimension(
     title: str = "KL divergence from the prior, by latent dimension",
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw how many nats each latent dimension carries, the largest first.
+    """Draw the KL divergence of each latent dimension from the prior, in descending order.
 
     Args:
         kl: (K,) KL(q(z_k|x) ‖ p(z_k)), averaged over the data, in nats per datum.
-        se: (K,) standard errors, drawn as bars of ± one.
-        threshold: Dimensions of more nats count as active here. (The active units of Burda et al., 2016, are
-            counted by the variance of the posterior mean.)
+        se: (K,) standard errors, drawn as error bars of ± one.
+        threshold: Nats above which a dimension counts as active here. The active units of Burda et al., 2016,
+            are counted by the variance of the posterior mean instead.
         title: Title of the figure.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: If kl or se is no numbers, or `ax` is no matplotlib Axes.
-        ValueError: If kl has another shape or is not finite, se differs from it in shape or is negative, or
-            the threshold is not positive.
+        ax: Axes to draw in; by default of a new figure.
 
     Example:
         >>> axes = kl_per_dimension([0.001, 2.5, 0.7])
@@ -235,7 +195,7 @@ def kl_per_dimension(
         raise ValueError(f"kl must have shape (K,), averaged over the data; got {values.shape}")
     errors = np.zeros_like(values) if se is None else finite_array("se", se)
     if errors.shape != values.shape or errors.min() < 0:
-        raise ValueError(f"se must be non-negative and of kl's shape {values.shape}; got {errors}")
+        raise ValueError(f"se must be non-negative and have kl's shape {values.shape}; got {errors}")
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be a positive number of nats; got {threshold}")
 
@@ -246,17 +206,17 @@ def kl_per_dimension(
     axes = axes_of(ax, float(np.clip(1.5 + 0.25 * len(values), 5, 10)), 3.6)
     axes.bar(place, values, yerr=None if se is None else errors, color=_BLUE)
     axes.axhline(threshold, color=_BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:g} nats")
-    # inactive dimensions are shaded, as their bars are too low to be seen
+    # Inactive dimensions are shaded because their bars are too low to be visible.
     inactive = f"inactive: {len(values) - active} of {len(values)}"
     axes.axvspan(
         active - 0.5, len(values) - 0.5, color=_ORANGE, alpha=0.2, linewidth=0, zorder=0, label=inactive
     )
-    every = math.ceil(len(values) / 40)  # with more names than that, they would overlap
+    every = math.ceil(len(values) / 40)  # more labels would overlap
     axes.set_xticks(place[::every], [str(k) for k in order[::every]], fontsize="small")
     axes.set(xlim=(-0.75, len(values) - 0.25), xlabel="latent dimension, sorted", title=title)
     axes.set_ylabel("nats per datum" if se is None else "nats per datum ± SE")
     axes.margins(y=0.25)
-    axes.legend(**_LEGEND)
+    axes.legend(**LEGEND)
     return axes
 
 
@@ -267,20 +227,15 @@ def training_curves(
     title: str = "Evidence lower bound during training",
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw the bounds of a training run, epoch by epoch, in bands of ± one standard error.
+    """Draw the bounds of a training run per epoch, with bands of ± one standard error.
 
     Args:
-        history: A table, as a dict of columns of equal length: "epoch", and a curve for every column whose
-            name ends in "_elbo" or "_bound", in nats per datum. The column of that name and "_se" holds its
-            standard errors. NaN stands for what was not measured. Other columns are not drawn.
-        references: Horizontal lines to compare with, from label to nats per datum.
+        history: Table as a dict of columns of equal length: "epoch", and one curve per column whose name ends
+            in "_elbo" or "_bound", in nats per datum, with standard errors in the column of that name and
+            "_se". NaN marks missing values. Other columns are ignored.
+        references: Horizontal lines for comparison, from label to nats per datum.
         title: Title of the figure.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: If a column is no numbers, or `ax` is no matplotlib Axes.
-        ValueError: If there is no curve or no epoch, if columns differ in length, a value is infinite or a
-            standard error negative.
+        ax: Axes to draw in; by default of a new figure.
 
     Example:
         >>> history = {"epoch": [1, 2], "train_elbo": [-120.0, -110.0], "train_elbo_se": [0.9, 0.7]}
@@ -308,7 +263,7 @@ def training_curves(
         measured, banded = ~np.isnan(curve), ~np.isnan(curve + se)
         if measured.any():
             label = name.replace("_", " ").replace("elbo", "ELBO") + (" ± SE" if banded.any() else "")
-            few = measured.sum() <= 40  # then every epoch is marked, and a single one too shows its error
+            few = measured.sum() <= 40  # few enough to mark each epoch with its error
             axes.plot(epoch[measured], curve[measured], ".-" if few else "-", color=colour, label=label)
             if few:
                 axes.errorbar(epoch[banded], curve[banded], se[banded], fmt="none", ecolor=colour)
@@ -318,23 +273,19 @@ def training_curves(
         axes.axhline(level, color=_BLACK, linestyle=style, linewidth=1, label=label)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set(xlabel="epoch", ylabel="nats per datum", title=title)
-    axes.legend(**_LEGEND)
+    axes.legend(**LEGEND)
     return axes
 
 
 def pareto_k_histogram(k: Numbers, *, title: str | None = None, ax: "Axes | None" = None) -> "Axes":
-    """Draw the Pareto shapes k̂ of importance weights, with the limits 0.5 and 0.7.
+    """Draw a histogram of the Pareto shapes k̂ of importance weights, with the limits 0.5 and 0.7.
 
-    Where k̂ < 0.5 the guide is good for importance sampling, up to 0.7 it is usable, above it is not.
+    The guide is good for importance sampling where k̂ < 0.5, usable up to 0.7, and not usable above.
 
     Args:
-        k: (N,) one k̂ a datum.
-        title: Title of the figure; by default it counts the data.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: If k is no numbers, or `ax` is no matplotlib Axes.
-        ValueError: If k has another shape or is not finite (k̂ is infinite for too few particles).
+        k: (N,) one k̂ per example. It is infinite, and an error, for too few particles.
+        title: Title of the figure; by default gives the number of examples.
+        ax: Axes to draw in; by default of a new figure.
 
     Source: Yao, Vehtari, Simpson and Gelman, 2018, Yes, but did it work?: evaluating variational inference,
     arXiv:1802.02538.
@@ -345,15 +296,15 @@ def pareto_k_histogram(k: Numbers, *, title: str | None = None, ax: "Axes | None
     """
     values = finite_array("k", k)
     if values.ndim != 1 or values.size < 1:
-        raise ValueError(f"k must have shape (N,), one a datum; got {values.shape}")
+        raise ValueError(f"k must have shape (N,), one per example; got {values.shape}")
     good, bad = values < 0.5, values > 0.7
     parts = [
         (r"good, $\hat{k} < 0.5$", good, _GREEN),
         (r"usable, $0.5 \leq \hat{k} \leq 0.7$", ~good & ~bad, _ORANGE),
         (r"not usable, $\hat{k} > 0.7$", bad, _PURPLE),
     ]
-    width = 0.05 * max(1, math.ceil(np.ptp(values) / 5))  # bars meet the limits, and are never too many
-    rounding = 1e-9  # so that no value on an edge is lost
+    width = 0.05 * max(1, math.ceil(np.ptp(values) / 5))  # bars end at the limits, in a bounded number
+    rounding = 1e-9  # keeps values at the outermost edges
     first = math.floor(values.min() / width - rounding)
     last = math.floor(values.max() / width + rounding) + 1
 
@@ -361,7 +312,7 @@ def pareto_k_histogram(k: Numbers, *, title: str | None = None, ax: "Axes | None
     axes.hist(
         [values[part] for _, part, _ in parts],
         bins=(width * np.arange(first, last + 1)).tolist(),
-        stacked=True,  # a bar across a limit shows both its parts
+        stacked=True,  # a bar that contains a limit shows both parts
         color=[colour for _, _, colour in parts],
         label=[f"{name}: {part.sum():,} ({part.mean():.0%})" for name, part, _ in parts],
     )
@@ -371,52 +322,122 @@ def pareto_k_histogram(k: Numbers, *, title: str | None = None, ax: "Axes | None
     axes.locator_params(axis="y", integer=True)
     axes.set_title(f"Importance weights of {len(values):,} data" if title is None else title)
     axes.margins(y=0.4)
-    axes.legend(**_LEGEND)
+    axes.legend(**LEGEND)
+    return axes
+
+
+def snr(
+    particles: Numbers,
+    snr: Numbers,
+    snr_se: Numbers,
+    families: Sequence[str],
+    *,
+    parameters: str = "guide",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw signal-to-noise ratios of gradients against the number of particles, on logarithmic scales.
+
+    The estimators of a family are joined by a line, in order of particles. An arrow marks an SNR of 0, too
+    small to be measured. Grey lines show growth as √S and decay as 1/√S.
+
+    Args:
+        particles: (M,) integers S ≥ 1, the particles of each of M estimators.
+        snr: (M,) signal-to-noise ratios ≥ 0; neither NaN nor an infinite value is drawn.
+        snr_se: (M,) standard errors of `snr`.
+        families: M names for the legend.
+        parameters: Whose gradient, the "model" or the "guide" parameters', for the title.
+        ax: Axes to draw in; by default of a new figure.
+
+    Source: Rainforth et al., 2018, Tighter variational bounds are not necessarily better, arXiv:1802.04537.
+
+    Example:
+        >>> axes = snr([1, 10, 1], [0.5, 1.6, 0.4], [0.1, 0.1, 0.1], ["DReG(S)", "DReG(S)", "STL(S)"])
+        >>> [text.get_text() for text in axes.get_legend().get_texts()]
+        ['as √S', 'as 1/√S', 'DReG(S)', 'STL(S)']
+    """
+    if parameters not in ("model", "guide"):
+        raise ValueError(f'parameters must be "model" or "guide"; got {parameters!r}')
+    sizes = finite_array("particles", particles)
+    ratios, errors = real_array("snr", snr), real_array("snr_se", snr_se)
+    if not sizes.shape == ratios.shape == errors.shape == (len(families),):
+        raise ValueError(
+            "particles, snr, snr_se and families must have one shape (M,); "
+            f"got {sizes.shape}, {ratios.shape}, {errors.shape} and {len(families)} families"
+        )
+    if (sizes < 1).any() or (sizes % 1).any():
+        raise ValueError(f"particles must be positive integers; got {sizes}")
+    if (ratios < 0).any() or (errors < 0).any():
+        raise ValueError(f"snr and snr_se must not be negative; got {ratios} and {errors}")
+    order = np.argsort(sizes, kind="stable")
+    order = order[~np.isnan(ratios[order])]
+    if not order.size:
+        raise ValueError(f"snr of the {parameters} parameters is NaN for every estimator: nothing to draw")
+    sizes, ratios, errors, names = sizes[order], ratios[order], errors[order], np.asarray(families)[order]
+
+    axes = axes_of(ax, 8, 4.4)
+    distinct = list(dict.fromkeys(names.tolist()))
+    for number, name in enumerate(distinct):
+        family, remaining = names == name, (len(distinct) - number) / len(distinct)
+        style = {
+            "color": PALETTE[number % len(PALETTE)],
+            "marker": LINE_MARKERS[number % len(LINE_MARKERS)],
+            "linewidth": 1 + 2 * remaining,  # decreasing, so that coinciding lines stay visible
+            "markersize": 4 + 5 * remaining,
+        }
+        _draw_line(axes, sizes[family], ratios[family], errors[family], label=name, **style)
+    _draw_slopes(axes, sizes, ratios)
+    _set_log_axes(axes, sizes)
+    lost = " (arrows: not distinguishable from 0)" if (ratios == 0).any() else ""
+    axes.set_title(f"Gradient in the {parameters}'s parameters{lost}")
+    axes.legend(edgecolor="none", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
 
 
 def save(axes: "Axes", path: str | os.PathLike[str]) -> None:
-    """Write the figure of `axes` to a file, whole or not at all; see `files.replacing`.
+    """Write the figure of `axes` to a file, completely or not at all.
 
     Args:
-        axes: What a function of this module returned, or any other matplotlib Axes.
-        path: The file; the suffix (.png, .pdf, .svg, ...) names the format.
+        axes: Any matplotlib Axes, such as a function of `plots` returns.
+        path: File whose suffix (.png, .pdf, .svg, ...) names the format.
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If the suffix names no format of matplotlib's.
+        ValueError: If matplotlib has no format of that suffix.
 
     Example:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "samples.png"
-        >>> save(image_grid(torch.rand(4, 28, 28)), path)
+        >>> path = Path(tempfile.mkdtemp()) / "kl.png"
+        >>> save(kl_per_dimension([0.001, 2.5, 0.7]), path)
         >>> path.read_bytes()[1:4]
         b'PNG'
     """
     path = Path(path)
     if not path.suffix:
-        raise ValueError(f"{path} needs a suffix that names the format, such as .png, .pdf or .svg")
+        raise ValueError(
+            f"path must have a suffix that names the format, such as .png, .pdf or .svg; got {path}"
+        )
     with replacing(path) as partial:
         axes.figure.figure.savefig(partial, format=path.suffix[1:], bbox_inches="tight")
 
 
 def _column(history: Mapping[str, Numbers], name: str, epoch: Array) -> Array:
-    """Return a column of the table, NaN where the table has none."""
+    """Return a column of the history, all NaN if it is absent."""
     column = finite_array(name, history.get(name, np.full_like(epoch, np.nan)), missing=True)
     if column.ndim != 1 or column.shape != epoch.shape:
-        raise ValueError(f"{name} must hold one number an epoch, {epoch.size}; got shape {column.shape}")
+        raise ValueError(f"{name} must hold one number per epoch, {epoch.size}; got shape {column.shape}")
     if name.endswith("_se") and (column < 0).any():
-        raise ValueError(f"{name} holds standard errors, which are not negative; got {np.nanmin(column)}")
+        raise ValueError(f"{name} must hold non-negative standard errors; got {np.nanmin(column)}")
     return column
 
 
 def _labels(labels: Numbers, count: int, names: Sequence[str] | None) -> npt.NDArray[np.int64]:
+    """Return labels (N,) as integers; raise unless each has a colour, a marker and, with `names`, a name."""
     kinds = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
     if kinds.dtype.kind not in "iu":
         raise TypeError(f"labels must be integers; got {kinds.dtype}")
     if kinds.shape != (count,):
-        raise ValueError(f"labels must have shape ({count},), one a row of z; got {kinds.shape}")
-    limit = len(PALETTE) * len(_MARKERS)
+        raise ValueError(f"labels must have shape ({count},), one per row of z; got {kinds.shape}")
+    limit = len(PALETTE) * len(POINT_MARKERS)
     if names is not None:
         limit = min(limit, len(names))
     wrong = (kinds < 0) | (kinds >= limit)
@@ -428,8 +449,48 @@ def _labels(labels: Numbers, count: int, names: Sequence[str] | None) -> npt.NDA
 
 
 def _principal_components(z: Array) -> tuple[Array, Array]:
-    """Project (N, K) on the first two principal components; return (N, 2) and their shares of variance."""
+    """Return the first two principal components (N, 2) of z (N, K), and their shares of the variance."""
     variances, directions = np.linalg.eigh(np.cov(z, rowvar=False, bias=True))
-    first_two = [-1, -2]  # eigh sorts upwards
+    first_two = [-1, -2]  # eigh sorts in ascending order
     shares = variances[first_two] / max(variances.sum(), np.finfo(float).tiny)
     return (z - z.mean(0)) @ directions[:, first_two], shares
+
+
+def _draw_line(axes: "Axes", particles: Array, snr: Array, se: Array, *, label: str, **style: Any) -> None:
+    """Draw SNRs with their standard errors, and an SNR of 0 as an arrow down from its standard error."""
+    found = snr > 0
+    below = np.minimum(se, 0.9 * snr)  # a logarithmic scale has no zero
+    axes.errorbar(
+        particles[found], snr[found], np.stack([below, se])[:, found], linestyle="-", label=label, **style
+    )
+    lost = ~found
+    axes.errorbar(
+        particles[lost], se[lost], 0.5 * se[lost], uplims=True, fmt="none", color=style["color"], capsize=3
+    )
+
+
+def _draw_slopes(axes: "Axes", particles: Array, snr: Array) -> None:
+    """Draw the slopes √S and 1/√S through the geometric mean of the SNRs."""
+    ends = np.array([particles.min(), particles.max()])
+    if ends[0] == ends[1] or not (snr > 0).any():
+        return
+    middle = np.exp(np.log(snr[snr > 0]).mean())
+    for power, style, label in ((0.5, "--", "as √S"), (-0.5, ":", "as 1/√S")):
+        axes.plot(
+            ends, middle * (ends / np.sqrt(ends.prod())) ** power, style, color="grey", label=label, zorder=0
+        )
+
+
+def _set_log_axes(axes: "Axes", particles: Array) -> None:
+    """Set logarithmic scales, with ticks at the numbers of particles and at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator  # noqa: PLC0415 (slow)
+
+    axes.set(
+        xscale="log", yscale="log", xlabel="particles S, in each group", ylabel="signal-to-noise ratio ± SE"
+    )
+    ticks = np.unique(particles).astype(int).tolist()
+    axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())

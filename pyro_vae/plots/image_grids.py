@@ -1,6 +1,6 @@
-"""Images side by side in one picture: grids, pairs, paths and planes. Users find these in `plots`.
+"""Image grids, and the style and axes common to all figures.
 
-Notation: C channels, H and W pixels; a tile is an image with its opacity, (4, H, W).
+Notation: C channels, H and W pixels; a tile is an RGB image with opacity, (4, H, W).
 """
 
 import math
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
+    "LEGEND",
+    "LINE_MARKERS",
+    "PALETTE",
+    "POINT_MARKERS",
     "Array",
     "Numbers",
     "axes_of",
@@ -22,11 +26,58 @@ __all__ = [
     "image_grid",
     "interpolation",
     "manifold",
+    "real_array",
     "reconstructions",
 ]
 
 Numbers: TypeAlias = npt.ArrayLike | torch.Tensor
 Array: TypeAlias = npt.NDArray[Any]
+
+PALETTE = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),  # blue, vermilion, green, purple
+    *("#56B4E9", "#E69F00", "#000000", "#F0E442"),  # sky, orange, black, yellow
+    *("#6622CC", "#662200"),  # violet, brown
+)
+"""Ten colours for categories: the eight of Okabe and Ito, 2008, Color Universal Design, and two that are at
+least as far from each of these, to colour-blind readers too, as the eight are from each other."""
+
+POINT_MARKERS = "o^sDvP*X<>"  # one per ten labels: 0 to 9 are discs of the ten colours, 10 to 19 triangles
+LINE_MARKERS = "osD^vP*X<"  # nine, coprime with the ten colours: ninety distinct lines
+LEGEND: dict[str, Any] = {"framealpha": 1, "edgecolor": "none"}  # opaque, so readable over the data
+
+
+def axes_of(ax: "Axes | None", width: float, height: float) -> "Axes":
+    """Return `ax`, or the Axes of a new figure of `width` × `height` inches."""
+    from matplotlib.axes import Axes  # noqa: PLC0415 (slow)
+    from matplotlib.figure import Figure  # noqa: PLC0415 (slow)
+
+    if ax is None:
+        ax = Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax must be a matplotlib Axes; got {type(ax).__name__}")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def real_array(name: str, value: Numbers) -> Array:
+    """Return `value` as float64; raise unless it holds real numbers."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold real numbers; got {array.dtype}")
+    return array.astype(np.float64)
+
+
+def finite_array(name: str, value: Numbers, *, missing: bool = False) -> Array:
+    """Return `value` as float64; raise unless it is finite, or NaN where values may be `missing`."""
+    array = real_array(name, value)
+    wrong = np.isinf(array) if missing else ~np.isfinite(array)
+    if wrong.any():
+        where = tuple(np.argwhere(wrong)[0].tolist())
+        raise ValueError(f"{name} must be finite; got {array[where]} at index {where}, {wrong.sum()} in all")
+    return array
 
 
 def image_grid(
@@ -36,17 +87,13 @@ def image_grid(
     title: str = "Samples from the prior",
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw images row by row in a grid.
+    """Draw images in a grid, row by row.
 
     Args:
         images: (N, H, W) or (N, C, H, W), in [0, 1].
-        columns: Images in a row; by default the grid is about square.
+        columns: Images per row; by default the grid is about square.
         title: Title of the figure.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: If the images are no numbers, or `ax` is no matplotlib Axes.
-        ValueError: If the images have another shape, are none, not finite or outside [0, 1].
+        ax: Axes to draw in; by default of a new figure.
 
     Example:
         >>> axes = image_grid(torch.rand(6, 1, 28, 28), columns=3)
@@ -69,14 +116,10 @@ def reconstructions(
 
     Args:
         originals: (N, H, W) or (N, C, H, W), in [0, 1].
-        reconstructions: As many images of the same shape, such as means of p(x|z), z ~ q(z|x).
-        columns: Pairs in a row, at most.
+        reconstructions: Images of the same shape, such as means of p(x|z) with z ~ q(z|x).
+        columns: Pairs per row, at most.
         title: Title of the figure.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: As in `image_grid`.
-        ValueError: If the two differ in shape, or as in `image_grid`.
+        ax: Axes to draw in; by default of a new figure.
 
     Example:
         >>> x = torch.rand(12, 1, 28, 28)
@@ -88,10 +131,10 @@ def reconstructions(
     below = _opaque(_images("reconstructions", reconstructions, "N"))
     if above.shape != below.shape:
         raise ValueError(
-            f"every original needs one reconstruction of its size; got {len(above)} originals of "
+            f"originals and reconstructions must have the same shape; got {len(above)} originals of "
             f"{above.shape[2:]} pixels and {len(below)} reconstructions of {below.shape[2:]}"
         )
-    seam = np.zeros_like(above[:, :, :1])  # a transparent line between the two
+    seam = np.zeros_like(above[:, :, :1])  # a transparent line between the two images
     pairs = _in_rows(np.concatenate([above, seam, below], axis=2), min(columns, len(above)))
     axes = _draw(pairs, title, ax)
     height = above.shape[2]
@@ -103,16 +146,12 @@ def reconstructions(
 def interpolation(
     images: Numbers, *, title: str = "Interpolation in latent space", ax: "Axes | None" = None
 ) -> "Axes":
-    """Draw paths through latent space, one a row, from left to right.
+    """Draw paths through latent space, one per row, from left to right.
 
     Args:
-        images: (P, T, H, W) or (P, T, C, H, W), in [0, 1]: P paths of T images, decoded at equal steps.
+        images: (P, T, H, W) or (P, T, C, H, W), in [0, 1]: P paths of T >= 2 equal steps.
         title: Title of the figure.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: As in `image_grid`.
-        ValueError: If a path has fewer than 2 images, or as in `image_grid`.
+        ax: Axes to draw in; by default of a new figure.
 
     Example:
         >>> axes = interpolation(torch.rand(2, 7, 1, 28, 28))
@@ -122,7 +161,7 @@ def interpolation(
     paths = _opaque(_images("images", images, "P, T"))
     steps, width = paths.shape[1], paths.shape[4]
     if steps < 2:
-        raise ValueError("a path needs at least 2 images, its start and its end; got 1")
+        raise ValueError("images must hold at least 2 images per path, its start and its end; got 1")
     axes = _draw(paths, title, ax)
     ends = np.array([0, (steps - 1) * (width + _gap(paths))]) + (width - 1) / 2
     axes.set_xticks(ends, ["start", "end"])
@@ -136,21 +175,16 @@ def manifold(
     title: str = "Images decoded over the latent plane",
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw a two-dimensional latent space as one picture, each image at its latent coordinates.
+    """Draw a two-dimensional latent space as one image, each decoded image at its latent coordinates.
 
-    Row i, column j of the images is decoded at z[0] = linspace(left, right, columns)[j] and
-    z[1] = linspace(bottom, top, rows)[i]. So row 0 is drawn at the bottom.
+    The image in row i and column j is decoded at z[0] = linspace(left, right, columns)[j] and
+    z[1] = linspace(bottom, top, rows)[i]. Row 0 is drawn at the bottom.
 
     Args:
-        images: (rows, columns, H, W) or (rows, columns, C, H, W), in [0, 1].
-        extent: (left, right, bottom, top): where the centres of the outermost images lie.
+        images: (rows, columns, H, W) or (rows, columns, C, H, W), in [0, 1]; rows, columns >= 2.
+        extent: (left, right, bottom, top), the centres of the outermost images; left < right, bottom < top.
         title: Title of the figure.
-        ax: Axes to draw in; by default those of a new figure.
-
-    Raises:
-        TypeError: As in `image_grid`.
-        ValueError: If there are fewer than 2 rows or columns, if the extent does not increase, or as in
-            `image_grid`.
+        ax: Axes to draw in; by default of a new figure.
 
     Example:
         >>> z1, z0 = torch.meshgrid(torch.linspace(-2, 2, 5), torch.linspace(-3, 3, 7), indexing="ij")
@@ -163,14 +197,14 @@ def manifold(
     tiles = _opaque(_images("images", images, "rows, columns"))
     rows, columns = tiles.shape[:2]
     if rows < 2 or columns < 2:
-        raise ValueError(f"a manifold needs at least 2 rows and 2 columns; got {rows} and {columns}")
+        raise ValueError(f"images must have at least 2 rows and 2 columns; got {rows} and {columns}")
     corners = finite_array("extent", extent)
     if corners.shape != (4,) or corners[0] >= corners[1] or corners[2] >= corners[3]:
         raise ValueError(
             f"extent must be (left, right, bottom, top), left < right and bottom < top; got {extent}"
         )
     left, right, bottom, top = corners.tolist()
-    # an image reaches half a step beyond its centre
+    # The extent of the axes ends at the images' edges, half a step beyond their centres.
     half_width, half_height = (right - left) / (columns - 1) / 2, (top - bottom) / (rows - 1) / 2
     edges = (left - half_width, right + half_width, bottom - half_height, top + half_height)
     axes = _draw(tiles[::-1], title, ax, extent=edges)
@@ -179,7 +213,7 @@ def manifold(
 
 
 def _images(name: str, value: Numbers, leading: str) -> Array:
-    """Return images as (*leading, C, H, W), or say what is wrong with them."""
+    """Return images as (*leading, C, H, W); raise unless they have such a shape and lie in [0, 1]."""
     images = finite_array(name, value)
     lead = leading.count(",") + 1
     if images.ndim == lead + 2:
@@ -187,7 +221,7 @@ def _images(name: str, value: Numbers, leading: str) -> Array:
     if images.ndim != lead + 3 or images.shape[lead] not in (1, 3) or images.size == 0:
         raise ValueError(
             f"{name} must have shape ({leading}, H, W) or ({leading}, C, H, W) with C = 1 or 3 channels, "
-            f"and none of it 0; got {tuple(np.shape(value))}"
+            f"and no size 0; got {tuple(np.shape(value))}"
         )
     low, high = images.min(), images.max()
     if low < 0 or high > 1:
@@ -196,14 +230,14 @@ def _images(name: str, value: Numbers, leading: str) -> Array:
 
 
 def _opaque(images: Array) -> Array:
-    """Return (..., C, H, W) as (..., 4, H, W): red, green, blue, and opacity 1."""
+    """Return images (..., C, H, W) as opaque tiles (..., 4, H, W)."""
     *lead, _, height, width = images.shape
     colours = np.broadcast_to(images, (*lead, 3, height, width))
     return np.concatenate([colours, np.ones((*lead, 1, height, width))], axis=-3)
 
 
 def _in_rows(tiles: Array, columns: int) -> Array:
-    """Return (N, 4, H, W) as (rows, columns, 4, H, W); what is left of the last row is transparent."""
+    """Return tiles (N, 4, H, W) as (rows, columns, 4, H, W), padding the last row with transparent ones."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1; got {columns}")
     rows = -(-len(tiles) // columns)
@@ -212,60 +246,31 @@ def _in_rows(tiles: Array, columns: int) -> Array:
 
 
 def _gap(tiles: Array) -> int:
-    """Pixels between two tiles."""
+    """Return the number of pixels between two tiles."""
     return max(1, tiles.shape[-1] // 12)
 
 
 def _draw(
     tiles: Array, title: str, ax: "Axes | None", *, extent: tuple[float, float, float, float] | None = None
 ) -> "Axes":
-    """Draw tiles (rows, columns, 4, H, W) as one picture: apart from each other, or filling an `extent`."""
+    """Draw tiles (rows, columns, 4, H, W) as one image: with gaps, or without gaps in an `extent`."""
     gap = _gap(tiles) if extent is None else 0
     rows, columns, _, height, width = tiles.shape
     spaced = np.pad(tiles, [(0, 0)] * 3 + [(0, gap)] * 2)
-    picture = spaced.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), columns * (width + gap), 4)
-    picture = picture[: rows * (height + gap) - gap, : columns * (width + gap) - gap]
+    canvas = spaced.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), columns * (width + gap), 4)
+    canvas = canvas[: rows * (height + gap) - gap, : columns * (width + gap) - gap]
 
-    height, width = picture.shape[:2]
-    inches = min(float(np.clip(0.75 * columns, 3, 8)), 9 * width / height)  # of the picture's width
+    height, width = canvas.shape[:2]
+    inches = min(float(np.clip(0.75 * columns, 3, 8)), 9 * width / height)  # width of the canvas
     axes = axes_of(ax, max(3, inches + 0.5), inches * height / width + 0.5)
     if extent is None:
-        axes.imshow(picture, origin="upper")
+        axes.imshow(canvas, origin="upper")
         axes.set(xticks=[], yticks=[])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     else:
         left, right, bottom, top = extent
         pixels_are_square = (right - left) / width / ((top - bottom) / height)
-        axes.imshow(picture, origin="upper", extent=extent, aspect=pixels_are_square)
+        axes.imshow(canvas, origin="upper", extent=extent, aspect=pixels_are_square)
     axes.set_title(title)
     return axes
-
-
-def axes_of(ax: "Axes | None", width: float, height: float) -> "Axes":
-    """Return `ax`, or the Axes of a new figure of that size in inches; only here is matplotlib imported."""
-    from matplotlib.axes import Axes  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    if ax is None:
-        ax = Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
-    if not isinstance(ax, Axes):
-        raise TypeError(f"ax must be a matplotlib Axes; got {type(ax).__name__}")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def finite_array(name: str, value: Numbers, *, missing: bool = False) -> Array:
-    """Return `value` as float64, refusing what is no finite number; NaN passes where it means `missing`."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must hold real numbers; got {array.dtype}")
-    array = array.astype(np.float64)
-    wrong = np.isinf(array) if missing else ~np.isfinite(array)
-    if wrong.any():
-        where = tuple(np.argwhere(wrong)[0].tolist())
-        raise ValueError(f"{name} must be finite; got {array[where]} at index {where}, {wrong.sum()} in all")
-    return array

@@ -1,4 +1,4 @@
-"""Losses by hand against quadrature (scipy), arbitrary precision (mpmath) and dense linear algebra."""
+"""Analytic losses against quadrature (scipy), arbitrary precision (mpmath) and dense linear algebra."""
 
 import itertools
 import math
@@ -123,9 +123,7 @@ def test_multivariate_kl_broadcasts_and_has_the_right_gradient():
     generator = torch.Generator().manual_seed(4)
     loc1, covariance1 = random_guide(generator, 2, 3)
     loc2, covariance2 = random_guide(generator, 4, 3)
-    factor1 = (
-        torch.linalg.cholesky(covariance1).unsqueeze(1).requires_grad_()
-    )  # (2, 1, 3, 3) beside (4, 3, 3)
+    factor1 = torch.linalg.cholesky(covariance1).unsqueeze(1).requires_grad_()  # (2, 1, 3, 3)
     factor2 = torch.linalg.cholesky(covariance2).requires_grad_()
     loc1 = loc1.unsqueeze(1).requires_grad_()
 
@@ -221,14 +219,14 @@ def test_continuous_bernoulli_is_normalised(logit):
     assert total == pytest.approx(1, abs=1e-10)
 
 
-def test_bernoulli_nll_of_grey_levels_is_no_density():
+def test_bernoulli_nll_of_grey_levels_is_not_a_density():
     density = integrate.quad(
         lambda x: math.exp(-closed_form.bernoulli_nll(f64(x).reshape(1), f64(0.0).reshape(1))), 0, 1
     )[0]
     assert density == pytest.approx(0.5, abs=1e-10)
 
 
-# The whole loss
+# VAE losses
 
 
 def vae_arguments() -> dict[str, Tensor]:
@@ -261,7 +259,7 @@ def test_vae_loss_has_another_gradient_in_a_learned_noise_variance():
     (whole,) = torch.autograd.grad(closed_form.negative_elbo(**arguments, noise_variance=c).sum(), c)
     (without,) = torch.autograd.grad(closed_form.vae_loss(**arguments, weight=1 / (2 * c)).sum(), c)
     assert (whole - without).item() == pytest.approx(2 * 4 * 5 / (2 * 0.3), rel=1e-12)
-    assert without < 0  # it always asks for more noise
+    assert without < 0  # it always favours more noise
 
 
 def test_vae_loss_is_the_formula():
@@ -283,7 +281,7 @@ def test_vae_loss_equals_arbitrary_precision(log_variance):
     assert relative(gradient, (1 - 1 / h) / 2) < 1e-10
 
 
-# Types, and bad input
+# Dtypes and bad input
 
 ONE, TWO, EYE = torch.ones(1), torch.ones(2), torch.eye(2)
 X = torch.zeros(4, 3)
@@ -369,13 +367,13 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_refused_by_name(case):
+def test_bad_input_raises_an_error_that_names_it(case):
     call, error, message = BAD_INPUT[case]
     with pytest.raises(error, match=message):
         call()
 
 
-def test_numbers_take_the_type_of_the_tensors_beside_them():
+def test_numbers_take_the_dtype_of_the_tensor_arguments():
     third = closed_form.normal_kl(f64(0.1), 0.3, 0.2, 0.7)
     assert third.dtype == torch.float64
     assert third.item() == pytest.approx(math.log(7 / 3) + (0.09 + 0.01) / 0.98 - 0.5, rel=1e-14)

@@ -1,240 +1,15 @@
-"""Figures: what is drawn equals what was given, nothing is clipped, and nothing is left behind."""
+"""Charts: what is drawn equals the given numbers."""
 
-import itertools
 import math
-import subprocess
-import sys
-import textwrap
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
+from figures import HISTORY, normal
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 
 from pyro_vae import plots
-
-
-def images(*shape):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def normal(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-HISTORY = {
-    "epoch": [1, 2, 3, 4],
-    "train_bound": [-200.0, -150.0, -130.0, -120.0],
-    "train_bound_se": [4.0, 3.0, 2.0, 1.0],
-    "validation_elbo": [math.nan, -155.0, math.nan, -125.0],
-    "validation_elbo_se": [math.nan, 5.0, math.nan, math.nan],
-    "learning_rate": [1e-3, 1e-3, 1e-4, 1e-4],
-}
-
-FIGURES = {
-    "image_grid": lambda **kw: plots.image_grid(images(7, 3, 5, 4), **kw),
-    "reconstructions": lambda **kw: plots.reconstructions(images(23, 1, 6, 5), images(23, 1, 6, 5), **kw),
-    "reconstructions in one column": lambda **kw: plots.reconstructions(
-        images(12, 6, 5), images(12, 6, 5), columns=1, **kw
-    ),
-    "interpolation": lambda **kw: plots.interpolation(images(3, 7, 6, 5), **kw),
-    "manifold": lambda **kw: plots.manifold(images(4, 9, 6, 5), (-3, 3, -2, 2), **kw),
-    "latent_scatter": lambda **kw: plots.latent_scatter(normal(31, 2), **kw),
-    "latent_scatter of many labels": lambda **kw: plots.latent_scatter(
-        normal(310, 5), torch.arange(310) % 62, **kw
-    ),
-    "aggregate_posterior": lambda **kw: plots.aggregate_posterior(normal(101, 13), **kw),
-    "kl_per_dimension": lambda **kw: plots.kl_per_dimension(normal(20).exp(), normal(20).exp() / 9, **kw),
-    "kl_per_dimension of many": lambda **kw: plots.kl_per_dimension(normal(101).exp(), **kw),
-    "training_curves": lambda **kw: plots.training_curves(HISTORY, references={"exact": -110.0}, **kw),
-    "training_curves of one epoch": lambda **kw: plots.training_curves(
-        {name: column[:1] for name, column in HISTORY.items()}, **kw
-    ),
-    "pareto_k_histogram": lambda **kw: plots.pareto_k_histogram(normal(53) / 3 + 0.4, **kw),
-}
-
-every_figure = pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
-
-
-# ---- what holds for every figure
-
-
-@every_figure
-def test_draws_in_the_given_axes_or_in_a_figure_of_its_own(draw):
-    ax = Figure().subplots(1, 2)[1]
-    assert draw(ax=ax) is ax
-    assert ax.has_data()
-    assert not ax.figure.axes[0].has_data()
-    own = draw()
-    assert isinstance(own, Axes)
-    assert own.figure.axes == [own]
-    assert own.figure.canvas.manager is None  # unknown to pyplot
-    with pytest.raises(TypeError, match="ax must be a matplotlib Axes; got Figure"):
-        draw(ax=Figure())
-
-
-@every_figure
-def test_has_a_title_that_can_be_replaced(draw):
-    assert draw().get_title()
-    assert draw(title="Another").get_title() == "Another"
-
-
-@every_figure
-def test_changes_no_setting_and_no_random_state(draw):
-    def state():
-        return matplotlib.rcParams.copy(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever a figure before this one may have set
-        before = state()
-        draw().figure.draw_without_rendering()
-        assert state() == before
-
-
-@every_figure
-def test_text_is_neither_clipped_nor_overlapping(draw):
-    ax = draw()
-    ax.figure.draw_without_rendering()
-    (left, right), (bottom, top) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
-    texts = [ax.title, ax.xaxis.label, ax.yaxis.label]
-    texts += [label for label in ax.get_xticklabels() if left <= label.get_position()[0] <= right]
-    texts += [label for label in ax.get_yticklabels() if bottom <= label.get_position()[1] <= top]
-    boxes = [text.get_window_extent() for text in texts if text.get_text()]
-    if ax.get_legend():
-        boxes.append(ax.get_legend().get_window_extent())
-    for box in boxes:
-        assert -1 <= box.x0 <= box.x1 <= ax.figure.bbox.x1 + 1
-        assert -1 <= box.y0 <= box.y1 <= ax.figure.bbox.y1 + 1
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.padded(-1).overlaps(other.padded(-1))
-
-
-def test_import_is_light_and_drawing_needs_neither_pyplot_nor_a_display(tmp_path):
-    code = """
-        import os, sys
-        for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
-            os.environ.pop(name, None)
-        import pyro_vae, pyro_vae.plots as plots
-        assert not any(name.split(".")[0] == "matplotlib" for name in sys.modules)
-        plots.save(plots.latent_scatter([[0.0, 1.0], [2.0, 3.0]], [4, 5]), "scatter.png")
-        assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=tmp_path)
-    assert (tmp_path / "scatter.png").stat().st_size > 0
-
-
-# ---- pictures
-
-
-def picture(ax):
-    [image] = ax.images
-    return np.asarray(image.get_array())
-
-
-def tile(canvas, row, column, height, width):
-    """Tiles as small as here stand one pixel apart."""
-    top, left = row * (height + 1), column * (width + 1)
-    return canvas[top : top + height, left : left + width]
-
-
-def assert_shows(canvas, image):
-    """Image (C, H, W) as an opaque (H, W, 4)."""
-    colour = np.broadcast_to(np.asarray(image, dtype=float), (3, *image.shape[1:])).transpose(1, 2, 0)
-    np.testing.assert_array_equal(canvas[..., :3], colour)
-    assert (canvas[..., 3] == 1).all()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_image_grid_shows_every_image_in_reading_order(channels):
-    x = images(7, channels, 5, 4)
-    canvas = picture(plots.image_grid(x, columns=3))
-    assert canvas.shape == (3 * 5 + 2, 3 * 4 + 2, 4)
-    for n, image in enumerate(x):
-        assert_shows(tile(canvas, n // 3, n % 3, 5, 4), image)
-    opaque = canvas[..., 3].sum()
-    assert opaque == 7 * 5 * 4  # gaps and the empty places are transparent
-
-
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (7, 3), (9, 3), (10, 4)])
-def test_image_grid_is_about_square(count, columns):
-    assert picture(plots.image_grid(images(count, 6, 5))).shape[1] == columns * 5 + columns - 1
-
-
-def test_images_are_drawn_upright_whatever_the_settings():
-    with matplotlib.rc_context({"image.origin": "lower", "image.cmap": "jet"}):
-        ax = plots.image_grid(images(1, 6, 5))
-    assert ax.images[0].origin == "upper"
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        images(2, 4, 3).to(torch.bfloat16).requires_grad_(),
-        images(2, 4, 3) > 0.5,
-        (images(2, 4, 3) > 0.5).long(),
-        images(2, 4, 3).numpy().astype(np.float16),
-        images(2, 4, 3).tolist(),
-    ],
-    ids=["bfloat16 with gradient", "bool", "integers", "float16", "lists"],
-)
-def test_images_of_any_numeric_type(value):
-    expected = torch.as_tensor(value).detach().double()
-    assert_shows(picture(plots.image_grid(value[:1])), expected[:1])
-
-
-def test_reconstructions_stand_below_their_originals():
-    x, x_hat = images(5, 1, 6, 4), images(5, 1, 6, 4).flip(0)
-    ax = plots.reconstructions(x, x_hat, columns=2)
-    canvas = picture(ax)
-    assert canvas.shape[:2] == (3 * (2 * 6 + 1) + 2, 2 * 4 + 1)
-    labels = [text.get_text() for text in ax.get_yticklabels()]
-    assert labels == ["original", "reconstruction"] * 3
-    for row, (centre, label) in enumerate(zip(ax.get_yticks(), labels, strict=True)):
-        top = int(centre - 2.5)
-        source = {"original": x, "reconstruction": x_hat}[label]
-        for column in range(2):
-            n = 2 * (row // 2) + column
-            if n < 5:
-                assert_shows(canvas[top : top + 6, 5 * column : 5 * column + 4], source[n])
-
-
-def test_few_reconstructions_leave_no_empty_columns():
-    assert picture(plots.reconstructions(images(3, 6, 5), images(3, 6, 5))).shape[1] == 3 * 5 + 2
-
-
-def test_interpolation_has_a_row_for_each_path():
-    paths = images(2, 5, 3, 6, 4)
-    ax = plots.interpolation(paths)
-    for path, step in itertools.product(range(2), range(5)):
-        assert_shows(tile(picture(ax), path, step, 6, 4), paths[path, step])
-    assert dict(zip([text.get_text() for text in ax.get_xticklabels()], ax.get_xticks(), strict=True)) == {
-        "start": 1.5,
-        "end": 4 * 5 + 1.5,
-    }
-
-
-def test_manifold_puts_each_image_at_its_coordinates():
-    grid = images(3, 5, 6, 4)
-    z0, z1 = np.linspace(-2, 4, 5), np.linspace(10, 11, 3)
-    ax = plots.manifold(grid, (-2, 4, 10, 11))
-    canvas = picture(ax)
-    assert canvas.shape == (3 * 6, 5 * 4, 4)
-    left, right, bottom, top = ax.images[0].get_extent()
-    assert ax.images[0].origin == "upper"  # the first row of the canvas is the top
-    for i, j in itertools.product(range(3), range(5)):
-        x = (z0[j] - left) / (right - left) * canvas.shape[1]  # the centre, in pixels from the corner
-        y = (top - z1[i]) / (top - bottom) * canvas.shape[0]
-        assert x - 2 == pytest.approx(4 * j, abs=1e-9)
-        first_row, first_column = round(y - 3), round(x - 2)
-        assert_shows(canvas[first_row : first_row + 6, first_column : first_column + 4], grid[i, j][None])
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("z[0]", "z[1]")
-    ax.figure.draw_without_rendering()
-    size = ax.bbox
-    assert size.width / 20 == pytest.approx(size.height / 18, rel=1e-6)  # square pixels
-
 
 # ---- points
 
@@ -292,45 +67,10 @@ def test_many_dimensions_are_shown_by_principal_components_and_say_so():
     assert ax.get_title() == "First two principal components of 41 latent vectors"
 
 
-# Machado, Oliveira and Fernandes, 2009: how linear RGB looks without one kind of cone
-SIGHT = {
-    "normal": np.eye(3),
-    "deuteranopia": [
-        [0.367322, 0.860646, -0.227968],
-        [0.280085, 0.672501, 0.047413],
-        [-0.011820, 0.042940, 0.968881],
-    ],
-    "protanopia": [
-        [0.152286, 1.052583, -0.204868],
-        [0.114503, 0.786281, 0.099216],
-        [-0.003882, -0.048116, 1.051998],
-    ],
-    "tritanopia": [
-        [1.255528, -0.076749, -0.178779],
-        [-0.078411, 0.930809, 0.147602],
-        [0.004733, 0.691367, 0.303900],
-    ],
-}
-
-
-@pytest.mark.parametrize("sight", SIGHT)
-def test_palette_is_safe_for_colour_blind_readers(sight):
-    rgb = np.array([to_rgb(colour) for colour in plots.PALETTE])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(linear @ np.array(SIGHT[sight]).T, 0, 1)
-    to_xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
-    xyz = seen @ (to_xyz / to_xyz.sum(1, keepdims=True)).T
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
-    distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + np.diag([np.inf] * 10)
-    okabe_ito, added = distance[:8, :8].min(), distance[8:].min()
-    assert added >= okabe_ito > 15
-
-
 # ---- charts
 
 
-def test_aggregate_posterior_is_a_histogram_beside_the_standard_normal():
+def test_aggregate_posterior_is_a_histogram_against_the_standard_normal():
     z = normal(401, 3) * torch.tensor([1.0, 0.3, 2.0])
     ax = plots.aggregate_posterior(z, dims=[2, 0])
     for row, k in enumerate([2, 0]):
@@ -407,8 +147,8 @@ def test_training_curves_without_validation_or_standard_errors():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train ELBO"]
 
 
-def test_training_curves_of_one_epoch_mark_that_epoch_alone():
-    ax = FIGURES["training_curves of one epoch"]()
+def test_training_curves_of_one_epoch_mark_only_that_epoch():
+    ax = plots.training_curves({name: column[:1] for name, column in HISTORY.items()})
     left, right = ax.get_xlim()
     assert [tick for tick in ax.get_xticks() if left <= tick <= right] == [1]
     [error_bars] = ax.containers
@@ -437,12 +177,49 @@ def test_pareto_k_of_odd_data(k):
     assert sum(len(container) for container in ax.containers) < 1000
 
 
+def test_snr_joins_the_estimators_of_a_family_in_order_of_particles():
+    particles, families = [24, 1, 3, 3], ["DReG(S)", "STL(S)", "DReG(S)", "VIMCO(S)"]
+    ax = plots.snr(
+        particles, [0.8, 0.3, 0.5, math.nan], [0.1, 0.2, 0.1, math.nan], families, parameters="model"
+    )
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    lines = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    assert list(lines) == ["as √S", "as 1/√S", "STL(S)", "DReG(S)"]
+    np.testing.assert_array_equal(lines["DReG(S)"].lines[0].get_xydata(), [[3, 0.5], [24, 0.8]])
+    [errors] = lines["DReG(S)"].lines[2]
+    heights = [np.ptp(segment[:, 1]) for segment in errors.get_segments()]
+    np.testing.assert_allclose(heights, [0.2, 0.2])
+    for label, power in (("as √S", 0.5), ("as 1/√S", -0.5)):
+        (left, right), (start, end) = lines[label].get_data()
+        assert (left, right) == (1, 24)
+        assert math.log(end / start) / math.log(right / left) == pytest.approx(power)
+        assert start * end == pytest.approx((0.8 * 0.3 * 0.5) ** (2 / 3))
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "3", "24"]
+    assert ax.get_title() == "Gradient in the model's parameters"
+
+
+def test_snr_of_0_is_an_arrow_from_its_standard_error():
+    ax = plots.snr([1, 4], [0.5, 0.0], [0.1, 0.2], ["a", "b"])
+    assert ax.get_title() == "Gradient in the guide's parameters (arrows: not distinguishable from 0)"
+    [arrow] = [c for c in ax.containers if c.lines[0] is None and c.lines[2][0].get_segments()]
+    np.testing.assert_allclose(arrow.lines[2][0].get_segments(), [[[4, 0.1], [4, 0.2]]])
+
+
+def test_families_differ_in_colour_and_marker():
+    looks = {
+        (line.lines[0].get_color(), line.lines[0].get_marker())
+        for line in plots.snr([1] * 90, [0.5] * 90, [0.1] * 90, [str(n) for n in range(90)]).containers
+        if line.lines[0] is not None
+    }
+    assert len(looks) == 90
+
+
 # ---- saving
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_save_writes_the_format_of_the_suffix(tmp_path, suffix, start):
-    plots.save(FIGURES["kl_per_dimension"](), tmp_path / f"kl{suffix}")
+    plots.save(plots.kl_per_dimension([1.0]), tmp_path / f"kl{suffix}")
     assert (tmp_path / f"kl{suffix}").read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -453,12 +230,12 @@ def test_save_accepts_axes_of_a_subfigure(tmp_path):
     assert (tmp_path / "kl.png").exists()
 
 
-def test_save_that_fails_leaves_the_earlier_picture_and_no_part(tmp_path, monkeypatch):
+def test_save_that_fails_leaves_the_earlier_file_and_no_partial_one(tmp_path, monkeypatch):
     path = tmp_path / "kl.png"
     path.write_bytes(b"earlier")
 
     def full_disk(self, file, **options):
-        file.write_bytes(b"half a pict")
+        file.write_bytes(b"half an im")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full_disk)
@@ -470,7 +247,7 @@ def test_save_that_fails_leaves_the_earlier_picture_and_no_part(tmp_path, monkey
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("kl", ValueError, "needs a suffix that names the format"),
+        ("kl", ValueError, "path must have a suffix that names the format"),
         ("kl.docx", ValueError, "docx"),
         ("missing/kl.png", FileNotFoundError, "missing"),
     ],
@@ -484,55 +261,8 @@ def test_save_to_an_impossible_path(tmp_path, name, error, message):
 # ---- bad input
 
 NAN, INF = math.nan, math.inf
-X = images(3, 6, 5)
 
 BAD_INPUT = {
-    "flat images": (lambda: plots.image_grid(images(3, 30)), ValueError, r"\(N, H, W\) or .*got \(3, 30\)"),
-    "channels last": (
-        lambda: plots.image_grid(images(3, 6, 5, 3)),
-        ValueError,
-        r"1 or 3 channels.*\(3, 6, 5, 3\)",
-    ),
-    "no images": (lambda: plots.image_grid(images(0, 6, 5)), ValueError, r"none of it 0; got \(0, 6, 5\)"),
-    "grey levels to 255": (
-        lambda: plots.image_grid(X * 255),
-        ValueError,
-        r"images must lie in \[0, 1\]; got",
-    ),
-    "below 0": (lambda: plots.image_grid(X - 0.5), ValueError, "rescale or clamp"),
-    "NaN": (
-        lambda: plots.image_grid(torch.where(torch.arange(90).reshape(3, 6, 5) == 43, NAN, X)),
-        ValueError,
-        r"nan at index \(1, 2, 3\), 1 ",
-    ),
-    "no numbers": (lambda: plots.image_grid([[["a"]]]), TypeError, "images must hold real numbers"),
-    "complex": (lambda: plots.image_grid(X * 1j), TypeError, "complex"),
-    "no columns": (lambda: plots.image_grid(X, columns=0), ValueError, "columns must be at least 1; got 0"),
-    "fewer reconstructions": (
-        lambda: plots.reconstructions(X, X[:2]),
-        ValueError,
-        "3 originals .* 2 reconstructions",
-    ),
-    "other size": (lambda: plots.reconstructions(X, X[:, :4]), ValueError, r"\(6, 5\) pixels .* \(4, 5\)"),
-    "bad reconstruction": (
-        lambda: plots.reconstructions(X, X * INF),
-        ValueError,
-        "reconstructions must be finite",
-    ),
-    "no path": (lambda: plots.interpolation(X), ValueError, r"\(P, T, H, W\)"),
-    "path of one image": (lambda: plots.interpolation(X[:, None]), ValueError, "at least 2 images"),
-    "no grid": (lambda: plots.manifold(X, (0, 1, 0, 1)), ValueError, r"\(rows, columns, H, W\)"),
-    "one row": (lambda: plots.manifold(X[None], (0, 1, 0, 1)), ValueError, "got 1 and 3"),
-    "extent upside down": (
-        lambda: plots.manifold(images(2, 3, 6, 5), (0, 1, 1, 0)),
-        ValueError,
-        "bottom < top",
-    ),
-    "extent too short": (
-        lambda: plots.manifold(images(2, 3, 6, 5), (0, 1)),
-        ValueError,
-        "left, right, bottom, top",
-    ),
     "one latent dimension": (lambda: plots.latent_scatter(normal(5, 1)), ValueError, "K >= 2; got .5, 1."),
     "no latent vector": (lambda: plots.latent_scatter(normal(0, 2)), ValueError, "N >= 1"),
     "NaN in z": (
@@ -590,7 +320,11 @@ BAD_INPUT = {
         ValueError,
         "se must be non-negative",
     ),
-    "SE of another length": (lambda: plots.kl_per_dimension([0.1, 0.2], [0.1]), ValueError, "of kl's shape"),
+    "SE of another length": (
+        lambda: plots.kl_per_dimension([0.1, 0.2], [0.1]),
+        ValueError,
+        "have kl's shape",
+    ),
     "no threshold": (
         lambda: plots.kl_per_dimension([0.1], threshold=0),
         ValueError,
@@ -615,7 +349,7 @@ BAD_INPUT = {
     "lengths differ": (
         lambda: plots.training_curves({"epoch": [1, 2], "train_elbo": [1.0]}),
         ValueError,
-        r"train_elbo must hold one number an epoch.*2; got shape \(1,\)",
+        r"train_elbo must hold one number per epoch.*2; got shape \(1,\)",
     ),
     "infinite ELBO": (
         lambda: plots.training_curves({"epoch": [1], "train_elbo": [-INF]}),
@@ -625,7 +359,7 @@ BAD_INPUT = {
     "negative SE of a curve": (
         lambda: plots.training_curves({"epoch": [1], "train_elbo": [1.0], "train_elbo_se": [-1.0]}),
         ValueError,
-        "train_elbo_se holds standard errors",
+        "train_elbo_se must hold non-negative standard errors",
     ),
     "reference NaN": (
         lambda: plots.training_curves(HISTORY, references={"a": NAN}),
@@ -638,10 +372,29 @@ BAD_INPUT = {
         ValueError,
         "k must be finite; got inf at index .1,.",
     ),
+    "parameters of neither": (
+        lambda: plots.snr([1], [0.1], [0.1], ["a"], parameters="decoder"),
+        ValueError,
+        'parameters must be "model" or "guide"; got .decoder.',
+    ),
+    "no SNR": (lambda: plots.snr([1], [NAN], [NAN], ["a"]), ValueError, "guide .*nothing to draw"),
+    "no estimator": (lambda: plots.snr([], [], [], []), ValueError, "nothing to draw"),
+    "families too few": (
+        lambda: plots.snr([1, 2], [0.1, 0.2], [0.1, 0.1], ["a"]),
+        ValueError,
+        r"families must have one shape \(M,\); got \(2,\), \(2,\), \(2,\) and 1",
+    ),
+    "half a particle": (
+        lambda: plots.snr([1.5], [0.1], [0.1], ["a"]),
+        ValueError,
+        "positive integers; got .1.5",
+    ),
+    "no particles": (lambda: plots.snr([0], [0.1], [0.1], ["a"]), ValueError, "positive integers"),
+    "negative SNR": (lambda: plots.snr([1], [-0.1], [0.1], ["a"]), ValueError, "snr and snr_se .* negative"),
 }
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_is_named(call, error, message):
+def test_bad_input_raises_an_error_that_names_it(call, error, message):
     with pytest.raises(error, match=message):
         call()
