@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.utils import vec_to_tril_matrix
 
-from pyro_vae import divergences  # noqa: F401 (closed-form KLs for the guides with correlated dimensions)
-from pyro_vae.flows import FlowDistribution, build_flow
-from pyro_vae.mixtures import NormalMixture
+from pyro_vae.distributions import FlowDistribution, NormalMixture, build_flow
 from pyro_vae.networks import MLP, apply_batched, check_input, positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_event_and_latent
@@ -226,7 +224,7 @@ class LowRankNormal(Guide):
 class Mixture(Guide):
     """Mixture guide, q(z|x) = Σ_c π_c(x) N(g_c(x), diag h_c(x)), for posteriors of several modes.
 
-    Reparameterised, see `mixtures.NormalMixture`, so that every estimator takes it. The network
+    Reparameterised, see `distributions.NormalMixture`, so that every estimator takes it. The network
     returns C (1 + 2K) numbers.
 
     Args:
@@ -289,7 +287,7 @@ class Flow(Guide):
     Args:
         event_shape: As for `Guide`.
         latent_dim: As for `Guide`.
-        flow: "iaf", "maf" or "nsf"; see `flows.build_flow`. "iaf" draws in one pass, the others in K.
+        flow: "iaf", "maf" or "nsf"; see `distributions.build_flow`. "iaf" draws in one pass, the others in K.
         num_context: C, the size of the context.
         num_transforms: How many transforms in a row.
         flow_features: Widths of the hidden layers of each transform's network.

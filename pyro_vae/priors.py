@@ -10,8 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.flows import FlowDistribution, build_flow
-from pyro_vae.mixtures import NormalMixture
+from pyro_vae.distributions import FlowDistribution, NormalMixture, build_flow
 from pyro_vae.networks import positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_shape
@@ -187,7 +186,7 @@ class Flow(nn.Module):
 
     Args:
         latent_dim: K, the number of latent dimensions.
-        flow: "maf", "nsf" or "iaf"; see `flows.build_flow`. "maf" and "nsf" score a given z, as training
+        flow: "maf", "nsf" or "iaf"; see `distributions.build_flow`. "maf" and "nsf" score a given z, as training
             does, in one pass; "nsf" bends only what lies in [-5, 5].
         num_transforms: How many transforms in a row.
         flow_features: Widths of the hidden layers of each transform's network.
