@@ -1,21 +1,56 @@
-"""Distributions that torch lacks, or has in a form that loses accuracy for confident networks."""
+"""Distributions and Kullback-Leibler divergences that torch lacks, or computes inaccurately.
 
-from typing import Any, ClassVar
+Importing this module registers its closed-form divergences with `torch.distributions.register_kl`, from which
+`kl_divergence` and `TraceMeanField_ELBO` take them. zuko, which provides the normalising flows, is slow to
+import and therefore loaded by the first flow that is built.
+"""
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, ClassVar, TypeVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
-from torch.distributions import constraints
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    constraints,
+    register_kl,
+)
 from torch.nn import functional as F  # noqa: N812
 
-from pyro_vae.utils.validation import outside_support
+from pyro_vae.utils.validation import outside_support, require_count, require_shape
 
-__all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedLogistic", "grid"]
+__all__ = [
+    "FLOWS",
+    "Bernoulli",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "FlowDistribution",
+    "NormalMixture",
+    "build_flow",
+    "grid",
+    "multivariate_to_diagonal_normal",
+]
+
+_Distribution = TypeVar("_Distribution", bound=TorchDistribution)
 
 
-class _InASentence:
-    """A distribution that tells of values outside its support in a sentence, where torch prints them all."""
+def _copy_validation(source: _Distribution, expanded: _Distribution) -> _Distribution:
+    """Give an expanded distribution the validation setting of its source, parameters unchecked."""
+    expanded._validate_args = source._validate_args
+    return expanded
+
+
+class _ConciseErrors:
+    """Mixin that names the first value outside the support, where torch prints the whole tensor."""
 
     def _validate_sample(self, value: Tensor) -> None:
         try:
@@ -32,10 +67,10 @@ class _InASentence:
             raise ValueError(message) from None
 
 
-class Bernoulli(_InASentence, dist.Bernoulli):
+class Bernoulli(_ConciseErrors, dist.Bernoulli):
     """Bernoulli on {0, 1}: log p(x) = log σ((2x − 1) η), with logit η.
 
-    Torch's goes by (1 − x) η − log σ(η), which cancels where x = 0 is likely, and takes more passes.
+    Torch computes (1 − x) η − log σ(η), which cancels where x = 0 is likely, and is slower.
 
     Args:
         logits: η, any shape (*).
@@ -46,19 +81,18 @@ class Bernoulli(_InASentence, dist.Bernoulli):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log probability of values in {0, 1}."""
+        """Return the log probability of values in {0, 1}."""
         if self._validate_args:
             self._validate_sample(value)
         return F.logsigmoid((2 * value - 1) * self.logits)
 
 
-class ContinuousBernoulli(_InASentence, TorchDistribution):
+class ContinuousBernoulli(_ConciseErrors, TorchDistribution):
     """Continuous Bernoulli on [0, 1]: log p(x) = x η − log((e^η − 1) / η), with logit η.
 
-    Unlike torch's class of the same name it never passes through probabilities, so that it is
-    accurate for any η: torch clamps them, and is then off by 0.9 nats a pixel at η = 40 in float32.
-    Near η = 0 it is (x − ½) η − log(sinh a / a) with a = η/2, by a series; elsewhere
-    (x − [η > 0]) η − log((1 − e^(−|η|)) / |η|), in which nothing cancels.
+    Accurate for any η. Torch's class of the same name clamps probabilities, and is off by 0.9 nats per pixel
+    at η = 40 in float32. Here log p(x) is (x − ½) η − log(sinh a / a) with a = η/2, by a series, near η = 0,
+    and elsewhere (x − [η > 0]) η − log((1 − e^(−|η|)) / |η|), in which nothing cancels.
 
     Source: Loaiza-Ganem and Cunningham, 2019, The continuous Bernoulli, arXiv:1907.06845.
 
@@ -79,13 +113,12 @@ class ContinuousBernoulli(_InASentence, TorchDistribution):
         super().__init__(logits.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ContinuousBernoulli":
-        """Return the same distribution with its parameters expanded to a batch shape."""
-        new = ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+        """Return the distribution with its parameters expanded to a batch shape."""
+        logits = self.logits.expand(batch_shape)
+        return _copy_validation(self, ContinuousBernoulli(logits, validate_args=False))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at values in [0, 1]."""
+        """Return the log density at values in [0, 1]."""
         if self._validate_args:
             self._validate_sample(value)
         near = self.logits.abs() < 0.2
@@ -96,11 +129,11 @@ class ContinuousBernoulli(_InASentence, TorchDistribution):
         return torch.where(near, symmetric, tail)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draw by the inverse of the distribution function, for −|η|, mirrored where η > 0."""
+        """Draw by the inverse of the distribution function at −|η|, mirrored where η > 0."""
         shape = self._extended_shape(sample_shape)
         u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
         negative = torch.where(self.logits > 0, -self.logits, self.logits)  # abs has slope 0 at 0
-        flat = negative > -1e-3  # the uniform's first-order correction, where 0 / 0 threatens
+        flat = negative > -1e-3  # first-order correction of the uniform, to avoid 0 / 0
         safe = torch.where(flat, -1.0, negative)
         steep = torch.log1p(u * torch.expm1(safe)) / safe
         mirrored = torch.where(flat, u + negative * u * (1 - u) / 2, steep).clamp(0, 1)
@@ -117,13 +150,13 @@ class ContinuousBernoulli(_InASentence, TorchDistribution):
 
 
 def _log_sinhc_series(a: Tensor) -> Tensor:
-    """log(sinh(a) / a) for |a| ≤ 0.1, to 1e-15."""
+    """Compute log(sinh(a) / a) for |a| ≤ 0.1, to 1e-15."""
     square = a**2
     return square * (1 / 6 - square * (1 / 180 - square * (1 / 2835 - square / 37800)))
 
 
 def grid(levels: int) -> constraints.Constraint:
-    """Constraint to the values 0, 1/(levels − 1), …, 1."""
+    """Return the constraint to the values 0, 1/(levels − 1), …, 1."""
     return _Grid(levels)
 
 
@@ -142,12 +175,12 @@ class _Grid(constraints.Constraint):
         return f"multiples of 1/{self.levels - 1} in [0, 1]"
 
 
-class DiscretizedLogistic(_InASentence, TorchDistribution):
-    """Logistic variable rounded to a grid of grey levels: a probability for each 8-bit pixel value.
+class DiscretizedLogistic(_ConciseErrors, TorchDistribution):
+    """Logistic distribution rounded to a grid of grey levels: a probability for each 8-bit pixel value.
 
     With L levels the values are x = k / (L − 1), and with Δ = 1 / (L − 1)
-    p(x) = σ((x + Δ/2 − μ)/s) − σ((x − Δ/2 − μ)/s), where the bin of 0 reaches down to −∞ and that
-    of 1 up to +∞, so that the L probabilities sum to 1. The difference is computed in logarithms by
+    p(x) = σ((x + Δ/2 − μ)/s) − σ((x − Δ/2 − μ)/s), where the bin of 0 extends to −∞ and the bin of 1
+    to +∞, so that the L probabilities sum to 1. The difference is computed in logarithms by
     σ(b) − σ(a) = σ(b) σ(−a) (1 − e^(a − b)), which does not cancel.
 
     Source: Kingma et al., 2016, Improved variational inference with inverse autoregressive flow,
@@ -156,10 +189,7 @@ class DiscretizedLogistic(_InASentence, TorchDistribution):
     Args:
         loc: μ, any shape (*), on the scale of the values.
         scale: s > 0, the same shape.
-        levels: L, 256 for 8-bit images.
-
-    Raises:
-        ValueError: If `levels` is below 2, or with validation, for a scale that is not positive.
+        levels: L ≥ 2, 256 for 8-bit images.
 
     Example:
         >>> d = DiscretizedLogistic(torch.tensor(0.2), torch.tensor(0.05))
@@ -179,22 +209,18 @@ class DiscretizedLogistic(_InASentence, TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:
-        """The grid of values."""
+        """Grid of values."""
         return grid(self.levels)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "DiscretizedLogistic":
-        """Return the same distribution with its parameters expanded to a batch shape."""
-        new = DiscretizedLogistic(
-            self.loc.expand(batch_shape),
-            self.scale.expand(batch_shape),
-            levels=self.levels,
-            validate_args=False,
+        """Return the distribution with its parameters expanded to a batch shape."""
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return _copy_validation(
+            self, DiscretizedLogistic(loc, scale, levels=self.levels, validate_args=False)
         )
-        new._validate_args = self._validate_args
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log probability of values on the grid."""
+        """Return the log probability of values on the grid."""
         if self._validate_args:
             self._validate_sample(value)
         half_bin = 0.5 / (self.levels - 1)
@@ -203,7 +229,7 @@ class DiscretizedLogistic(_InASentence, TorchDistribution):
         below_top = torch.where(value > 1 - half_bin, 0.0, F.logsigmoid(upper))
         above_bottom = torch.where(value < half_bin, 0.0, F.logsigmoid(-lower))
         inside = (value >= half_bin) & (value <= 1 - half_bin)
-        # the width is a function of the scale alone: no cancellation between the two edges
+        # computed from the scale alone, because the difference of the two edges would cancel
         log_width = torch.log(-torch.expm1(-2 * half_bin / self.scale))
         return below_top + above_bottom + torch.where(inside, log_width, 0.0)
 
@@ -221,6 +247,238 @@ class DiscretizedLogistic(_InASentence, TorchDistribution):
         """E[x] = Δ Σ_k P(x ≥ k Δ), k = 1 … L − 1."""
         bin_width = 1 / (self.levels - 1)
         mean = torch.zeros_like(self.loc)
-        for k in range(1, self.levels):  # a loop, to hold one picture in memory and not one a level
+        for k in range(1, self.levels):  # a loop, to hold one level in memory at a time
             mean += torch.sigmoid((self.loc - (k - 0.5) * bin_width) / self.scale)
         return mean * bin_width
+
+
+class NormalMixture(dist.MixtureSameFamily):
+    r"""Mixture of normals with independent dimensions, p(z) = Σ_c π_c Π_k N(z_k; μ_ck, σ_ck²).
+
+    Draws z carry gradients by implicit reparameterisation. The map from z to the conditional
+    distribution functions
+
+    .. math:: u_k = F(z_k \,|\, z_{<k}) = \sum_c w_{kc} \, \Phi((z_k - \mu_{ck}) / \sigma_{ck}), \qquad
+        w_{kc} \propto \pi_c \prod_{j<k} \mathcal N(z_j; \mu_{cj}, \sigma_{cj}^2)
+
+    makes u uniform whatever the parameters φ are, so that z(φ) at fixed u has the derivative
+    ∂z/∂φ = −(∂u/∂z)⁻¹ ∂u/∂φ, in which ∂u/∂z is triangular. Once differentiable, like Pyro's
+    `MixtureOfDiagNormals`, but also valid for K = 1 and coinciding components, and without underflow in
+    many dimensions.
+
+    Args:
+        mixture_distribution: A `Categorical` of batch shape (*,) over C components.
+        component_distribution: `Normal(μ, σ).to_event(1)` of batch shape (*, C), event shape (K,).
+
+    Raises:
+        TypeError: In `rsample`, if the components are not normals.
+
+    Source: Figurnov, Mohamed and Mnih, 2018, Implicit reparameterization gradients, arXiv:1805.08498;
+    Graves, 2016, Stochastic backpropagation through mixture density distributions, arXiv:1607.05690.
+
+    Example:
+        >>> loc = torch.zeros(5, 3, 2, requires_grad=True)
+        >>> components = dist.Normal(loc, torch.ones(5, 3, 2)).to_event(1)
+        >>> q = NormalMixture(dist.Categorical(logits=torch.zeros(5, 3)), components)
+        >>> q.rsample((7,)).shape
+        torch.Size([7, 5, 2])
+    """
+
+    has_rsample = True
+    support = constraints.real_vector
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw z, of shape (*sample_shape, *batch_shape, K), with its gradient."""
+        components = self.component_distribution
+        normal = getattr(components, "base_dist", components)
+        if not isinstance(normal, Normal):
+            raise TypeError(f"components must be Normal(loc, scale).to_event(1); got {components}")
+        z = self.sample(sample_shape)
+        return _ImplicitGradient.apply(z, self.mixture_distribution.logits, normal.loc, normal.scale)
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    """Identity on a draw z, with the gradient of z in the parameters of its mixture."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, logits: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(z, logits, loc, scale)
+        return z.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        z, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            logits, loc, scale = (parameter.detach().requires_grad_() for parameter in parameters)
+            u, du_dz = _conditional_distribution(z, logits, loc, scale)
+        # −gradientᵀ (∂u/∂z)⁻¹ ∂u/∂φ, the solve first
+        solved = torch.linalg.solve_triangular(du_dz.detach().mT, gradient.unsqueeze(-1), upper=True)
+        return (None, *torch.autograd.grad(u, (logits, loc, scale), -solved.squeeze(-1)))
+
+
+def _conditional_distribution(z: Tensor, logits: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute u = F(z), (*, K), and ∂u/∂z, (*, K, K) lower triangular, from z (*, K) and C components."""
+    standard = (z.unsqueeze(-2) - loc) / scale  # (*, C, K)
+    unit = dist.Normal(torch.zeros_like(standard), 1.0, validate_args=False)
+    log_density = unit.log_prob(standard) - scale.log()
+    preceding = log_density.cumsum(-1) - log_density  # log density of the dimensions before k, (*, C, K)
+    weight = (logits.unsqueeze(-1) + preceding).softmax(-2)
+    cdf = unit.cdf(standard)
+    u = (weight * cdf).sum(-2)
+    # u_k depends on z_k directly, and on the dimensions before it through the weights
+    density = (weight * log_density.exp()).sum(-2)
+    weighted_excess = weight * (cdf - u.unsqueeze(-2))
+    through_weights = -torch.einsum("...ck,...cj->...kj", weighted_excess, standard / scale)
+    return u, through_weights.tril(-1) + density.diag_embed()
+
+
+FLOWS = ("maf", "iaf", "nsf")
+
+
+def build_flow(
+    flow: str, features: int, context: int = 0, *, num_transforms: int, hidden_features: Sequence[int]
+) -> nn.Module:
+    """Build a zuko flow: a module from context (*, context), or nothing, to a zuko distribution.
+
+    A flow draws z = f⁻¹(u) with u ~ N(0, I), and has log p(z) = log N(f(z); 0, I) + log |det ∂f/∂z|.
+    An autoregressive f takes one pass of its network in one direction and K passes in the other: "maf" and
+    "nsf" evaluate the density of a given z in one pass and draw in K; "iaf" draws, and evaluates the density
+    of its own draws, in one pass, and of any other z in K.
+
+    Args:
+        flow: "maf", masked autoregressive with affine maps; "iaf", its inverse; "nsf", neural spline, with
+            rational-quadratic maps of [-5, 5] onto itself.
+        features: K, the dimension of z.
+        context: Size of the context, 0 for none.
+        num_transforms: Number of transforms in a row; each takes the dimensions in the reverse order.
+        hidden_features: Widths of the hidden layers of each transform's network.
+
+    Raises:
+        ValueError: If the flow is unknown, or a number is below 1.
+
+    Source: Papamakarios, Pavlakou and Murray, 2017, Masked autoregressive flow for density estimation,
+    arXiv:1705.07057; Kingma et al., 2016, Improved variational inference with inverse autoregressive flow,
+    arXiv:1606.04934; Durkan et al., 2019, Neural spline flows, arXiv:1906.04032.
+
+    Example:
+        >>> flow = build_flow("maf", 3, num_transforms=2, hidden_features=(8,))
+        >>> flow().sample((5,)).shape
+        torch.Size([5, 3])
+    """
+    if flow not in FLOWS:
+        raise ValueError(f"flow must be one of {', '.join(FLOWS)}; got {flow!r}")
+    require_count("num_transforms", num_transforms)
+    widths = require_shape("flow_features", hidden_features)  # the argument's name in guides and priors
+    zuko = _import_zuko()
+    family = zuko.flows.NSF if flow == "nsf" else zuko.flows.MAF
+    built = family(features, context, transforms=num_transforms, hidden_features=widths)
+    return zuko.flows.Flow(built.transform.inv, built.base) if flow == "iaf" else built
+
+
+def _import_zuko() -> ModuleType:
+    """Import zuko, and restore the validation of distributions, which zuko switches off for all of torch."""
+    validate_args = Distribution._validate_args
+    import zuko  # noqa: PLC0415
+
+    Distribution.set_default_validate_args(validate_args)
+    return zuko
+
+
+class FlowDistribution(TorchDistribution):
+    """Zuko flow as a Pyro distribution, shifted and scaled: z = loc + scale · f⁻¹(u), reparameterised.
+
+    The density of the last draw is kept, because Pyro asks for it right after drawing, and inverting the flow
+    would take K passes.
+
+    Args:
+        flow: A zuko distribution, as returned by a flow, of batch shape (*,) and event shape (K,).
+        loc: (*, K), or a number or tensor that broadcasts to it.
+        scale: Positive, of shapes as `loc`.
+
+    Example:
+        >>> flow = build_flow("iaf", 3, num_transforms=2, hidden_features=(8,))
+        >>> q = FlowDistribution(flow())
+        >>> q.log_prob(q.rsample((5,))).shape
+        torch.Size([5])
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        flow: Any,
+        loc: Tensor | float = 0.0,
+        scale: Tensor | float = 1.0,
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.flow = flow
+        self.loc, self.scale = loc, scale
+        self._last_draw: tuple[Tensor | None, Tensor | None] = (None, None)
+        super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "FlowDistribution":
+        """Return the distribution with its batch shape expanded: independent draws for each entry."""
+        flow = self.flow.expand(torch.Size(batch_shape))
+        return _copy_validation(self, FlowDistribution(flow, self.loc, self.scale, validate_args=False))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw z, of shape (*sample_shape, *batch_shape, K), differentiable in all parameters."""
+        standard, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
+        z = self.loc + self.scale * standard
+        self._last_draw = z, log_prob - self._log_det_scale(standard)
+        return z
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density at z (*, K)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        draw, log_prob = self._last_draw
+        # a density computed under no_grad has no gradient, so it is computed again where one may be wanted
+        if value is draw and log_prob is not None and (log_prob.requires_grad or not torch.is_grad_enabled()):
+            return log_prob
+        standard = (value - self.loc) / self.scale
+        return self.flow.log_prob(standard) - self._log_det_scale(standard)
+
+    def _log_det_scale(self, standard: Tensor) -> Tensor:
+        """Compute the log determinant of the scaling: a sum over K dimensions, even of a shared scale."""
+        scale = torch.as_tensor(self.scale, dtype=standard.dtype, device=standard.device)
+        return scale.expand_as(standard).log().sum(-1)
+
+
+@register_kl(MultivariateNormal, Independent)
+@register_kl(LowRankMultivariateNormal, Independent)
+def multivariate_to_diagonal_normal(
+    p: MultivariateNormal | LowRankMultivariateNormal, q: Independent
+) -> Tensor:
+    """Compute the KL divergence of a normal of any covariance to a normal with independent dimensions.
+
+    KL(N(μ, Σ) ‖ N(m, diag s²)) = Σ_k ½ (log 2πs_k² + (Σ_kk + (μ_k − m_k)²) / s_k²) − H[N(μ, Σ)],
+    cross-entropy less entropy, which needs only the diagonal and the determinant of Σ. Without it Pyro
+    estimates the KL of a guide with correlated dimensions from draws.
+
+    Args:
+        p: Batch shape (*p), event shape (K,).
+        q: An `Independent` of a `Normal`, batch shape (*q), event shape (K,).
+
+    Returns:
+        Nats, of the shape that (*p) and (*q) broadcast to.
+
+    Raises:
+        NotImplementedError: For another kind of `Independent`, as `register_kl` expects.
+
+    Example:
+        >>> p = MultivariateNormal(torch.zeros(5, 2), scale_tril=torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+        >>> q = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+        >>> multivariate_to_diagonal_normal(p, q)[0]  # (1 + 13 - 2) / 2 - log 2
+        tensor(5.3069)
+    """
+    if not isinstance(q.base_dist, Normal) or q.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    loc, scale = q.base_dist.loc, q.base_dist.scale
+    log_normaliser = torch.log(scale) + 0.5 * math.log(2 * math.pi)
+    cross_entropy = log_normaliser + (p.variance + (p.mean - loc) ** 2) / (2 * scale**2)
+    return cross_entropy.sum(-1) - p.entropy()

@@ -1,22 +1,22 @@
 """Guides q(z|x): modules that take data x and return a Pyro distribution over their latent vectors.
 
-Notation: x (*, *event_shape), z (*, K) with K = latent_dim; * is any batch shape.
+Notation: x (*, *event_shape), z (*, K) with K = latent_dim; * is any batch shape. Constructors raise
+TypeError for an argument of another type and ValueError for a number out of range, naming the argument.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions.utils import vec_to_tril_matrix
 
-from pyro_vae import divergences  # noqa: F401 (closed-form KLs for the guides with correlated dimensions)
-from pyro_vae.flows import FlowDistribution, build_flow
-from pyro_vae.mixtures import NormalMixture
-from pyro_vae.networks import MLP, apply_batched, check_input, positive
+from pyro_vae.distributions import FlowDistribution, NormalMixture, build_flow
+from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_event_and_latent
 
@@ -32,25 +32,20 @@ __all__ = [
 
 
 class Guide(nn.Module, ABC):
-    """What the guides share: a network from x to the numbers that make up q(z|x).
+    """Base class of guides: a network from x to the parameters of q(z|x).
 
-    A subclass implements `sizes`, how many numbers each part of q(z|x) takes, and `distribution`,
-    which puts the parts together. A guide of your own need not be a subclass: any module from x to a
-    distribution serves.
+    A subclass implements `sizes`, the number of network outputs for each parameter of q(z|x), and
+    `distribution`, which builds q(z|x) from these parameters. A user-defined guide need not be a subclass:
+    any module from x to a distribution can be used.
 
     Args:
-        event_shape: Shape of one datum.
+        event_shape: Shape of one example.
         latent_dim: K, the number of latent dimensions.
         hidden_features: Widths of the hidden layers of the default network, an `MLP`.
         activation: Activation of the default network.
         network: A module in place of the default, from (N, *event_shape) to (N, P), where P is the
-            sum of `sizes`; so for an encoder of your own, `sum(guides.LowRankNormal.sizes(20, rank=3))`.
-        options: Of `sizes`.
-
-    Raises:
-        TypeError: If `latent_dim` or an option is no integer, or `event_shape` or `hidden_features` no tuple
-            of integers.
-        ValueError: If one of these numbers is below 1.
+            sum of `sizes`, such as `sum(guides.LowRankNormal.sizes(20, rank=3))`.
+        options: Keyword arguments of `sizes`.
     """
 
     def __init__(
@@ -67,11 +62,12 @@ class Guide(nn.Module, ABC):
         self.event_shape = require_event_and_latent(
             f"{type(self).__name__}(event_shape, latent_dim)", event_shape=event_shape, latent_dim=latent_dim
         )
+        inspect.signature(self.sizes).bind(latent_dim, **options)  # raises TypeError for an unknown keyword
         for name, option in options.items():
             require_count(name, option)
         self.latent_dim = latent_dim
         self.output_sizes = self.sizes(latent_dim, **options)
-        # one linear layer for all the heads: a single matrix product
+        # one output layer for all parameters: a single matrix product
         if network is None:
             sizes = math.prod(self.event_shape), sum(self.output_sizes)
             network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
@@ -80,17 +76,17 @@ class Guide(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def sizes(latent_dim: int, *args: Any, **options: Any) -> tuple[int, ...]:
-        """Return how many numbers each part of q(z|x) takes of a datum."""
+        """Return the number of network outputs for each parameter of q(z|x), per example."""
 
     @abstractmethod
     def distribution(self, *parts: Tensor) -> dist.Distribution:
-        """Return the q(z|x) of batch shape (*,) and event shape (K,) that is made of parts (*, size)."""
+        """Return q(z|x), of batch shape (*,) and event shape (K,), from parameters (*, size)."""
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run the network: x (*, *event_shape) to the parts of q(z|x), each (*, its size).
+        """Apply the network: x (*, *event_shape) to the parameters of q(z|x), each (*, its size).
 
         Raises:
-            TypeError: If x is no floating-point tensor of the module's dtype.
+            TypeError: If x is not a floating-point tensor of the module's dtype.
             ValueError: If x has another event shape or device, or the network another output size.
         """
         check_input(self, "x", x, self.event_shape)
@@ -99,7 +95,7 @@ class Guide(nn.Module, ABC):
         if raw.shape != expected:
             raise ValueError(
                 f"{type(self).__name__}: the network must return shape {expected} "
-                f"({' + '.join(map(str, self.output_sizes))} numbers a datum, for latent_dim "
+                f"({' + '.join(map(str, self.output_sizes))} numbers per example, for latent_dim "
                 f"{self.latent_dim}); got {tuple(raw.shape)}: give its last layer {expected[-1]} outputs"
             )
         return raw.split(self.output_sizes, dim=-1)
@@ -113,9 +109,8 @@ class Guide(nn.Module, ABC):
 class DiagonalNormal(Guide):
     """Normal guide with independent dimensions, q(z|x) = N(g(x), diag h(x)).
 
-    g is the first half of the network's output. The standard deviation, the root of h, is
-    `networks.positive` of the second half, which cannot overflow. Arguments as for `Guide`; the
-    network returns 2K numbers.
+    The network returns 2K numbers: g, and the standard deviation √h through `networks.positive`, which cannot
+    overflow. Arguments as for `Guide`.
 
     Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114.
 
@@ -128,7 +123,7 @@ class DiagonalNormal(Guide):
 
     @staticmethod
     def sizes(latent_dim: int) -> tuple[int, ...]:
-        """Return how many numbers location and scale take."""
+        """Return the number of outputs for location and scale."""
         return latent_dim, latent_dim
 
     def distribution(self, *parts: Tensor) -> dist.Distribution:
@@ -141,10 +136,9 @@ class DiagonalNormal(Guide):
 class FullCovarianceNormal(Guide):
     """Normal guide with any covariance, q(z|x) = N(g(x), L(x) L(x)ᵀ), L lower triangular.
 
-    Where the posterior is normal, as in linear-Gaussian models, this family holds it. Its KL to a
-    prior of independent normals is known in closed form. Arguments as for `Guide`; the network returns
-    K + K(K + 1)/2 numbers: g, the diagonal of L through `networks.positive`, the entries below it
-    row by row.
+    Contains the exact posterior where that is normal, as in linear-Gaussian models. The KL to a prior of
+    independent normals has a closed form. The network returns K + K(K + 1)/2 numbers: g, the diagonal of L
+    through `networks.positive`, and the entries below it by rows. Arguments as for `Guide`.
 
     Source: Kingma and Welling, 2019, An introduction to variational autoencoders, arXiv:1906.02691,
     section 2.5.1.
@@ -157,7 +151,7 @@ class FullCovarianceNormal(Guide):
 
     @staticmethod
     def sizes(latent_dim: int) -> tuple[int, ...]:
-        """Return how many numbers location, diagonal and the entries below it take."""
+        """Return the number of outputs for location, diagonal and the entries below it."""
         return latent_dim, latent_dim, latent_dim * (latent_dim - 1) // 2
 
     def distribution(self, *parts: Tensor) -> dist.Distribution:
@@ -169,18 +163,14 @@ class FullCovarianceNormal(Guide):
 
 @rebuildable
 class LowRankNormal(Guide):
-    """Normal guide with a few directions of correlation, q(z|x) = N(g(x), V(x) V(x)ᵀ + diag h(x)).
+    """Normal guide with a low-rank covariance factor, q(z|x) = N(g(x), V(x) V(x)ᵀ + diag h(x)).
 
-    V is K by R. Costs grow linearly with K, where those of `FullCovarianceNormal` grow with K² or K³. Its
-    KL to a prior of independent normals is known in closed form. The network returns (2 + R) K numbers.
+    V is K by R. Costs grow linearly with K, where those of `FullCovarianceNormal` grow with K² or K³. The KL
+    to a prior of independent normals has a closed form. The network returns (2 + R) K numbers. Arguments as
+    for `Guide`, and:
 
     Args:
-        event_shape: As for `Guide`.
-        latent_dim: As for `Guide`.
         rank: R, the number of columns of V.
-        hidden_features: As for `Guide`.
-        activation: As for `Guide`.
-        network: As for `Guide`.
 
     Source: Ong, Nott and Smith, 2018, Gaussian variational approximation with a factor covariance
     structure, arXiv:1701.03208.
@@ -197,22 +187,13 @@ class LowRankNormal(Guide):
         latent_dim: int,
         *,
         rank: int = 2,
-        hidden_features: Sequence[int] = (400,),
-        activation: str = "relu",
-        network: nn.Module | None = None,
+        **network_options: Unpack[NetworkOptions],
     ):
-        super().__init__(
-            event_shape,
-            latent_dim,
-            hidden_features=hidden_features,
-            activation=activation,
-            network=network,
-            rank=rank,
-        )
+        super().__init__(event_shape, latent_dim, rank=rank, **network_options)
 
     @staticmethod
     def sizes(latent_dim: int, rank: int = 2) -> tuple[int, ...]:
-        """Return how many numbers location, scale and V take."""
+        """Return the number of outputs for location, scale and V."""
         return latent_dim, latent_dim, latent_dim * rank
 
     def distribution(self, *parts: Tensor) -> dist.Distribution:
@@ -226,16 +207,11 @@ class LowRankNormal(Guide):
 class Mixture(Guide):
     """Mixture guide, q(z|x) = Σ_c π_c(x) N(g_c(x), diag h_c(x)), for posteriors of several modes.
 
-    Reparameterised, see `mixtures.NormalMixture`, so that every estimator takes it. The network
-    returns C (1 + 2K) numbers.
+    Reparameterised, see `distributions.NormalMixture`, and therefore valid with every estimator. The network
+    returns C (1 + 2K) numbers. Arguments as for `Guide`, and:
 
     Args:
-        event_shape: As for `Guide`.
-        latent_dim: As for `Guide`.
-        num_components: C.
-        hidden_features: As for `Guide`.
-        activation: As for `Guide`.
-        network: As for `Guide`.
+        num_components: C, the number of components.
 
     Source: Graves, 2016, Stochastic backpropagation through mixture density distributions,
     arXiv:1607.05690.
@@ -252,22 +228,13 @@ class Mixture(Guide):
         latent_dim: int,
         *,
         num_components: int = 4,
-        hidden_features: Sequence[int] = (400,),
-        activation: str = "relu",
-        network: nn.Module | None = None,
+        **network_options: Unpack[NetworkOptions],
     ):
-        super().__init__(
-            event_shape,
-            latent_dim,
-            hidden_features=hidden_features,
-            activation=activation,
-            network=network,
-            num_components=num_components,
-        )
+        super().__init__(event_shape, latent_dim, num_components=num_components, **network_options)
 
     @staticmethod
     def sizes(latent_dim: int, num_components: int = 4) -> tuple[int, ...]:
-        """Return how many numbers the weights, locations and scales take."""
+        """Return the number of outputs for weights, locations and scales."""
         return num_components, num_components * latent_dim, num_components * latent_dim
 
     def distribution(self, *parts: Tensor) -> dist.Distribution:
@@ -280,22 +247,18 @@ class Mixture(Guide):
 
 @rebuildable
 class Flow(Guide):
-    """Normalising flow, z = g(x) + √h(x) f⁻¹(ε; c(x)) with ε ~ N(0, I), for posteriors of any shape.
+    """Normalising flow guide, z = g(x) + √h(x) f⁻¹(ε; c(x)) with ε ~ N(0, I), for posteriors of any shape.
 
-    As `DiagonalNormal`, of which the flow bends the noise, by transforms that see a context c(x) from
-    the network. The scale comes last so that the transforms see standardised vectors whatever x: the
-    splines of "nsf" bend only what lies in [-5, 5]. The network returns 2K + C numbers.
+    Location and scale as in `DiagonalNormal`; the transforms are conditioned on a context c(x) from the
+    network. They act before the scale, on standardised vectors, because the splines of "nsf" are the identity
+    outside [-5, 5]. The network returns 2K + C numbers. Arguments as for `Guide`, and:
 
     Args:
-        event_shape: As for `Guide`.
-        latent_dim: As for `Guide`.
-        flow: "iaf", "maf" or "nsf"; see `flows.build_flow`. "iaf" draws in one pass, the others in K.
+        flow: "iaf", "maf" or "nsf"; see `distributions.build_flow`. "iaf" draws in one pass, the others
+            in K.
         num_context: C, the size of the context.
-        num_transforms: How many transforms in a row.
+        num_transforms: Number of transforms in a row.
         flow_features: Widths of the hidden layers of each transform's network.
-        hidden_features: As for `Guide`.
-        activation: As for `Guide`.
-        network: As for `Guide`.
 
     Source: Rezende and Mohamed, 2015, Variational inference with normalizing flows, arXiv:1505.05770;
     Kingma et al., 2016, Improved variational inference with inverse autoregressive flow, arXiv:1606.04934.
@@ -315,25 +278,16 @@ class Flow(Guide):
         num_context: int = 32,
         num_transforms: int = 3,
         flow_features: Sequence[int] = (64, 64),
-        hidden_features: Sequence[int] = (400,),
-        activation: str = "relu",
-        network: nn.Module | None = None,
+        **network_options: Unpack[NetworkOptions],
     ):
-        super().__init__(
-            event_shape,
-            latent_dim,
-            hidden_features=hidden_features,
-            activation=activation,
-            network=network,
-            num_context=num_context,
-        )
+        super().__init__(event_shape, latent_dim, num_context=num_context, **network_options)
         self.flow = build_flow(
             flow, latent_dim, num_context, num_transforms=num_transforms, hidden_features=flow_features
         )
 
     @staticmethod
     def sizes(latent_dim: int, num_context: int = 32) -> tuple[int, ...]:
-        """Return how many numbers location, scale and context take."""
+        """Return the number of outputs for location, scale and context."""
         return latent_dim, latent_dim, num_context
 
     def distribution(self, *parts: Tensor) -> dist.Distribution:
@@ -344,29 +298,24 @@ class Flow(Guide):
 
 @rebuildable
 class SemiAmortised(nn.Module):
-    """Guide that refines another's q(z|x) for each datum: some steps up the ELBO from where it begins.
+    """Guide that refines the q(z|x) of another guide for each example, by gradient steps on the ELBO.
 
-    The numbers λ(x) that the other guide's network returns, see `Guide.outputs`, are the parameters of
-    q(z|x; λ) for one datum. Each step is one of Adam's along the gradient of a Monte Carlo estimate
-    of ELBO(x; λ) = E_q[log p(x, z) − log q(z|x; λ)]; step t of T has the size η (1 − t/T).
+    The network outputs λ(x) of the other guide, see `Guide.outputs`, are the parameters of q(z|x; λ) for one
+    example. Each step is an Adam step along the gradient of a Monte Carlo estimate of
+    ELBO(x; λ) = E_q[log p(x, z) − log q(z|x; λ)]; step t of T has size η (1 − t/T).
 
-    Trained through (`end_to_end`), the network learns to return a λ that is good to begin with.
-    Wrapped around a guide that is trained already, with many steps, it comes near the best q of the
-    family for each datum; what that wins in ELBO is the amortisation gap.
-
-    A `VAE` gives log p(x, z) to every guide with a true attribute `needs_log_joint`, as a second argument.
+    Trained with `end_to_end`, the network learns a λ from which the steps lead to a high ELBO. With many
+    steps on a trained guide, q approaches the best member of the family for each example; the gain in ELBO is
+    the amortisation gap. A `VAE` passes log p(x, z) as a second argument to every guide whose attribute
+    `needs_log_joint` is true.
 
     Args:
         guide: The guide to refine, a `Guide`.
-        num_steps: T.
-        step_size: η.
-        num_particles: Draws of z from which each gradient is estimated.
-        end_to_end: Whether the ELBO's gradient passes through the steps, so that it meets the second
-            derivatives of the model. Else the sum of the steps counts as a constant.
-
-    Raises:
-        TypeError: If the guide is no `Guide`, or a count no integer.
-        ValueError: If a number is not positive.
+        num_steps: T, the number of steps.
+        step_size: η > 0, the size of the first step.
+        num_particles: Number of draws of z that estimate each gradient.
+        end_to_end: If true, the gradient of the ELBO passes through the steps, which takes second derivatives
+            of the model. Otherwise the sum of the steps is treated as a constant.
 
     Source: Kim, Wiseman, Miller, Sontag and Rush, 2018, Semi-amortized variational autoencoders,
     arXiv:1802.02550; Cremer, Li and Duvenaud, 2018, Inference suboptimality in variational autoencoders,
@@ -395,7 +344,7 @@ class SemiAmortised(nn.Module):
         super().__init__()
         if not isinstance(guide, Guide):
             raise TypeError(
-                f"SemiAmortised refines a guide of this library, a `Guide`; got {type(guide).__name__}"
+                f"SemiAmortised refines a guide of pyro_vae, a `Guide`; got {type(guide).__name__}"
             )
         require_count("num_steps", num_steps)
         require_count("num_particles", num_particles)
@@ -412,7 +361,7 @@ class SemiAmortised(nn.Module):
 
         Args:
             x: Data (N, *event_shape).
-            log_joint: From x and z (S, N, K) to log p(x, z) (S, N).
+            log_joint: Function from x and z (S, N, K) to log p(x, z) (S, N).
         """
         start = torch.cat(self.guide.outputs(x), dim=-1)
         through = self.end_to_end and torch.is_grad_enabled()
@@ -426,7 +375,7 @@ class SemiAmortised(nn.Module):
     def _refined(
         self, values: Tensor, x: Tensor, log_joint: Callable[[Tensor, Tensor], Tensor], *, through: bool
     ) -> Tensor:
-        """Climb from λ = `values` (N, P) by Adam, each datum for itself."""
+        """Maximise the ELBO from λ = `values` (N, P) by Adam, independently for each example."""
         values.requires_grad_()
         mean, square = torch.zeros_like(values), torch.zeros_like(values)
         for step in range(self.num_steps):
@@ -436,7 +385,7 @@ class SemiAmortised(nn.Module):
             (gradient,) = torch.autograd.grad(elbo.sum(), values, create_graph=through)
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.99 * square + 0.01 * gradient**2
-            # the running means begin at zero; the root is kept away from where it has no derivative
+            # bias-corrected as in Adam; 1e-12 keeps the root differentiable at 0
             direction = mean / (1 - 0.9 ** (step + 1))
             size = (square / (1 - 0.99 ** (step + 1)) + 1e-12).sqrt()
             values = values + self.step_size * (1 - step / self.num_steps) * direction / size

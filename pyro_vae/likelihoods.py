@@ -1,20 +1,22 @@
 """Likelihoods p(x|z): modules that take latent vectors z and return a Pyro distribution over data.
 
 Notation: z (*, K) with K = latent_dim, x (*, *event_shape); * is any batch shape. Every density is
-normalised, so that losses compare with published figures, and with those of other likelihoods that are
-of the same kind: probabilities of discrete data, or densities of continuous data.
+normalised, so that losses are comparable with published values, and between likelihoods of the same kind:
+probabilities of discrete data, or densities of continuous data. Constructors raise TypeError for an argument
+of another type and ValueError for a number out of range, naming the argument.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Unpack
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyro_vae import distributions
-from pyro_vae.networks import MLP, apply_batched, check_input, positive
+from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_batched, check_input, positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_event_and_latent
 
@@ -30,24 +32,20 @@ __all__ = [
 
 
 class Likelihood(nn.Module, ABC):
-    """What the likelihoods share: a network from z to the parameters of p(x|z).
+    """Base class of likelihoods: a network from z to the parameters of p(x|z).
 
-    A subclass sets `num_parameters`, how many numbers an element of x needs from the network, and
-    implements `forward` by `outputs`. A likelihood of your own need not be a subclass: any module
-    from z to a distribution serves.
+    A subclass sets `num_parameters`, the number of network outputs per element of x, and implements
+    `forward` by `outputs`. A user-defined likelihood need not be a subclass: any module from z to a
+    distribution can be used.
 
     Args:
         latent_dim: K, the number of latent dimensions.
-        event_shape: Shape of one datum.
+        event_shape: Shape of one example.
         hidden_features: Widths of the hidden layers of the default network, an `MLP`.
         activation: Activation of the default network.
         network: A module in place of the default, from (N, K) to num_parameters * prod(event_shape)
-            numbers a datum, in any shape; the parameters vary slowest, so that a convolutional
+            numbers per example, in any shape; the parameters vary slowest, so that a convolutional
             network returns (N, num_parameters * channels, height, width).
-
-    Raises:
-        TypeError: If `latent_dim` is no integer, or `event_shape` or `hidden_features` no tuple of integers.
-        ValueError: If one of these numbers is below 1.
     """
 
     num_parameters: int = 1
@@ -72,10 +70,10 @@ class Likelihood(nn.Module, ABC):
         self.network = network
 
     def outputs(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Run the network: z (*, K) to `num_parameters` tensors of shape (*, *event_shape).
+        """Apply the network: z (*, K) to `num_parameters` tensors of shape (*, *event_shape).
 
         Raises:
-            TypeError: If z is no floating-point tensor of the module's dtype.
+            TypeError: If z is not a floating-point tensor of the module's dtype.
             ValueError: If z has another size or device, or the network another output size.
         """
         check_input(self, "z", z, (self.latent_dim,))
@@ -88,7 +86,7 @@ class Likelihood(nn.Module, ABC):
                 f"must return {self.num_parameters} x {self.event_shape} numbers each; got "
                 f"{tuple(raw.shape)}: give its last layer {math.prod(expected[len(batch_shape) :])} outputs"
             )
-        if self.num_parameters == 1:  # for the gradient of `unbind` is a copy
+        if self.num_parameters == 1:  # because the gradient of `unbind` is a copy
             return (raw.reshape(*batch_shape, *self.event_shape),)
         return raw.reshape(expected).unbind(len(batch_shape))
 
@@ -101,8 +99,8 @@ class Likelihood(nn.Module, ABC):
 class Bernoulli(Likelihood):
     """Bernoulli likelihood of binary data: log p(x|z) = Σ_d x_d η_d − log(1 + e^(η_d)), logits η = f(z).
 
-    Arguments as for `Likelihood`. Grey levels are not binary: binarise them, or take
-    `ContinuousBernoulli` or `DiscretizedLogistic`.
+    Grey levels are not binary: binarise them, or use `ContinuousBernoulli` or `DiscretizedLogistic`.
+    Arguments as for `Likelihood`.
 
     Example:
         >>> p = Bernoulli(20, (1, 28, 28))(torch.zeros(5, 20))
@@ -140,19 +138,12 @@ class ContinuousBernoulli(Likelihood):
 class Normal(Likelihood):
     """Normal likelihood of real data, p(x|z) = N(f(z), c I) or N(f(z), diag c).
 
-    log p(x|z) = −C ‖x − f(z)‖² − (D/2) log(2πc) with C = 1/(2c) for one variance c.
+    log p(x|z) = −C ‖x − f(z)‖² − (D/2) log(2πc) with C = 1/(2c) for one variance c. Arguments as
+    for `Likelihood`, and:
 
     Args:
-        latent_dim: As for `Likelihood`.
-        event_shape: As for `Likelihood`.
-        hidden_features: As for `Likelihood`.
-        activation: As for `Likelihood`.
-        network: As for `Likelihood`.
-        variance: c, a number for a fixed variance; "shared" to learn one for all elements;
+        variance: c, a positive number for a fixed variance; "shared" to learn one for all elements;
             "per_element" to learn one for each element of x. Learned variances start at 1.
-
-    Raises:
-        ValueError: If the variance is neither positive and finite nor one of the two words.
 
     Example:
         >>> p = Normal(2, (3,), variance=0.25)(torch.zeros(5, 2))
@@ -165,21 +156,16 @@ class Normal(Likelihood):
         latent_dim: int,
         event_shape: Sequence[int],
         *,
-        hidden_features: Sequence[int] = (400,),
-        activation: str = "relu",
-        network: nn.Module | None = None,
         variance: float | str = 1.0,
+        **network_options: Unpack[NetworkOptions],
     ):
-        super().__init__(
-            latent_dim, event_shape, hidden_features=hidden_features, activation=activation, network=network
-        )
+        super().__init__(latent_dim, event_shape, **network_options)
         self.raw_scale: nn.Parameter | None = None
         if isinstance(variance, str) and variance in ("shared", "per_element"):
             shape = () if variance == "shared" else self.event_shape
-            start = math.log(math.expm1(1.0 - 1e-6))  # networks.positive maps it to 1
-            self.raw_scale = nn.Parameter(torch.full(shape, start))
+            self.raw_scale = nn.Parameter(torch.full(shape, RAW_ONE))
         elif isinstance(variance, int | float) and 0 < variance < math.inf:
-            self.fixed_scale = math.sqrt(variance)  # a number, exact in whatever dtype the network has
+            self.fixed_scale = math.sqrt(variance)  # a number, so that it has the dtype of the network
         else:
             raise ValueError(
                 f"variance must be a positive number, 'shared' or 'per_element'; got {variance!r} "
@@ -188,7 +174,7 @@ class Normal(Likelihood):
 
     @property
     def scale(self) -> Tensor | float:
-        """The standard deviation √c, a number if it is fixed, else of shape () or `event_shape`."""
+        """Standard deviation √c: a number if fixed, otherwise of shape () or `event_shape`."""
         return positive(self.raw_scale) if self.raw_scale is not None else self.fixed_scale
 
     def forward(self, z: Tensor) -> dist.Distribution:
@@ -201,8 +187,8 @@ class Normal(Likelihood):
 class DiscretizedLogistic(Likelihood):
     """Discretised logistic likelihood of grey levels k/255: a probability for each 8-bit value.
 
-    See `distributions.DiscretizedLogistic` for the formula and the source. The network gives a
-    location and a scale for each element of x. Arguments as for `Likelihood`.
+    See `distributions.DiscretizedLogistic` for the formula and the source. The network returns a location and
+    a scale for each element of x. Arguments as for `Likelihood`.
 
     Example:
         >>> p = DiscretizedLogistic(2, (1, 4, 4))(torch.zeros(5, 2))
@@ -215,7 +201,7 @@ class DiscretizedLogistic(Likelihood):
     def forward(self, z: Tensor) -> dist.Distribution:
         """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
         loc, raw_scale = self.outputs(z)
-        # locations start in mid-grey, scales near a tenth of the range
+        # initial locations in mid-grey, initial scales near a tenth of the range
         return distributions.DiscretizedLogistic(loc + 0.5, positive(raw_scale - 2)).to_event(
             len(self.event_shape)
         )
@@ -256,17 +242,9 @@ class NegativeBinomial(Likelihood):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        event_shape: Sequence[int],
-        *,
-        hidden_features: Sequence[int] = (400,),
-        activation: str = "relu",
-        network: nn.Module | None = None,
+        self, latent_dim: int, event_shape: Sequence[int], **network_options: Unpack[NetworkOptions]
     ):
-        super().__init__(
-            latent_dim, event_shape, hidden_features=hidden_features, activation=activation, network=network
-        )
+        super().__init__(latent_dim, event_shape, **network_options)
         self.raw_dispersion = nn.Parameter(torch.zeros(self.event_shape))
 
     def forward(self, z: Tensor) -> dist.Distribution:

@@ -1,13 +1,14 @@
-"""Trunks: plain modules from tensor to tensor, with one leading batch dimension.
+"""Neural networks: modules from tensor to tensor, with one leading batch dimension.
 
-Every function that stands here knows nothing of probability. The conditional distributions in
-`priors`, `likelihoods` and `guides` call a trunk through `apply_batched`, so a network written for
-inputs of shape (N, *event) also serves (S, N, *event), the shape of S particles of N data.
+`likelihoods` and `guides` call a network through `apply_batched`, so that a network for inputs of shape
+(N, *event) also takes (S, N, *event), the shape of S particles of N examples. Constructors raise TypeError
+for an argument of another type and ValueError for a size out of range, naming the argument.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TypedDict
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -15,7 +16,16 @@ from torch.nn import functional as F  # noqa: N812
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_floating, require_shape, to_shape
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "apply_batched", "check_input", "positive"]
+__all__ = [
+    "MLP",
+    "RAW_ONE",
+    "ConvDecoder",
+    "ConvEncoder",
+    "NetworkOptions",
+    "apply_batched",
+    "check_input",
+    "positive",
+]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -26,6 +36,14 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Keyword arguments of every guide and likelihood, documented in `Guide` and `Likelihood`."""
+
+    hidden_features: Sequence[int]
+    activation: str
+    network: nn.Module | None
 
 
 def _activation(name: str) -> nn.Module:
@@ -44,10 +62,6 @@ class MLP(nn.Sequential):
         hidden_features: Width of each hidden layer; empty for one linear map.
         activation: Name of the activation between the layers: elu, gelu, leaky_relu, relu, silu,
             softplus or tanh.
-
-    Raises:
-        TypeError: If a number is no integer, or `hidden_features` no tuple of integers.
-        ValueError: For an unknown activation or a width below 1.
 
     Example:
         >>> import torch
@@ -74,17 +88,13 @@ class MLP(nn.Sequential):
 
 @rebuildable
 class ConvEncoder(nn.Sequential):
-    """Convolutional trunk for images: stride-2 convolutions that halve the picture, then a linear map.
+    """Convolutional network from images: stride-2 convolutions that halve the image, then a linear map.
 
     Args:
         event_shape: (channels, height, width) of one image.
         out_features: Number of outputs.
-        channels: Output channels of each convolution; the picture is halved as often.
+        channels: Output channels of each convolution; each halves the image, which must be large enough.
         activation: As in `MLP`.
-
-    Raises:
-        TypeError: If a number is no integer, or a shape no tuple of integers.
-        ValueError: If a number is below 1, the event is not an image, or too small to be halved so often.
 
     Example:
         >>> import torch
@@ -105,7 +115,7 @@ class ConvEncoder(nn.Sequential):
         channels = require_shape("channels", channels)
         if min(height, width) < 2 ** len(channels):
             raise ValueError(
-                f"{len(channels)} halvings need an image of at least {2 ** len(channels)} pixels a side; "
+                f"{len(channels)} halvings need an image of at least {2 ** len(channels)} pixels per side; "
                 f"got {height} x {width}: pass fewer channels"
             )
         layers: list[nn.Module] = []
@@ -120,20 +130,16 @@ class ConvEncoder(nn.Sequential):
 
 @rebuildable
 class ConvDecoder(nn.Module):
-    """Convolutional trunk to images: a linear map, then transposed convolutions that double the picture.
+    """Convolutional network to images: a linear map, then transposed convolutions that double the image.
 
-    Sizes that are no multiple of 2 to the number of doublings are reached by cropping.
+    The result is cropped to a size that is not a multiple of 2 to the number of doublings.
 
     Args:
         in_features: Number of inputs.
-        out_shape: (channels, height, width) of the output. A likelihood with P parameters a pixel
+        out_shape: (channels, height, width) of the output. A likelihood with P parameters per pixel
             (`Likelihood.num_parameters`) takes P times its event's channels.
-        channels: Input channels of each transposed convolution; the picture is doubled as often.
+        channels: Input channels of each transposed convolution; each doubles the image.
         activation: As in `MLP`.
-
-    Raises:
-        TypeError: If a number is no integer, or a shape no tuple of integers.
-        ValueError: If a number is below 1, or the output is not an image.
 
     Example:
         >>> import torch
@@ -154,7 +160,7 @@ class ConvDecoder(nn.Module):
         require_count("in_features", in_features)
         channels = require_shape("channels", channels)
         if not channels:
-            raise ValueError("channels must name at least one transposed convolution; got none")
+            raise ValueError("channels must have at least one entry, per transposed convolution; got none")
         shrink = 2 ** len(channels)
         seed_shape = (channels[0], -(-self.height // shrink), -(-self.width // shrink))
         widen = nn.Linear(in_features, math.prod(seed_shape))
@@ -173,14 +179,14 @@ class ConvDecoder(nn.Module):
 def _image_shape(name: str, given: Sequence[int]) -> tuple[int, int, int]:
     shape = require_shape(name, given)
     if len(shape) != 3:
-        raise ValueError(f"{name} must be that of an image, (channels, height, width); got {shape}")
+        raise ValueError(f"{name} must be an image shape, (channels, height, width); got {shape}")
     return shape
 
 
 def positive(raw: Tensor) -> Tensor:
     """Map the real line to positive numbers without overflow: log(1 + e^raw) + 1e-6.
 
-    Grows linearly, where exp(raw) overflows float32 at 89; the floor keeps log and division finite.
+    Linear for large inputs, where exp(raw) overflows float32 at 89; the floor keeps log and division finite.
 
     Example:
         >>> import torch
@@ -190,8 +196,11 @@ def positive(raw: Tensor) -> Tensor:
     return F.softplus(raw) + 1e-6
 
 
+RAW_ONE = math.log(math.expm1(1.0 - 1e-6))  # positive(RAW_ONE) = 1
+
+
 def apply_batched(network: nn.Module, inputs: Tensor, event_dim: int) -> Tensor:
-    """Apply a network for (N, *event) to inputs (*batch, *event): flatten the batch, apply, restore it."""
+    """Apply a network for (N, *event) to inputs (*batch, *event), by flattening and restoring the batch."""
     batch_shape = inputs.shape[: inputs.dim() - event_dim]
     if len(batch_shape) == 1:
         return network(inputs)
@@ -201,11 +210,11 @@ def apply_batched(network: nn.Module, inputs: Tensor, event_dim: int) -> Tensor:
 
 
 def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequence[int]) -> None:
-    """Refuse an input whose type, event shape, dtype or device a module cannot take.
+    """Raise for an input whose type, event shape, dtype or device a module cannot take.
 
     Raises:
-        TypeError: If the value is no floating-point tensor, or of another dtype than the module.
-        ValueError: If its trailing dimensions are not `event_shape`, or it lies on another device.
+        TypeError: If the value is not a floating-point tensor of the module's dtype.
+        ValueError: If its trailing dimensions are not `event_shape`, or it is on another device.
     """
     where = f"{type(module).__name__}: {name}"
     shape = f"(*, {', '.join(map(str, event_shape))})"

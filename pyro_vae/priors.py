@@ -1,38 +1,29 @@
-"""Priors p(z): modules that, called with nothing, return a Pyro distribution over one latent vector.
+"""Priors p(z): modules that take no input and return a Pyro distribution over one latent vector.
 
-Its batch shape is () and its event shape (K,), K = latent_dim.
+The distribution has batch shape () and event shape (K,), K = latent_dim. Constructors raise TypeError for a
+number that is not an integer and ValueError for a number below 1, naming the argument.
 """
 
-import math
 from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.flows import FlowDistribution, build_flow
-from pyro_vae.mixtures import NormalMixture
-from pyro_vae.networks import positive
+from pyro_vae.distributions import FlowDistribution, NormalMixture, build_flow
+from pyro_vae.networks import RAW_ONE, positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_shape
 
 __all__ = ["Flow", "LearnedNormal", "Mixture", "StandardNormal", "VampPrior"]
-
-_RAW_ONE = math.log(math.expm1(1.0 - 1e-6))  # networks.positive maps it to 1
 
 
 @rebuildable
 class StandardNormal(nn.Module):
     """Standard normal prior p(z) = N(0, I).
 
-    Calling it returns a distribution of batch shape () and event shape (latent_dim,).
-
     Args:
         latent_dim: K, the number of latent dimensions.
-
-    Raises:
-        TypeError: If `latent_dim` is no integer.
-        ValueError: If it is below 1.
 
     Example:
         >>> StandardNormal(20)().event_shape
@@ -54,17 +45,13 @@ class StandardNormal(nn.Module):
 
 @rebuildable
 class LearnedNormal(nn.Module):
-    """Normal prior with learned location and scale, p(z) = N(m, diag s²); it starts as N(0, I).
+    """Normal prior with learned location and scale, p(z) = N(m, diag s²), initially N(0, I).
 
     Args:
         latent_dim: K, the number of latent dimensions.
 
-    Raises:
-        TypeError: If `latent_dim` is no integer.
-        ValueError: If it is below 1.
-
-    Source: Hoffman and Johnson, 2016, ELBO surgery, section 2: the best prior is the average of q(z|x)
-    over the data, of which this matches the moments.
+    Source: Hoffman and Johnson, 2016, ELBO surgery, section 2: the ELBO is highest for the average of q(z|x)
+    over the data as the prior; this prior can match the moments of that average.
 
     Example:
         >>> [name for name, _ in LearnedNormal(20).named_parameters()]
@@ -76,7 +63,7 @@ class LearnedNormal(nn.Module):
         require_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
         self.loc = nn.Parameter(torch.zeros(latent_dim))
-        self.raw_scale = nn.Parameter(torch.full((latent_dim,), _RAW_ONE))
+        self.raw_scale = nn.Parameter(torch.full((latent_dim,), RAW_ONE))
 
     def forward(self) -> dist.Distribution:
         """Return p(z)."""
@@ -85,17 +72,13 @@ class LearnedNormal(nn.Module):
 
 @rebuildable
 class Mixture(nn.Module):
-    """Mixture prior p(z) = Σ_c π_c N(m_c, diag s_c²), all of it learned.
+    """Mixture prior p(z) = Σ_c π_c N(m_c, diag s_c²) with learned weights, locations and scales.
 
-    It starts with equal weights, unit scales, and locations drawn from N(0, I).
+    Initially the weights are equal, the scales 1, and the locations drawn from N(0, I).
 
     Args:
         latent_dim: K, the number of latent dimensions.
         num_components: C.
-
-    Raises:
-        TypeError: If a number is no integer.
-        ValueError: If a number is below 1.
 
     Source: Dilokthanakul et al., 2016, Deep unsupervised clustering with Gaussian mixture variational
     autoencoders, arXiv:1611.02648; as a baseline in Tomczak and Welling, 2018, arXiv:1705.07120.
@@ -112,7 +95,7 @@ class Mixture(nn.Module):
         self.latent_dim = latent_dim
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, latent_dim))
-        self.raw_scale = nn.Parameter(torch.full((num_components, latent_dim), _RAW_ONE))
+        self.raw_scale = nn.Parameter(torch.full((num_components, latent_dim), RAW_ONE))
 
     def forward(self) -> dist.Distribution:
         """Return p(z)."""
@@ -122,19 +105,18 @@ class Mixture(nn.Module):
 
 @rebuildable
 class VampPrior(nn.Module):
-    """Mixture of a guide's own posteriors, p(z) = Σ_c π_c q(z|u_c), at learned pseudo-inputs u_c.
+    """Mixture of a guide's posteriors at learned pseudo-inputs u_c, p(z) = Σ_c π_c q(z|u_c).
 
-    It approximates the average of q(z|x) over the data, which is the prior of the best ELBO. Give it the
-    guide that the VAE has, not a copy: then both learn the same network.
+    Approximates the average of q(z|x) over the data, the prior of the highest ELBO. Pass the guide of the VAE
+    itself, not a copy, so that prior and VAE share one network.
 
     Args:
         guide: q(z|x), a module from x (C, *event_shape) to a distribution of batch shape (C,).
-        event_shape: Shape of one datum; by default the guide's.
+        event_shape: Shape of one example; by default the guide's.
         num_components: C.
 
     Raises:
-        TypeError: If the guide is no module, or a number no integer.
-        ValueError: If a number is below 1, or neither the guide nor `event_shape` tells the shape of x.
+        ValueError: If neither the guide nor `event_shape` gives the shape of x.
 
     Source: Tomczak and Welling, 2018, VAE with a VampPrior, arXiv:1705.07120.
 
@@ -158,7 +140,7 @@ class VampPrior(nn.Module):
         if event_shape is None:
             raise ValueError(
                 f"{type(guide).__name__} has no attribute event_shape: pass event_shape=, "
-                "the shape of one datum"
+                "the shape of one example"
             )
         shape = require_shape("event_shape", event_shape)
         self.guide = guide
@@ -167,11 +149,7 @@ class VampPrior(nn.Module):
 
     @torch.no_grad()
     def set_pseudo_inputs(self, x: Tensor) -> None:
-        """Start from data x (C, *event_shape), in place of uniform noise in [0, 1].
-
-        Raises:
-            ValueError: If x has another shape.
-        """
+        """Set the pseudo-inputs to data x (C, *event_shape); initially they are uniform noise in [0, 1]."""
         if x.shape != self.pseudo_inputs.shape:
             raise ValueError(f"x must have shape {tuple(self.pseudo_inputs.shape)}; got {tuple(x.shape)}")
         self.pseudo_inputs.copy_(x)
@@ -183,18 +161,14 @@ class VampPrior(nn.Module):
 
 @rebuildable
 class Flow(nn.Module):
-    """Normalising flow as a prior, z = f⁻¹(u) with u ~ N(0, I) and f learned.
+    """Normalising flow prior, z = f⁻¹(u) with u ~ N(0, I) and f learned.
 
     Args:
         latent_dim: K, the number of latent dimensions.
-        flow: "maf", "nsf" or "iaf"; see `flows.build_flow`. "maf" and "nsf" score a given z, as training
-            does, in one pass; "nsf" bends only what lies in [-5, 5].
-        num_transforms: How many transforms in a row.
+        flow: "maf", "nsf" or "iaf"; see `distributions.build_flow`. "maf" and "nsf" compute the density of a
+            given z, as in training, in one pass; "nsf" is the identity outside [-5, 5].
+        num_transforms: Number of transforms in a row.
         flow_features: Widths of the hidden layers of each transform's network.
-
-    Raises:
-        TypeError: If a number is no integer, or `flow_features` no tuple of integers.
-        ValueError: If the flow is unknown, or a number is below 1.
 
     Source: Chen et al., 2017, Variational lossy autoencoder, arXiv:1611.02731; Papamakarios, Pavlakou and
     Murray, 2017, Masked autoregressive flow for density estimation, arXiv:1705.07057.

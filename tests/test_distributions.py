@@ -1,12 +1,19 @@
 import math
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import integrate
+from torch import nn
+from torch.distributions import kl_divergence
 
+import pyro_vae as pv
+from pyro_vae.closed_form import multivariate_normal_kl
 from pyro_vae.distributions import Bernoulli, ContinuousBernoulli, DiscretizedLogistic
 
+K, N, S = 3, 5, 7
 LOGITS = [-800.0, -40.0, -3.0, -0.21, -0.19, -1e-4, 0.0, 1e-9, 0.05, 0.2, 1.0, 17.0, 300.0]
 
 
@@ -19,6 +26,19 @@ def test_bernoulli_is_accurate_for_confident_logits_of_either_sign():
         torch.testing.assert_close(log_prob.double(), truth, rtol=1e-6, atol=1e-38)
         (gradient,) = torch.autograd.grad(log_prob.sum(), logits)
         torch.testing.assert_close(gradient.double(), x - torch.sigmoid(wide), rtol=1e-5, atol=1e-7)
+
+
+def test_bernoulli_agrees_with_torch():
+    logits = torch.tensor([[-800.0, -40.0, -3.0, 0.0], [2.0, 21.0, 40.0, 800.0]]).double().requires_grad_()
+    x = torch.tensor([[[0.0, 1.0, 1.0, 0.0]], [[1.0, 0.0, 1.0, 1.0]], [[0.0, 0.0, 1.0, 1.0]]]).double()
+    ours = Bernoulli(logits=logits).log_prob(x)
+    theirs = torch.distributions.Bernoulli(logits=logits).log_prob(x)
+    assert ours.shape == (3, 2, 4)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="support"):
+        Bernoulli(logits=logits).log_prob(x + 0.5)
 
 
 @pytest.mark.parametrize("logit", LOGITS)
@@ -88,7 +108,7 @@ def test_discretized_logistic_sums_to_one_with_the_stated_mean(levels, loc, scal
     assert p.mean.item() == pytest.approx((values * probabilities).sum().item(), abs=1e-12)
 
 
-def test_discretized_logistic_keeps_its_tails():
+def test_discretized_logistic_is_accurate_in_its_tails():
     loc, scale = torch.tensor(0.0, requires_grad=True), torch.tensor(1e-3, requires_grad=True)
     log_prob = DiscretizedLogistic(loc, scale).log_prob(torch.tensor(200 / 255))
     # σ(b) − σ(a) for a, b ≫ 0 is e^(−a) − e^(−b)
@@ -99,7 +119,7 @@ def test_discretized_logistic_keeps_its_tails():
     assert torch.isfinite(scale.grad)
 
 
-def test_discretized_logistic_draws_grey_levels_as_often_as_it_says():
+def test_discretized_logistic_draws_grey_levels_with_their_probabilities():
     p = DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.2), levels=4)
     draws = p.sample((30_000,))
     assert p.support.check(draws).all()
@@ -109,7 +129,7 @@ def test_discretized_logistic_draws_grey_levels_as_often_as_it_says():
         assert abs(found - expected) < 5 * math.sqrt(expected * (1 - expected) / len(draws))
 
 
-def test_values_outside_the_support_are_refused():
+def test_values_outside_the_support_raise():
     with pytest.raises(ValueError, match="multiples of 1/255"):
         DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.2)).log_prob(torch.tensor(0.3))
     with pytest.raises(ValueError, match="support"):
@@ -118,14 +138,79 @@ def test_values_outside_the_support_are_refused():
         DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.2), levels=1)
 
 
-def test_bernoulli_has_torchs_numbers():
-    logits = torch.tensor([[-800.0, -40.0, -3.0, 0.0], [2.0, 21.0, 40.0, 800.0]]).double().requires_grad_()
-    x = torch.tensor([[[0.0, 1.0, 1.0, 0.0]], [[1.0, 0.0, 1.0, 1.0]], [[0.0, 0.0, 1.0, 1.0]]]).double()
-    ours = Bernoulli(logits=logits).log_prob(x)
-    theirs = torch.distributions.Bernoulli(logits=logits).log_prob(x)
-    assert ours.shape == (3, 2, 4)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (ours, theirs)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="support"):
-        Bernoulli(logits=logits).log_prob(x + 0.5)
+# Kullback-Leibler divergences
+
+
+def full(*batch):
+    scale_tril = (
+        torch.randn(*batch, K, K).double().tril(-1) + torch.rand(*batch, K).double().diag_embed() + 0.1
+    )
+    return dist.MultivariateNormal(torch.randn(*batch, K).double(), scale_tril=scale_tril.tril())
+
+
+def low_rank(*batch):
+    return dist.LowRankMultivariateNormal(
+        torch.randn(*batch, K).double(),
+        torch.randn(*batch, K, 2).double(),
+        torch.rand(*batch, K).double() + 0.1,
+    )
+
+
+def diagonal(*batch):
+    return dist.Normal(torch.randn(*batch, K).double(), torch.rand(*batch, K).double() + 0.1).to_event(1)
+
+
+@pytest.mark.parametrize("make", [full, low_rank])
+@pytest.mark.parametrize(
+    ("p_batch", "q_batch"), [((), ()), ((N,), ()), ((N,), (N,)), ((S, 1), (N,)), ((), (N,))]
+)
+def test_kl_is_the_analytic_one(make, p_batch, q_batch):
+    p, q = make(*p_batch), diagonal(*q_batch)
+    analytic = multivariate_normal_kl(
+        p.loc, torch.linalg.cholesky(p.covariance_matrix), q.mean, q.stddev.diag_embed()
+    )
+    torch.testing.assert_close(kl_divergence(p, q), analytic, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [full, low_rank])
+def test_expanded_distributions_have_a_kl(make):
+    p, q = make(N), diagonal()
+    expanded = kl_divergence(p.expand((S, N)), q.expand((S, N)))
+    assert expanded.shape == (S, N)
+    torch.testing.assert_close(expanded, kl_divergence(p, q).expand(S, N), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [full, low_rank])
+@pytest.mark.parametrize(
+    "q",
+    [
+        dist.Laplace(torch.zeros(K), 1.0).to_event(1),
+        dist.Normal(torch.zeros(2, K), 1.0).to_event(2),
+        diagonal().mask(False),
+    ],
+)
+def test_other_distributions_have_no_kl(make, q):
+    with pytest.raises(NotImplementedError):
+        kl_divergence(make(), q)
+
+
+@pytest.mark.parametrize("guide", [pv.guides.FullCovarianceNormal, pv.guides.LowRankNormal])
+@pytest.mark.parametrize("prior", [pv.priors.StandardNormal, pv.priors.LearnedNormal])
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_trace_mean_field_elbo_uses_the_registered_kl(guide, prior, vectorize):
+    vae = pv.VAE(
+        prior=prior(K),
+        likelihood=pv.likelihoods.Normal(K, (4,), network=nn.Linear(K, 4)),
+        guide=guide((4,), K),
+    ).double()
+    nn.init.zeros_(vae.likelihood.network.weight)  # x is independent of z: only the KL may vary
+    x = torch.randn(N, 4).double()
+    q, p = vae.encode(x), vae.prior()
+    reconstruction = vae.decode(torch.zeros(N, K).double()).log_prob(x)
+    exact = reconstruction - multivariate_normal_kl(
+        q.mean, torch.linalg.cholesky(q.covariance_matrix), p.mean, p.stddev.diag()
+    )
+    options = {"num_particles": 2, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+    loss = TraceMeanField_ELBO(**options).loss(vae.model, vae.guide, x)
+    assert loss == pytest.approx(-exact.sum().item(), rel=1e-10)
+    assert abs(Trace_ELBO(**options).loss(vae.model, vae.guide, x) - loss) > 1e-3  # Trace_ELBO samples the KL

@@ -6,7 +6,7 @@ import torch
 from parts import plane
 from torch.distributions import Distribution
 
-from pyro_vae.flows import FLOWS, FlowDistribution, build_flow
+from pyro_vae.distributions import FLOWS, FlowDistribution, build_flow
 
 S, N, K, CONTEXT = 7, 5, 3, 2
 
@@ -33,15 +33,15 @@ def test_the_density_is_the_change_of_variables_of_the_noise(flow):
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_a_remembered_density_is_the_computed_one(flow):
+def test_the_kept_density_of_a_draw_is_the_computed_one(flow):
     q = conditional(flow).expand((S, N))
     z = q.rsample()
-    remembered, computed = q.log_prob(z), q.log_prob(z.clone())
-    assert remembered.shape == (S, N)
-    torch.testing.assert_close(remembered, computed, rtol=1e-9, atol=1e-9)
+    kept, computed = q.log_prob(z), q.log_prob(z.clone())
+    assert kept.shape == (S, N)
+    torch.testing.assert_close(kept, computed, rtol=1e-9, atol=1e-9)
 
 
-def test_a_density_remembered_without_gradient_is_computed_where_one_is_wanted():
+def test_a_density_kept_without_gradient_is_computed_where_one_is_wanted():
     q = conditional("maf")
     z = q.sample()
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_particles_are_independent(flow):
     assert len(torch.unique(z)) == S * N * K
 
 
-def test_values_outside_the_support_are_refused_where_validation_is_on():
+def test_values_outside_the_support_raise_where_validation_is_on():
     with pytest.raises(ValueError, match="within the support"):
         conditional("maf").log_prob(torch.full((N, K), float("nan")).double())
 
@@ -82,7 +82,7 @@ def test_values_outside_the_support_are_refused_where_validation_is_on():
         ({"hidden_features": (4, 0)}, r"flow_features\[1\] must be at least 1; got 0"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments, message):
+def test_wrong_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_flow(
             **{"flow": "maf", "features": K, "num_transforms": 2, "hidden_features": (4,), **arguments}
@@ -107,11 +107,11 @@ def test_validation_is_on_here():
 
 
 @pytest.mark.parametrize(
-    ("flow", "to_draw", "to_score_the_draw", "to_score"),
+    ("flow", "to_draw", "for_density_of_draw", "for_density"),
     [("iaf", 1, 0, K), ("maf", K + 1, 0, 1), ("nsf", K + 1, 0, 1)],
 )
-def test_passes_of_the_networks(flow, to_draw, to_score_the_draw, to_score):
-    """What the docstrings promise of costs: passes of one transform's network, its density included."""
+def test_passes_of_the_networks(flow, to_draw, for_density_of_draw, for_density):
+    """Costs stated in the docstrings: passes of one transform's network, its density included."""
     built = build_flow(flow, K, num_transforms=1, hidden_features=(6,))
     count = []
     built.transform.apply(
@@ -127,7 +127,7 @@ def test_passes_of_the_networks(flow, to_draw, to_score_the_draw, to_score):
 
     q = FlowDistribution(built())
     z, drawing = passes(q.rsample, (N,))
-    _, scoring_the_draw = passes(q.log_prob, z)
-    _, scoring = passes(q.log_prob, z.clone())
-    assert (drawing, scoring_the_draw) == (to_draw, to_score_the_draw)
-    assert scoring - to_score in (0, 1)  # inverting leaves the Jacobian to one pass more
+    _, density_of_draw = passes(q.log_prob, z)
+    _, density = passes(q.log_prob, z.clone())
+    assert (drawing, density_of_draw) == (to_draw, for_density_of_draw)
+    assert density - for_density in (0, 1)  # after inverting, the Jacobian takes one more pass

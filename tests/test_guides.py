@@ -32,7 +32,7 @@ def make_vae(guide, prior=None, likelihood=None):
     return pv.VAE(prior=prior or priors.StandardNormal(K), likelihood=likelihood, guide=guide).double()
 
 
-# What every guide must be
+# Properties of every guide
 
 
 @every_guide
@@ -90,7 +90,7 @@ def test_gradients_through_the_draws_agree_with_the_score_function(name):
     found, expected = (torch.stack([draw() for _ in range(40)]) for draw in (through_draws, through_density))
     error = ((found.var(0) + expected.var(0)) / 40).sqrt()
     assert ((found.mean(0) - expected.mean(0)).abs() <= 5 * error + 1e-12).all()
-    assert error.norm() < 0.1 * expected.mean(0).norm()  # so that the bound above means something
+    assert error.norm() < 0.1 * expected.mean(0).norm()  # otherwise the bound above is empty
 
 
 @every_guide
@@ -130,7 +130,7 @@ def test_every_guide_of_the_package_is_in_the_table():
     assert listed == {getattr(guides, name) for name in guides.__all__} - {guides.Guide, guides.SemiAmortised}
 
 
-# What each of them is
+# Each guide
 
 
 def test_full_covariance_is_the_cholesky_factor_of_the_outputs():
@@ -156,22 +156,22 @@ def test_a_mixture_weighs_its_components():
     guide = guides.Mixture(EVENT, K, num_components=3).double()
     x, z = data(N), torch.randn(N, K).double()
     logits, loc, raw_scale = guide.outputs(x)
-    by_hand = torch.zeros(N).double()
+    expected = torch.zeros(N).double()
     for c, weight in enumerate(logits.softmax(-1).unbind(-1)):
         part = slice(c * K, (c + 1) * K)
         component = dist.Normal(loc[:, part], pv.networks.positive(raw_scale[:, part])).to_event(1)
-        by_hand = by_hand + weight * component.log_prob(z).exp()
-    torch.testing.assert_close(guide(x).log_prob(z), by_hand.log(), rtol=1e-10, atol=1e-10)
+        expected = expected + weight * component.log_prob(z).exp()
+    torch.testing.assert_close(guide(x).log_prob(z), expected.log(), rtol=1e-10, atol=1e-10)
 
 
-def test_a_flow_shifts_and_scales_what_it_bends():
+def test_a_flow_is_shifted_and_scaled():
     guide = guides.Flow(EVENT, K, flow="iaf").double()
     loc, raw_scale, context = guide.outputs(data(N))
     torch.manual_seed(0)
     z = guide.distribution(loc, raw_scale, context).rsample()
     torch.manual_seed(0)
-    bent = guide.flow(context).rsample()
-    torch.testing.assert_close(z, loc + pv.networks.positive(raw_scale) * bent, rtol=1e-12, atol=1e-12)
+    standard = guide.flow(context).rsample()
+    torch.testing.assert_close(z, loc + pv.networks.positive(raw_scale) * standard, rtol=1e-12, atol=1e-12)
 
 
 # Where the posterior is normal
@@ -289,7 +289,7 @@ def test_a_flow_closes_what_the_diagonal_leaves_of_the_banana():
 
 
 def test_refining_closes_the_amortisation_gap():
-    """An untrained guide, refined for long, reaches the best its family can do, for each datum."""
+    """An untrained guide, refined for long, reaches the best of its family for each example."""
     model = linear_gaussian()
     x = model.sample(N)
     for make, left in [
@@ -306,7 +306,7 @@ def test_refining_closes_the_amortisation_gap():
         assert gap == pytest.approx(left, abs=0.01)
 
 
-def test_steps_up_a_constant_slope_are_the_step_sizes_and_shrink_to_nought():
+def test_steps_on_a_constant_gradient_are_the_step_sizes_and_shrink_to_zero():
     """Adam, unbiased from its first step: mean and root mean square of one number are that number."""
     slope, guide = torch.tensor([2.0, -0.3]).double(), GUIDES["DiagonalNormal"]().double()
     x = data(N)
@@ -316,7 +316,7 @@ def test_steps_up_a_constant_slope_are_the_step_sizes_and_shrink_to_nought():
     torch.testing.assert_close(moved, (steps * slope.sign()).expand(N, K), rtol=1e-10, atol=0)
 
 
-def test_refining_treats_each_datum_for_itself():
+def test_refining_is_independent_for_each_example():
     model = linear_gaussian()
     x = model.sample(N)
     vae = linear_vae(model, guides.FullCovarianceNormal)
@@ -390,7 +390,7 @@ def test_a_frozen_guide_can_be_refined():
     assert math.isfinite(Trace_ELBO().loss_and_grads(vae.model, vae.guide, x))
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -406,6 +406,13 @@ def test_a_frozen_guide_can_be_refined():
         (lambda: guides.Flow(EVENT, 3, flow="planar"), ValueError, "flow must be one of maf, iaf, nsf"),
         (lambda: guides.FullCovarianceNormal(EVENT, 0), ValueError, "latent_dim must be at least 1; got 0"),
         (lambda: guides.DiagonalNormal(EVENT, 3, rank=2), TypeError, "unexpected keyword argument 'rank'"),
+        (lambda: guides.LowRankNormal(EVENT, 3, widths=(4,)), TypeError, "unexpected keyword .*'widths'"),
+        (
+            lambda: guides.Mixture(EVENT, 3, num_component=4),
+            TypeError,
+            "unexpected keyword .*'num_component'",
+        ),
+        (lambda: guides.Flow(EVENT, 3, activations="elu"), TypeError, "unexpected keyword .*'activations'"),
         (lambda: guides.SemiAmortised(nn.Linear(3, 2)), TypeError, "a `Guide`; got Linear"),
         (
             lambda: guides.SemiAmortised(GUIDES["DiagonalNormal"](), num_steps=0),
@@ -419,7 +426,7 @@ def test_a_frozen_guide_can_be_refined():
         ),
     ],
 )
-def test_wrong_arguments_are_refused(make, error, message):
+def test_wrong_arguments_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
@@ -434,7 +441,7 @@ def test_wrong_arguments_are_refused(make, error, message):
         (guides.Flow, r"\(5, 38\) \(3 \+ 3 \+ 32 "),
     ],
 )
-def test_a_network_with_another_number_of_outputs_is_refused(make, numbers):
+def test_a_network_with_another_number_of_outputs_raises(make, numbers):
     network = nn.Sequential(nn.Flatten(), nn.Linear(8, 7))
-    with pytest.raises(ValueError, match=f"must return shape {numbers}numbers a datum.*got \\(5, 7\\)"):
+    with pytest.raises(ValueError, match=f"must return shape {numbers}numbers per example, .*got \\(5, 7\\)"):
         make(EVENT, 3, network=network)(torch.zeros(5, *EVENT))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.distributions import MixtureSameFamily
 
-from pyro_vae.mixtures import NormalMixture, _conditional_distribution
+from pyro_vae.distributions import NormalMixture, _conditional_distribution
 
 S, N, C, K = 7, 5, 3, 4
 
@@ -17,7 +17,7 @@ def mixture(logits, loc, scale):
     return NormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
 
 
-def test_its_density_is_that_of_torch():
+def test_the_density_equals_torch():
     logits, loc, scale = parameters(N)
     z = torch.randn(S, N, K).double()
     theirs = MixtureSameFamily(
@@ -27,7 +27,7 @@ def test_its_density_is_that_of_torch():
     assert torch.equal(mixture(logits, loc, scale).log_prob(z), theirs.log_prob(z))
 
 
-def test_the_derivative_of_the_distribution_functions():
+def test_the_jacobian_of_the_distribution_functions():
     logits, loc, scale = parameters()
     z = torch.randn(K).double()
     _, du_dz = _conditional_distribution(z, logits, loc, scale)
@@ -41,7 +41,7 @@ def test_the_derivative_of_the_distribution_functions():
 
 
 def test_draws_keep_their_distribution_function_when_parameters_move():
-    """z(φ) as its gradient has it, at φ + δ, has the same u as z(φ) at φ, up to δ²."""
+    """z(φ) extrapolated by its gradient to φ + δ has the same u as at φ, up to δ²."""
     phi = parameters(N)
     phi = [p.requires_grad_() for p in phi]
     z = mixture(*phi).rsample((S,))
@@ -91,7 +91,7 @@ def test_moments_and_their_gradients():
     found = torch.stack(draws)
     error = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - exact).abs() <= 5 * error).all()
-    assert error.max() < 0.1 * exact.abs().max()  # so that the bound above means something
+    assert error.max() < 0.1 * exact.abs().max()  # otherwise the bound above is empty
 
 
 def test_many_dimensions_and_coinciding_components_in_single_precision():
@@ -104,7 +104,7 @@ def test_many_dimensions_and_coinciding_components_in_single_precision():
     torch.testing.assert_close(gradients[1].sum(1), torch.ones(N, 200), rtol=0, atol=1e-3)
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_raises():
     logits, loc, scale = (p.requires_grad_() for p in parameters())
     (gradient,) = torch.autograd.grad(
         (mixture(logits, loc, scale).rsample() ** 3).sum(), loc, create_graph=True
@@ -113,7 +113,7 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-def test_other_components_are_refused():
+def test_other_components_raise():
     q = NormalMixture(
         dist.Categorical(logits=torch.zeros(C)), dist.Laplace(torch.zeros(C, K), 1.0).to_event(1)
     )

@@ -1,12 +1,14 @@
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
-from pyro_vae import networks
+from pyro_vae import guides, likelihoods, networks
 
 
 @pytest.mark.parametrize("size", [(28, 28), (7, 9), (4, 5), (33, 17)])
-def test_convolutional_trunks_keep_the_size_of_any_picture(size):
+def test_convolutional_networks_keep_the_size_of_any_image(size):
     image = (3, *size)
     code = networks.ConvEncoder(image, 11, channels=(5, 6))(torch.zeros(2, *image))
     assert code.shape == (2, 11)
@@ -37,6 +39,32 @@ def test_activations_are_the_named_ones():
     assert [type(layer) for layer in networks.MLP(3, 2, hidden_features=())] == [nn.Flatten, nn.Linear]
 
 
+def public_classes(room):
+    return [cls for cls in map(vars(room).get, room.__all__) if not inspect.isabstract(cls)]
+
+
+CONDITIONALS = [
+    *[(make, ((2, 4), 3)) for make in public_classes(guides) if make is not guides.SemiAmortised],
+    *[(make, (3, (2, 4))) for make in public_classes(likelihoods)],
+]
+
+
+@pytest.mark.parametrize(("make", "sizes"), CONDITIONALS)
+def test_every_guide_and_likelihood_takes_the_network_options(make, sizes):
+    network = make(*sizes, hidden_features=(7, 5), activation="elu").network
+    assert [layer.out_features for layer in list(network)[1:4:2]] == [7, 5]
+    assert isinstance(network[2], nn.ELU)
+    assert make(*sizes).network[1].out_features == 400
+    assert make(*sizes, network=network).network is network
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hiden_features'"):
+        make(*sizes, hiden_features=(7,))
+
+
+def test_raw_one_is_mapped_to_one():
+    raw = torch.tensor(networks.RAW_ONE, dtype=torch.float64)
+    assert networks.positive(raw).item() == pytest.approx(1, abs=1e-15)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -47,6 +75,6 @@ def test_activations_are_the_named_ones():
         (lambda: networks.ConvDecoder(2, (1, 8, 8), channels=()), "at least one"),
     ],
 )
-def test_bad_arguments_are_refused(make, message):
+def test_wrong_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -43,7 +43,7 @@ def make_vae(prior, guide=None):
     return pv.VAE(prior=prior, likelihood=likelihood, guide=guide).double()
 
 
-# What every prior must be
+# Properties of every prior
 
 
 @every_prior
@@ -134,7 +134,7 @@ def test_every_prior_of_the_package_is_in_the_table():
     assert {type(make()) for make in PRIORS.values()} == {getattr(priors, name) for name in priors.__all__}
 
 
-# What each of them is
+# Each prior
 
 
 def test_a_learned_normal_starts_as_the_standard_one():
@@ -146,8 +146,8 @@ def test_a_mixture_starts_with_equal_weights():
     prior = priors.Mixture(K, num_components=3)
     z = torch.randn(N, K)
     normal = torch.distributions.Normal(prior.loc, 1.0)
-    by_hand = normal.log_prob(z.unsqueeze(1)).sum(-1).exp().mean(-1).log()
-    torch.testing.assert_close(prior().log_prob(z), by_hand)
+    expected = normal.log_prob(z.unsqueeze(1)).sum(-1).exp().mean(-1).log()
+    torch.testing.assert_close(prior().log_prob(z), expected)
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -158,8 +158,8 @@ def test_a_vamp_prior_is_the_average_of_the_guide(guide):
     u, z = data(4), torch.randn(N, K).double()
     prior.set_pseudo_inputs(u)
     densities = torch.stack([guide(u[c]).log_prob(z).exp() for c in range(4)])
-    by_hand = (prior.logits.softmax(0) @ densities).log()
-    torch.testing.assert_close(prior().log_prob(z), by_hand, rtol=1e-8, atol=1e-8)
+    expected = (prior.logits.softmax(0) @ densities).log()
+    torch.testing.assert_close(prior().log_prob(z), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_a_vamp_prior_shares_the_guide_also_when_copied_and_rebuilt(tmp_path):
@@ -191,7 +191,7 @@ def test_parts_that_are_not_shared_are_rebuilt_apart():
     assert other.prior.guide is not other.posterior
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,6 @@ def test_parts_that_are_not_shared_are_rebuilt_apart():
         (lambda: rebuild({"again": 0}), "part 0 is used again, but only 0 parts stand before it"),
     ],
 )
-def test_wrong_arguments_are_refused(make, message):
+def test_wrong_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -203,12 +203,14 @@ def rebuildable(cls: _Class) -> _Class:
     _CLASSES[name] = cls
     construct = cls.__init__
     signature = inspect.signature(construct)
+    keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(construct)
     def record_and_construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         if type(self) is cls:
             arguments = signature.bind(self, *args, **kwargs).arguments
+            arguments |= arguments.pop(keywords, {})  # recorded as if each were a named parameter
             values = {
                 key: copy.copy(value) if isinstance(value, list) else value
                 for key, value in arguments.items()

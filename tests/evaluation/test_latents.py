@@ -8,8 +8,8 @@ import torch
 from solved import within
 
 from pyro_vae import terms
+from pyro_vae.distributions import NormalMixture
 from pyro_vae.evaluation.latents import marginals, units
-from pyro_vae.mixtures import NormalMixture
 
 N, K, S = 4, 3, 6
 

@@ -1,6 +1,6 @@
-"""Every guide and every prior of the package, by name. The property tests run over them.
+"""Every guide and every prior of the package, by name, for the property tests.
 
-A new one costs one line here.
+A new class takes one line here.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vae import guides, priors
 
-EVENT, K, N, S = (2, 4), 2, 3, 5  # shape of a datum, latent dimensions, data, particles
+EVENT, K, N, S = (2, 4), 2, 3, 5  # shape of an example, latent dimensions, examples, particles
 
 Make = Callable[..., nn.Module]
 
