@@ -1,7 +1,7 @@
 """Minibatches of data in memory: their order, and their binarisation on the way.
 
-The order of an epoch is a function of the seed and the epoch's number alone, so that a run can be
-resumed at any batch of it.
+Order and binarisation are functions of the seed, the epoch and the number of the batch alone, so that a run
+can be resumed at any batch, and reading ahead changes nothing.
 """
 
 import zlib
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.data.datasets import Images
-from pyro_vae.utils.isolation import derived_seed
+from pyro_vae.data.images import Images
+from pyro_vae.utils.isolation import derived_seed, seed_at
 from pyro_vae.utils.validation import require_floating
 
 __all__ = ["Batches"]
 
-_ORDER, _BITS, _SPLIT = 10, 11, 12  # streams of random numbers
+_ORDER, _BITS, _SPLIT, _FIXED = 10, 11, 12, 13  # streams of random numbers
 _CHUNK = 4096  # data checked at a time
 
 
@@ -63,7 +63,6 @@ class Batches:
         self.seed = seed
         self.device = torch.device(device)
         self.bits = torch.Generator(data.pixels.device if isinstance(data, Images) else data.device)
-        self.bits.manual_seed(derived_seed(seed, _BITS))
         self.dynamic = False
         if binarize is None:
             self.data = data
@@ -80,7 +79,7 @@ class Batches:
                 "divide those of 0..255 by 255"
             )
         if mode == "fixed":
-            return torch.bernoulli(grey, generator=self.bits)
+            return torch.bernoulli(grey, generator=self.bits.manual_seed(derived_seed(self.seed, _FIXED)))
         if mode == "threshold":
             return (grey >= 0.5).to(grey.dtype)
         if mode != "dynamic":
@@ -118,15 +117,20 @@ class Batches:
 
     def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Tensor]:
         """Yield the batches (B, *event_shape) of a pass in random order, from the batch `start` on."""
-        for index in self._order(_ORDER, number).split(batch_size)[start:]:
-            yield self._at(index)
+        bits = derived_seed(self.seed, _BITS, number)
+        parts = self._order(_ORDER, number).split(batch_size)
+        for batch in range(start, len(parts)):
+            yield self._at(parts[batch], seed_at(bits, batch))
 
     def in_order(self, batch_size: int) -> Iterator[Tensor]:
         """Yield the batches (B, *event_shape) of a pass in the order of the data."""
-        for index in torch.arange(len(self)).split(batch_size):
-            yield self._at(index)
+        bits = derived_seed(self.seed, _BITS)  # the same at each pass
+        for number, index in enumerate(torch.arange(len(self)).split(batch_size)):
+            yield self._at(index, seed_at(bits, number))
 
-    def _at(self, index: Tensor) -> Tensor:
+    def _at(self, index: Tensor, seed: int) -> Tensor:
+        if self._binarisation == "dynamic":
+            self.bits.manual_seed(seed)
         if isinstance(self.data, Images):
             return self.data.batch(index.to(self.data.pixels.device), self.bits).to(self.device)
         batch = self.data.index_select(0, index.to(self.data.device))
@@ -138,7 +142,6 @@ class Batches:
         Raises:
             ValueError: What the check raises, with the first index of the chunk it speaks of.
         """
-        state = self.bits.get_state()
         for number, chunk in enumerate(self.in_order(_CHUNK)):
             try:
                 check_data(chunk)
@@ -148,7 +151,6 @@ class Batches:
                 raise
             if self._binarisation == "dynamic":
                 break
-        self.bits.set_state(state)
 
     @property
     def _binarisation(self) -> str | None:

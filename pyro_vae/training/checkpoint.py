@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_vae.objectives.estimators import label
@@ -64,9 +63,6 @@ class Checkpoint:
             run.vae.save(best)
         elif not run.history:
             best.unlink(missing_ok=True)  # of an earlier run
-        noise = [torch.get_rng_state()]
-        if run.device.type == "cuda":
-            noise.append(torch.cuda.get_rng_state(run.device))
         content = {
             "settings": self.settings,
             "model": run.vae.state_dict(),
@@ -74,8 +70,6 @@ class Checkpoint:
             "optimizer": run.optimizer.state_dict(),
             "schedule": run.schedule.state_dict() if run.schedule else None,
             "products": run.svi.fastest_products,
-            "noise": noise,
-            "bits": run.train.bits.get_state(),
             "history": [dataclasses.asdict(epoch) for epoch in run.history],
             "done": run.done,
             "seconds": run.seconds,
@@ -88,10 +82,6 @@ class Checkpoint:
         run.optimizer.load_state_dict(content["optimizer"])
         if run.schedule is not None:
             run.schedule.load_state_dict(content["schedule"])
-        torch.set_rng_state(content["noise"][0])
-        if run.device.type == "cuda":
-            torch.cuda.set_rng_state(content["noise"][1], run.device)
-        run.train.bits.set_state(content["bits"])
         run.history.extend(Epoch(**row) for row in content["history"])
         run.best_state = content["best"]
         run.done = [tuple(batch) for batch in content["done"]]

@@ -32,7 +32,7 @@ from pyro_vae.vae import VAE
 
 __all__ = ["Callback", "TensorBoard", "fit"]
 
-_NOISE, _CALLBACKS = 20, 21  # streams of random numbers
+_CALLBACKS = 21  # a stream of random numbers
 
 
 class Callback(Protocol):
@@ -90,9 +90,9 @@ def fit(
     """Train a VAE by stochastic variational inference.
 
     Maximises the mean over the data of the estimator's bound, for the default the ELBO with its KL
-    in closed form, by minibatches in a fresh random order each epoch. The order of the data, the
-    noise of training, and evaluation draw from separate streams derived from `seed`; the global
-    generators are left as they were.
+    in closed form, by minibatches in a new random order each epoch. The order of the data, binarisation,
+    the noise of a step, and evaluation are functions of `seed` and of the number of epoch and step; the
+    global generators are restored.
 
     With `checkpoint_dir` the run is saved there after every epoch, and when it is interrupted:
     "last.pt" to resume from, and "best.pt", the VAE of the best epoch so far, for `VAE.load`. A run
@@ -171,7 +171,7 @@ def fit(
         resume=resume,
     )
     train, held_out = _prepare(vae, data, validation, binarize, seed)
-    with _surroundings(vae, train.device, derived_seed(seed, _NOISE)):
+    with _surroundings(vae, train.device, seed):
         run = Run(vae, train, held_out, settings)
         checkpoint = Checkpoint(run)
         checkpoint.begin(resume=resume)

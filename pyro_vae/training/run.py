@@ -19,7 +19,7 @@ from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import terms
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.utils.isolation import derived_seed, evaluating
+from pyro_vae.utils.isolation import derived_seed, evaluating, seed_at, seed_generators
 from pyro_vae.utils.validation import NonFiniteError
 from pyro_vae.vae import VAE
 
@@ -27,7 +27,7 @@ __all__ = ["Run", "Settings"]
 
 logger = logging.getLogger("pyro_vae")
 
-_EVALUATION = 22  # a stream of random numbers
+_NOISE, _EVALUATION = 20, 22  # streams of random numbers
 _BATCH_SIZE = 128  # by default
 
 
@@ -87,9 +87,7 @@ class Run:
 
     def _check_fit(self) -> None:
         """Check the pair on two data, before an earlier run in the folder gives way to this one."""
-        state = self.train.bits.get_state()
         x = next(self.train.in_order(min(2, len(self.train))))
-        self.train.bits.set_state(state)
         self.vae.eval()
         self.svi.check(x)
         estimator = inner_estimator(self.svi.loss)
@@ -110,10 +108,12 @@ class Run:
         """Take the remaining steps of the epoch under way, yielding the length of each batch."""
         epoch = len(self.history)
         self.vae.train()
+        noise = derived_seed(self.settings.seed, _NOISE, epoch)
         started = time.perf_counter() - self.seconds
         for batch in self.train.epoch(epoch, batch_size=self.batch_size, start=len(self.done)):
             if isinstance(self.svi.loss, KLWeighted):
                 self.svi.loss.steps = epoch * self.steps_per_epoch + len(self.done)
+            seed_generators(self.device, seed_at(noise, len(self.done)))
             try:
                 loss = self.svi.step(batch)
             except NonFiniteError as error:
@@ -166,15 +166,13 @@ class Run:
     def _validation_elbo(self) -> tuple[float, float]:
         if self.held_out is None:
             return math.nan, math.nan
-        seed = derived_seed(
-            self.settings.seed, _EVALUATION
-        )  # the same noise after every epoch: smoother curves
-        self.held_out.bits.manual_seed(seed)
-        with evaluating(self.vae, self.device, seed):
-            batches = self.held_out.in_order(1024)
-            elbo = torch.cat(
-                [terms(self.vae.model, self.vae.guide, x).elbo.mean(0).double() for x in batches]
-            )
+        noise = derived_seed(self.settings.seed, _EVALUATION)  # the same after every epoch: smoother curves
+        elbos = []
+        with evaluating(self.vae, self.device, noise):
+            for number, x in enumerate(self.held_out.in_order(1024)):
+                seed_generators(self.device, seed_at(noise, number))
+                elbos.append(terms(self.vae.model, self.vae.guide, x).elbo.mean(0).double())
+        elbo = torch.cat(elbos)
         if not elbo.isfinite().all():
             index = int((~elbo.isfinite()).nonzero()[0])
             raise NonFiniteError(

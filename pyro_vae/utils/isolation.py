@@ -28,6 +28,8 @@ __all__ = [
     "preserved",
     "python_noise",
     "restore_python_noise",
+    "seed_at",
+    "seed_generators",
 ]
 
 _KEPT = 31 * 2**20  # bytes
@@ -48,15 +50,41 @@ def derived_seed(seed: int, *key: int) -> int:
     return int(np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0])
 
 
+def seed_at(stream: int, step: int) -> int:
+    """Return the seed of one step of a stream, so that its random numbers depend on no earlier step.
+
+    Steps of a stream have different seeds, up to 2³² steps. The low 32 bits, which are all that torch's
+    generator of the CPU takes, are a one-to-one scrambling of stream + step.
+
+    Args:
+        stream: A seed from `derived_seed`.
+        step: Number of the step, from 0.
+
+    Example:
+        >>> stream = derived_seed(0, 1)
+        >>> len({seed_at(stream, step) % 2**32 for step in range(1000)})
+        1000
+    """
+    word = (stream + step) & 0xFFFFFFFF
+    word = ((word ^ (word >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    word = ((word ^ (word >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return (stream >> 32 << 32) | (word ^ (word >> 16))
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed torch's global generators of the CPU and of `device`, and of no other device."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @contextmanager
 def isolated_generators(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators of the CPU and of `device` within the block; restore them after it."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every other device too
-        for each in cuda:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
+        seed_generators(device, seed)
         yield
 
 

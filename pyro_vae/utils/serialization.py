@@ -35,7 +35,7 @@ __all__ = [
     "write",
 ]
 
-_VERSION = 1
+_VERSIONS = {"run": 2}  # of the formats of files; 1 of all others
 _Result = TypeVar("_Result")
 _Class = TypeVar("_Class", bound=type[nn.Module])
 _CLASSES: dict[str, type[nn.Module]] = {}
@@ -94,7 +94,9 @@ def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> N
     content = to_plain(content, lambda v: v if isinstance(v, torch.Tensor) else NotImplemented, "content")
     try:
         with replacing(path) as partial:
-            torch.save({"format": f"pyro_vae {kind}", "version": _VERSION, "content": content}, partial)
+            torch.save(
+                {"format": f"pyro_vae {kind}", "version": _VERSIONS.get(kind, 1), "content": content}, partial
+            )
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         advice = "an earlier one of that name is untouched. Is the folder there, writable, with space left?"
         raise OSError(f"cannot write the checkpoint {path}: {error}; {advice}") from error
@@ -165,9 +167,11 @@ def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device 
     if not (isinstance(stored, dict) and stored.get("format") == f"pyro_vae {kind}"):
         found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise CheckpointError(f"{path} should hold a {kind!r} file of pyro_vae; found {found!r}")
-    if stored.get("version") != _VERSION:
+    version = _VERSIONS.get(kind, 1)
+    if stored.get("version") != version:
         raise CheckpointError(
-            f"{path} has format version {stored.get('version')!r}; this release reads version {_VERSION}"
+            f"{path} has format version {stored.get('version')!r} and this release reads version {version}: "
+            "use the release that wrote it, or begin again in another folder"
         )
     return stored["content"]
 

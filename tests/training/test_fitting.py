@@ -714,3 +714,46 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
             checkpoint_dir=tmp_path / "file" / "run",
             progress=False,
         )
+
+
+# Randomness is a function of seed, epoch and step -----------------------------------------------------------
+
+
+def test_the_noise_of_a_step_depends_on_no_earlier_step(monkeypatch):
+    """Whatever else draws between steps, the noise of each is the same."""
+    step, losses = pv.SVI.step, {True: [], False: []}
+
+    for disturb in (False, True):
+
+        def disturbed(svi, x, disturb=disturb):
+            loss = step(svi, x)
+            losses[disturb].append(loss)
+            if disturb:
+                torch.rand(len(losses[disturb]))
+            return loss
+
+        monkeypatch.setattr(pv.SVI, "step", disturbed)
+        train(make_vae(), None, epochs=2)
+    assert losses[True] == losses[False]
+    assert len(set(losses[True])) == len(losses[True])
+
+
+def test_steps_draw_different_noise(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pv.SVI, "step", lambda svi, x: drawn.append(torch.rand(()).item()) or 1.0)
+    train(make_vae(), None, epochs=3, patience=None, schedule=None)
+    assert len(set(drawn)) == len(drawn) == 3 * 6  # 82 examples in batches of 16
+
+
+def test_a_checkpoint_holds_no_generator_states(tmp_path):
+    train(make_vae(), tmp_path, epochs=1)
+    content = serialization.read(tmp_path / "last.pt", "run")
+    assert not {"noise", "bits"} & set(content)
+
+
+def test_a_run_of_an_earlier_format_is_refused_in_one_sentence(tmp_path):
+    train(make_vae(), tmp_path, epochs=1)
+    stored = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save({**stored, "version": 1}, tmp_path / "last.pt")
+    with pytest.raises(pv.CheckpointError, match=r"version 1 and this release reads version 2: [^.]*folder$"):
+        train(make_vae(), tmp_path, epochs=2, resume=True)
