@@ -196,7 +196,7 @@ def by_many_draws(
     estimator: ELBO, vae: pv.VAE, x: Tensor, args: argparse.Namespace, *, copies: int = 50, rounds: int = 40
 ) -> Estimate:
     """An estimator's bound by its definition, from many draws of its own for each datum."""
-    plain = target(estimator).plain["model"]
+    plain = target(estimator).reference_estimators["model"]
     bound = (plain.estimator if isinstance(plain, pv.KLWeighted) else plain).estimator
     torch.manual_seed(args.seed + 1)
     many = x.repeat(copies, 1)

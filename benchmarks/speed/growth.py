@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator
 from pyro.infer import TraceMeanField_ELBO
 
 import pyro_vae as pv
-from pyro_vae.comparison.peak_memory import peak_memory
+from pyro_vae.comparison.experiment import peak_memory
 from pyro_vae.inference.svi import ENGINES
 
 RESULTS = Path(__file__).parent.parent / "results"

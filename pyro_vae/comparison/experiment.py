@@ -1,13 +1,14 @@
-"""Estimators of the ELBO and its kin, side by side: what they estimate, how well, and at what cost.
+"""Compare ELBO estimators: bias, gradient variance and SNR, time and memory.
 
-Notation: R repeats of one step on one batch of N data, the parameters unchanged.
+Notation: R repeats of one step on one batch of N examples, at fixed parameters.
 """
 
 import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,10 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_vae.comparison.gradient_noise import GradientMoments, ZeroMeanTest
-from pyro_vae.comparison.peak_memory import peak_memory
 from pyro_vae.comparison.reference_bounds import Target, target
 from pyro_vae.comparison.result import PARAMETERS, Comparison, Measured, Reference, summarise
 from pyro_vae.evaluation.importance_sampling import evaluate
@@ -32,10 +34,10 @@ from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.validation import NonFiniteError, require_count
 
-__all__ = ["compare_estimators"]
+__all__ = ["compare_estimators", "peak_memory"]
 
-_NOISE, _REFERENCE = 40, 41  # streams of random numbers
-_ROUNDS = 7  # of timing
+_NOISE, _REFERENCE = 40, 41  # keys of the random streams
+_ROUNDS = 7  # timings per estimator
 
 
 def compare_estimators(
@@ -53,46 +55,45 @@ def compare_estimators(
 ) -> Comparison:
     r"""Compare estimators by repeated steps on one batch, at the same parameters.
 
-    For each: the value, its standard error, and its bias against log p(x); its bias against the bound that it
-    is to estimate; of its gradient, in the model's and the guide's parameters apart, the variance, the
-    signal-to-noise ratio and a test for bias; the time and memory of a step. `print` shows the tables, and
-    says in words which differences exceed their errors.
+    Measured for each estimator: its value with standard error, the bias of the value against log p(x) and
+    against its own bound; the variance, signal-to-noise ratio and a bias test of its gradient, separately in
+    model and guide parameters; time and memory of a step. `print` shows tables, and sentences on the
+    differences that exceed their errors.
 
-    The gradient is that of the mean bound over the data. Of R draws g of it,
+    The gradient is that of the mean bound over the batch. From R draws g,
 
     .. math:: \mathrm{variance} = E \|g - E g\|^2, \qquad \mathrm{SNR} = \|E g\| / \sqrt{E \|g - E g\|^2},
 
-    for one coordinate the SNR of Rainforth et al. (2018). Averaging n steps multiplies SNR² by n; an
-    *effective sample* is what brings it to 1, so its time is that of a step over SNR².
+    for one coordinate the SNR of Rainforth et al. (2018). Averaging n steps multiplies SNR² by n. An
+    *effective sample* is as many steps as bring it to 1, and takes the time of a step over SNR².
 
-    An estimator's value and gradient are held against its own bound's, which follow from the definition of
-    the bound alone, through no shortcut (`targets.Plain`). With `KLWeighted` the gradient is that of the
+    An estimator's own bound and its gradient are estimated by their definition
+    (`pyro_vae.comparison.reference_bounds.ReferenceEstimator`). With `KLWeighted` the gradient is that of the
     weighted bound, and the value that of the bound at β = 1.
 
-    In repeat r all estimators start from the same random numbers: those with as many particles share their
-    draws, so that differences between them show beside less noise. The pair runs in evaluation mode. Its
-    mode, its parameters and their gradients, torch's generators and Pyro's parameter store are left as they
-    were.
+    In repeat r all estimators start from the same random numbers. Those with the same number of particles
+    share their draws, which reduces the noise of their differences. The pair runs in evaluation mode. Modes,
+    parameters, gradients, torch's generators and Pyro's parameter store are restored.
 
     Args:
-        model: A Pyro model of one batch; for a VAE, `vae.model`. Parameters count as the model's or the
-            guide's as the two show them to Pyro; one that both show counts in both.
+        model: A Pyro model of one batch; for a VAE, `vae.model`. The parameters at its `param` sites count as
+            model parameters, those of the guide as guide parameters; a shared parameter counts in both.
         guide: A Pyro guide of the same argument; for a VAE, `vae.guide`.
         data: The batch, (N, *event_shape), in the support of the likelihood.
-        estimators: What to compare; in a mapping by names of your own.
+        estimators: Estimators to compare; a mapping names them.
         num_repeats: R ≥ 10.
-        reference: Exact log p(x) of each datum, (N,). By default it is estimated by importance sampling,
-            and its error is part of every t.
-        num_reference_particles: Draws for each datum of that estimate.
+        reference: Exact log p(x) of each example, (N,). By default it is estimated by importance sampling,
+            and every t includes its error.
+        num_reference_particles: Draws per example of that estimate.
         seed: Non-negative integer from which every random number is derived.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
+        max_plate_nesting: Number of plate dimensions of the pair; see `terms`.
         progress: Show a progress bar, in a terminal or a notebook.
 
     Raises:
-        TypeError: If the model or the guide cannot be called, the estimators are not all a
-            `pyro.infer.ELBO`, the data no tensor, or a number no integer.
-        ValueError: If there is no estimator, R is below 10, the reference has another shape or is not
-            finite, the pair or the data are unfit (see `terms`), or an estimator is wrong for the pair.
+        TypeError: If the model or guide is not callable, an estimator is not a `pyro.infer.ELBO`, `data` is
+            not a tensor, or a number is not an integer.
+        ValueError: If `estimators` is empty, R is below 10, `reference` has the wrong shape or is not finite,
+            an estimator is not valid for the pair, or the pair or the data are not valid (see `terms`).
         NonFiniteError: If a value or gradient is infinite or NaN; names the estimator.
 
     Source: T. Rainforth et al. (2018), Tighter variational bounds are not necessarily better,
@@ -120,7 +121,7 @@ def compare_estimators(
         _Candidate(name, estimator, target(estimator, max_plate_nesting=max_plate_nesting))
         for name, estimator in _named(estimators).items()
     ]
-    with _undisturbed(model, guide, data.device, derived_seed(seed, _NOISE)) as restore:
+    with _isolated(model, guide, data.device, derived_seed(seed, _NOISE)) as restore:
         step = _Step(model, guide, data, max_plate_nesting=max_plate_nesting)
         restore(step.parameters)
         for candidate in candidates:
@@ -128,13 +129,13 @@ def compare_estimators(
                 check_mean_field(model, guide, data)
         known = _reference(step, reference, num_reference_particles, derived_seed(seed, _REFERENCE), progress)
         with progress_bar(num_repeats * len(candidates), shown=progress, unit=" steps") as bar:
-            for group in _by_target(candidates):
+            for group in _group_by_target(candidates):
                 for repeat in range(num_repeats):
                     _repeat(step, group, derived_seed(seed, _NOISE, repeat), num_repeats)
                     bar.update(len(group))
         seconds = _seconds(step, candidates)
         return summarise(
-            [_measured(step, candidate, seconds[candidate.name]) for candidate in candidates],
+            [_measure(step, candidate, seconds[candidate.name]) for candidate in candidates],
             known,
             num_data=len(data),
             num_repeats=num_repeats,
@@ -146,20 +147,20 @@ def compare_estimators(
 
 @dataclass
 class _Candidate:
-    """An estimator under comparison, and what has been gathered of it."""
+    """An estimator under comparison, with its measurements so far."""
 
     name: str
     estimator: ELBO
     target: Target | None
     bound: list[float] = field(default_factory=list)
-    plain_bound: list[float] = field(default_factory=list)
+    reference_bound: list[float] = field(default_factory=list)
     moments: dict[str, GradientMoments] = field(default_factory=dict)
-    plain_moments: dict[str, GradientMoments] = field(default_factory=dict)
+    reference_moments: dict[str, GradientMoments] = field(default_factory=dict)
     tests: dict[str, ZeroMeanTest] = field(default_factory=dict)
 
 
 def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:
-    """Give each estimator a name of its own; as copies, for some change as they are used."""
+    """Return copies of the estimators, as use changes some, under unique names."""
     if not isinstance(estimators, Iterable) or isinstance(estimators, str):
         raise TypeError(f"estimators must be a list of pyro.infer.ELBO, or a mapping; got {estimators!r}")
     if isinstance(estimators, Mapping):
@@ -168,15 +169,15 @@ def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:
         named = {}
         for estimator in estimators:
             name = label(estimator) if isinstance(estimator, ELBO) else repr(estimator)
-            alike = sum(other == name or other.startswith(f"{name} #") for other in named)
-            named[f"{name} #{alike + 1}" if alike else name] = estimator
+            same = sum(other == name or other.startswith(f"{name} #") for other in named)
+            named[f"{name} #{same + 1}" if same else name] = estimator
     if not named:
-        raise ValueError("there is no estimator to compare: give at least one")
+        raise ValueError("estimators is empty: give at least one estimator")
     for name, estimator in named.items():
         if not isinstance(estimator, ELBO):
             kind = f"{estimator.__name__} itself: call it" if isinstance(estimator, type) else repr(estimator)
             raise TypeError(f"an estimator must be a pyro.infer.ELBO, such as Trace_ELBO(); got {kind}")
-        if isinstance(estimator, KLWeighted):  # of the present step, for its schedule would go on
+        if isinstance(estimator, KLWeighted):  # fixed at its present weight: each step advances a schedule
             named[name] = KLWeighted(
                 copy.copy(estimator.estimator),
                 estimator.beta,
@@ -193,7 +194,7 @@ def _innermost(estimator: ELBO) -> ELBO:
 
 
 class _Step:
-    """One evaluation of an estimator: its value and gradient per datum."""
+    """One step of an estimator: value and gradient of the mean bound, without an update."""
 
     def __init__(self, model: Program, guide: Program, data: Tensor, *, max_plate_nesting: int):
         self.model, self.guide, self.data = model, guide, data
@@ -203,7 +204,7 @@ class _Step:
         self.dtype = first.log_weight.dtype
         num_data = first.sites.num_data
         weight = torch.as_tensor(first.scale, dtype=torch.float64).expand(num_data).cpu()
-        self.total = float(weight.sum())  # what a loss is the mean bound times
+        self.total = float(weight.sum())  # loss / mean bound, up to sign
         self.weight = weight / weight.sum()
         guide_trace = poutine.trace(guide).get_trace(data)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(data)
@@ -215,7 +216,7 @@ class _Step:
         }
 
     def __call__(self, estimator: ELBO) -> tuple[float, dict[str, Tensor]]:
-        """Estimate the bound, and its gradient in the parameters of each kind, flattened."""
+        """Estimate the bound and its gradient in model and guide parameters, each flattened."""
         loss, gradient = self.loss_and_gradient(estimator)
         flat = {
             name: torch.cat([gradient[place].flatten() for place in places]) / -self.total
@@ -225,68 +226,67 @@ class _Step:
         return -loss / self.total, flat
 
     def loss_and_gradient(self, estimator: ELBO) -> tuple[float, list[Tensor]]:
-        """Take what training takes of an estimator, in the way of `pyro_vae.SVI`."""
+        """Return loss and gradient as `pyro_vae.SVI` computes them for training."""
         if hasattr(estimator, "differentiable_loss"):
             loss = estimator.differentiable_loss(self.model, self.guide, self.data)
             if not (self.parameters and loss.requires_grad):
                 return float(loss.detach()), [torch.zeros_like(p) for p in self.parameters]
             gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
             return float(loss.detach()), list(gradient)
-        for parameter in self.parameters:  # such as TraceGraph_ELBO
+        for parameter in self.parameters:  # TraceGraph_ELBO, for example, only fills `grad`
             parameter.grad = None
         value = float(estimator.loss_and_grads(self.model, self.guide, self.data))
         return value, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
 
 def _parameters(trace: poutine.Trace) -> dict[Tensor, None]:
-    """The parameters that a trace shows, in order, unconstrained, each once."""
+    """Return the unconstrained parameters at the param sites of a trace, in order, without duplicates."""
     sites = [site for site in trace.nodes.values() if site["type"] == "param"]
     return dict.fromkeys(site["value"].unconstrained() for site in sites)
 
 
-def _by_target(candidates: list[_Candidate]) -> list[list[_Candidate]]:
-    """Put together the candidates that are judged by the same plain estimators."""
+def _group_by_target(candidates: list[_Candidate]) -> list[list[_Candidate]]:
+    """Group the candidates that have the same reference estimators."""
     groups: dict[str, list[_Candidate]] = {}
     for candidate in candidates:
-        key = repr(candidate.target and candidate.target.plain)
+        key = repr(candidate.target and candidate.target.reference_estimators)
         groups.setdefault(key, []).append(candidate)
     return list(groups.values())
 
 
 def _repeat(step: _Step, group: list[_Candidate], seed: int, num_repeats: int) -> None:
-    """Let each of a group take one step from the same random numbers, and the plain estimators with them."""
-    bound = group[0].target
-    plain: dict[str, tuple[float, dict[str, Tensor]]] = {}
-    if bound is not None:
-        for name, estimator in bound.plain.items():
-            if name == "guide" and repr(estimator) == repr(bound.plain["model"]):
-                plain[name] = plain["model"]
-                continue
-            torch.manual_seed(seed)
-            plain[name] = step(estimator)
+    """Run one step of each candidate of a group and of their reference estimators, from the same seed."""
+    references = group[0].target.reference_estimators if group[0].target else {}
+    expected: dict[str, tuple[float, dict[str, Tensor]]] = {}
+    for name, estimator in references.items():
+        if name == "guide" and repr(estimator) == repr(references["model"]):
+            expected[name] = expected["model"]
+            continue
+        torch.manual_seed(seed)
+        expected[name] = step(estimator)
     for candidate in group:
         torch.manual_seed(seed)
         value, gradient = step(candidate.estimator)
         finite = all(bool(part.isfinite().all()) for part in gradient.values())
         if not (math.isfinite(value) and finite):
-            what = "a gradient" if math.isfinite(value) else f"the value {value}"
+            what = "a gradient that is not finite" if math.isfinite(value) else f"the value {value}"
             raise NonFiniteError(
-                f"{candidate.name} gave {what} that is not finite on its step {len(candidate.bound) + 1}; "
+                f"{candidate.name} gave {what} at step {len(candidate.bound) + 1}; "
                 "check the parameters and the data"
             )
         candidate.bound.append(value)
-        if plain:
-            candidate.plain_bound.append(plain["model"][0])
+        if expected:
+            candidate.reference_bound.append(expected["model"][0])
         for name, draw in gradient.items():
             candidate.moments.setdefault(name, GradientMoments()).add(draw)
-            if plain:
-                candidate.plain_moments.setdefault(name, GradientMoments()).add(plain[name][1][name])
-                test = candidate.tests.setdefault(name, ZeroMeanTest(num_repeats))
-                test.add(draw - plain[name][1][name])
+            if expected:
+                expected_draw = expected[name][1][name]
+                candidate.reference_moments.setdefault(name, GradientMoments()).add(expected_draw)
+                candidate.tests.setdefault(name, ZeroMeanTest(num_repeats)).add(draw - expected_draw)
 
 
 def _seconds(step: _Step, candidates: list[_Candidate]) -> dict[str, float]:
-    """Shortest wall-clock time of a step, of several: what other processes add to it is left out."""
+    """Return the shortest of several wall-clock times of a step, which other processes disturb least."""
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     for _ in range(_ROUNDS):
         for candidate in candidates:
@@ -298,8 +298,8 @@ def _seconds(step: _Step, candidates: list[_Candidate]) -> dict[str, float]:
     return {name: min(times) for name, times in seconds.items()}
 
 
-def _measured(step: _Step, candidate: _Candidate, seconds: float) -> Measured:
-    """Sum up a candidate."""
+def _measure(step: _Step, candidate: _Candidate, seconds: float) -> Measured:
+    """Summarise the measurements of a candidate, and measure its memory."""
     rounding = (1e3 * torch.finfo(step.dtype).eps) ** 2
     return Measured(
         name=candidate.name,
@@ -307,10 +307,10 @@ def _measured(step: _Step, candidate: _Candidate, seconds: float) -> Measured:
         num_particles=candidate.estimator.num_particles,
         target=candidate.target,
         bound=candidate.bound,
-        plain_bound=candidate.plain_bound,
+        reference_bound=candidate.reference_bound,
         gradients={
             name: moments.summary(
-                negligible=rounding * candidate.plain_moments.get(name, moments).mean_square
+                negligible=rounding * candidate.reference_moments.get(name, moments).mean_square
             )
             for name, moments in candidate.moments.items()
         },
@@ -321,17 +321,17 @@ def _measured(step: _Step, candidate: _Candidate, seconds: float) -> Measured:
 
 
 def _reference(step: _Step, exact: Tensor | None, num_particles: int, seed: int, progress: bool) -> Reference:
-    """The exact log p(x), averaged over the batch, or an estimate of it."""
+    """Return the mean log p(x) of the batch, exact or estimated by importance sampling."""
     if exact is not None:
         if exact.shape != step.weight.shape:
             raise ValueError(
-                f"reference must hold log p(x) of each datum, shape {tuple(step.weight.shape)}; "
+                f"reference must hold log p(x) of each example, shape {tuple(step.weight.shape)}; "
                 f"got {tuple(exact.shape)}"
             )
         if not exact.isfinite().all():
-            raise ValueError(f"reference must be finite; {int((~exact.isfinite()).sum())} of it are not")
+            raise ValueError(f"reference must be finite; {int((~exact.isfinite()).sum())} values are not")
         return Reference("log p(x), as given", float(step.weight @ exact.detach().cpu().double()), 0.0)
-    judged = evaluate(
+    estimate = evaluate(
         SimpleNamespace(model=step.model, guide=step.guide),
         step.data,
         num_particles=num_particles,
@@ -342,17 +342,17 @@ def _reference(step: _Step, exact: Tensor | None, num_particles: int, seed: int,
     )
     return Reference(
         f"log p(x), estimated by L_{num_particles} of the guide",
-        float(step.weight @ judged.per_datum.log_evidence),
-        float((step.weight * judged.per_datum.log_evidence_mc_se).square().sum().sqrt()),
-        num_unreliable=int((judged.pareto_k > 0.7).sum()),
+        float(step.weight @ estimate.per_datum.log_evidence),
+        float((step.weight * estimate.per_datum.log_evidence_mc_se).square().sum().sqrt()),
+        num_unreliable=int((estimate.pareto_k > 0.7).sum()),
     )
 
 
 @contextlib.contextmanager
-def _undisturbed(model: Program, guide: Program, device: torch.device, seed: int) -> Iterator[Any]:
-    """Run in evaluation mode with random numbers of its own; restore modes, gradients and Pyro's store.
+def _isolated(model: Program, guide: Program, device: torch.device, seed: int) -> Iterator[Any]:
+    """Run in evaluation mode with a seed; restore modes, generators, gradients and Pyro's parameter store.
 
-    Yields a function that takes more tensors whose gradients are to be restored.
+    Yields a function that takes further tensors whose gradients are to be restored.
     """
     owners = [getattr(program, "__self__", program) for program in (model, guide)]
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
@@ -376,3 +376,50 @@ def _undisturbed(model: Program, guide: Program, device: torch.device, seed: int
         finally:
             for tensor, gradient in gradients.items():
                 tensor.grad = gradient
+
+
+def peak_memory(computation: Callable[[], Any]) -> int:
+    """Run a computation and return the peak memory of its tensors, in bytes.
+
+    Counts the storages that torch's operations allocate on any device, forward and backward, until they are
+    freed. Excludes storages that existed before and the workspace of kernels. Unlike the memory of the
+    process, the count depends on the computation alone.
+
+    Example:
+        >>> peak_memory(lambda: torch.ones(1000) + 1)  # two tensors of 4-byte numbers
+        8000
+    """
+    with _Storages() as storages:
+        computation()
+    return storages.peak
+
+
+class _Storages(TorchDispatchMode):
+    """Count the bytes of the storages that operations allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.held = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record the inputs of an operation, allocated before, and its outputs."""
+        self._record((args, kwargs), new=False)
+        result = function(*args, **(kwargs or {}))
+        self._record(result, new=True)
+        return result
+
+    def _record(self, tree: Any, *, new: bool) -> None:
+        for leaf in tree_leaves(tree):
+            if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes:
+                self.sizes[key] = storage.nbytes() if new else 0
+                self.held += self.sizes[key]
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.held -= self.sizes.pop(key)

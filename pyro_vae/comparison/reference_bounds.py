@@ -1,9 +1,8 @@
-"""Which bound an estimator estimates, and that bound's gradient by its definition alone.
+"""Reference estimators: the bound that an estimator targets, with value and gradient by the definition.
 
-Estimators are shortcuts to the gradient of a bound. What they should give on average is known from the
-bound: the gradient of its expectation, through the draws that are reparameterised and by the score function
-for those that are not. It is noisier and takes more draws, and is all the plainer for it: the judge of the
-shortcuts.
+A gradient estimator must agree in expectation with the gradient of the expected bound: through
+reparameterised draws, and by the score function for other draws. `ReferenceEstimator` computes this gradient
+directly. It has more variance than the estimators under comparison, and shares none of their shortcuts.
 """
 
 import dataclasses
@@ -17,26 +16,26 @@ from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG,
 from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.log_terms import Terms
 
-__all__ = ["Plain", "Target", "target"]
+__all__ = ["ReferenceEstimator", "Target", "target"]
 
-_PARTICLES = 16  # at least, in all groups of a plain estimate
+_PARTICLES = 16  # in all groups of a reference estimate, unless the bound takes more
 
 
-class Plain(Estimator):
-    r"""A bound's estimate and gradient by their definition, from several groups of particles.
+class ReferenceEstimator(Estimator):
+    r"""Estimate a bound and its gradient by their definition, from independent groups of particles.
 
     .. math:: \nabla E f(w) = E [ \nabla f + (f - f') \nabla \log q(z|x) ]
 
-    with f the bound's estimate by a group, f' its mean over the other groups, and the second term for sites
-    that are not reparameterised alone.
+    with f the estimate of the bound from one group and f' the mean over the other groups. The second term
+    covers only sites without reparameterisation.
 
     Args:
-        estimator: Gives the bound, by its `bound`.
-        num_groups: Independent groups, at least 2.
+        estimator: The bound is that of its `bound` method.
+        num_groups: Number of groups, at least 2.
 
     Example:
-        >>> Plain(IWAE(5), num_groups=4)
-        Plain(IWAE(5), num_groups=4)
+        >>> ReferenceEstimator(IWAE(5), num_groups=4)
+        ReferenceEstimator(IWAE(5), num_groups=4)
     """
 
     def __init__(self, estimator: Estimator, *, num_groups: int = 2):
@@ -48,11 +47,11 @@ class Plain(Estimator):
         self.estimator = estimator
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average the bound's estimates over groups."""
+        """Average the estimates of the bound over groups."""
         return self._by_group(terms).mean(0)
 
     def surrogate(self, terms: Terms) -> Tensor:
-        """Add the score function, each group's signal less that of the others."""
+        """Add the score-function term, with the mean of the other groups as the baseline."""
         f = self._by_group(terms)
         score = terms.log_score_function.unflatten(0, (self.num_particles, self.num_groups)).sum(0)
         signal = f.detach()
@@ -60,7 +59,7 @@ class Plain(Estimator):
         return (f + (signal - baseline) * score).mean(0)
 
     def _by_group(self, terms: Terms) -> Tensor:
-        """The bound's estimate by each group, (G, N)."""
+        """Estimate the bound from each group, (G, N)."""
         return torch.stack(
             [
                 self.estimator.bound(
@@ -76,35 +75,35 @@ class Plain(Estimator):
         )
 
     def __repr__(self) -> str:
-        return f"Plain({self.estimator!r}, num_groups={self.num_groups})"
+        return f"ReferenceEstimator({self.estimator!r}, num_groups={self.num_groups})"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an estimator estimates.
+    """Bounds that an estimator targets.
 
     Args:
-        bound: Name of the bound that its value estimates.
-        gradients: Names of what its gradients in the "model" and "guide" parameters follow.
-        plain: Plain estimators of these two; the first has the bound's value too.
-        is_lower_bound: Whether the bound is below log p(x).
+        bound: Name of the bound estimated by the value.
+        gradients: Names of the bounds whose gradients are estimated, in "model" and "guide" parameters.
+        reference_estimators: Reference estimators of these gradients; "model" also estimates `bound`.
+        is_lower_bound: Whether the bound is known to be at most log p(x).
     """
 
     bound: str
     gradients: dict[str, str]
-    plain: dict[str, Estimator | KLWeighted]
+    reference_estimators: dict[str, ReferenceEstimator | KLWeighted]
     is_lower_bound: bool
 
 
 def target(estimator: ELBO, *, max_plate_nesting: int = 1) -> Target | None:
-    """Say which bound an estimator estimates; None of one that is not known.
+    """Return the bounds that an estimator targets, or None if they are unknown.
 
-    Judged by class, a subclass by its parent: it is to estimate the same. An `Estimator` of another class
-    is judged by its own `bound`.
+    The class decides, and a subclass has the target of its parent. A user-defined `Estimator` targets its own
+    `bound`.
 
     Args:
-        estimator: Whatever is a `pyro.infer.ELBO`.
-        max_plate_nesting: For the plain estimators; see `terms`.
+        estimator: Any `pyro.infer.ELBO`.
+        max_plate_nesting: Setting of the reference estimators; see `terms`.
 
     Example:
         >>> target(DReG(5)).bound, target(Trace_ELBO()).bound, target(PIWAE(5, 3)).gradients["guide"]
@@ -121,13 +120,13 @@ def target(estimator: ELBO, *, max_plate_nesting: int = 1) -> Target | None:
     return Target(
         bound=_name(model),
         gradients={"model": _name(model), "guide": _name(guide)},
-        plain={"model": _plain(model), "guide": _plain(guide)},
+        reference_estimators={"model": _reference(model), "guide": _reference(guide)},
         is_lower_bound=isinstance(model, IWAE | CIWAE) or (isinstance(model, Renyi) and model.alpha >= 0),
     )
 
 
 def _bound(estimator: ELBO, max_plate_nesting: int) -> Estimator | None:
-    """The estimator whose `bound` another's gradient should follow, in the guide's parameters at least."""
+    """Return the estimator whose `bound` has the gradient, in guide parameters, that `estimator` targets."""
     S, plates = estimator.num_particles, {"max_plate_nesting": max_plate_nesting}
     bound: Estimator | None = None
     match estimator:
@@ -144,12 +143,13 @@ def _bound(estimator: ELBO, max_plate_nesting: int) -> Estimator | None:
     return bound
 
 
-def _plain(estimator: Estimator) -> Plain:
-    return Plain(estimator, num_groups=_PARTICLES // (estimator.num_particles * estimator.num_groups))
+def _reference(estimator: Estimator) -> ReferenceEstimator:
+    num_groups = _PARTICLES // (estimator.num_particles * estimator.num_groups)
+    return ReferenceEstimator(estimator, num_groups=num_groups)
 
 
 def _weighted(estimator: KLWeighted, max_plate_nesting: int) -> Target | None:
-    """The value is that of the wrapped estimator; the gradients are weighted."""
+    """Return the target of the wrapped estimator, with weighted gradients."""
     inner = target(estimator.estimator, max_plate_nesting=max_plate_nesting)
     if inner is None:
         return None
@@ -158,8 +158,9 @@ def _weighted(estimator: KLWeighted, max_plate_nesting: int) -> Target | None:
     return dataclasses.replace(
         inner,
         gradients={name: bound + weight for name, bound in inner.gradients.items()},
-        plain={
-            name: KLWeighted(plain, beta, free_bits=free_bits, per=per) for name, plain in inner.plain.items()
+        reference_estimators={
+            name: KLWeighted(reference, beta, free_bits=free_bits, per=per)
+            for name, reference in inner.reference_estimators.items()
         },
     )
 

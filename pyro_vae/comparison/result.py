@@ -1,7 +1,6 @@
-"""What is reported of estimators compared: a labelled dataset, tables, sentences, figures.
+"""Result of a comparison of estimators: a labelled dataset with tables, findings and figures.
 
-Notation: R repeats of a step on one batch; bounds are in nats per datum, higher is better; a t is a
-difference over its standard error.
+Bounds are in nats per datum, higher is better.
 """
 
 import csv
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pyro_vae import plots
 from pyro_vae.comparison.gradient_noise import GradientSummary
 from pyro_vae.comparison.reference_bounds import Target
-from pyro_vae.comparison.summary import findings, mean_and_error, rounding_error, tables
+from pyro_vae.comparison.summary import VARIABLES, findings, mean_and_error, rounding_error, tables
 from pyro_vae.evaluation.arviz_compat import forest, inference_data
-from pyro_vae.plots.charts import PALETTE
 from pyro_vae.utils.serialization import replacing
 
 if TYPE_CHECKING:
@@ -28,54 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["PARAMETERS", "Comparison", "Measured", "Reference", "summarise"]
 
 PARAMETERS = ("model", "guide")
-_MARKERS = "osD^vP*X<"  # nine, and ten colours: ninety estimators are told apart
 _NOTHING = GradientSummary(math.nan, math.nan, math.nan, math.nan)
-_NATS = "nats per datum"
-# name: (a number for each of, unit, meaning)
-_VARIABLES = {
-    "bound": ("repeat", _NATS, "estimate of the bound by one step"),
-    "value": ("", _NATS, "mean of the estimates"),
-    "value_se": ("", _NATS, "standard error of value over the repeats, for this batch"),
-    "bias": ("", _NATS, "value less the reference"),
-    "bias_se": ("", _NATS, "standard error of bias, of which the reference's and that of rounding are parts"),
-    "bias_t": ("", "1", "bias over its standard error"),
-    "bound_bias": ("", _NATS, "value less a plain estimate of the estimator's own bound"),
-    "bound_bias_se": ("", _NATS, "standard error of bound_bias, repeat by repeat"),
-    "bound_bias_t": ("", "1", "bound_bias over its standard error"),
-    "gradient_variance": (
-        "parameters",
-        "(nats per datum / unit of parameter)^2",
-        "E ‖g − E g‖² of the gradient g of the mean bound of the batch",
-    ),
-    "gradient_variance_se": (
-        "parameters",
-        "(nats per datum / unit of parameter)^2",
-        "standard error of gradient_variance",
-    ),
-    "snr": (
-        "parameters",
-        "1",
-        "signal-to-noise ratio ‖E g‖ / √E ‖g − E g‖², norms over the parameters (Rainforth et al. 2018)",
-    ),
-    "snr_se": ("parameters", "1", "standard error of snr, by the jackknife"),
-    "gradient_bias_t": (
-        "parameters",
-        "1",
-        "gradient less a plain one of its bound, along the direction of largest difference in half of the "
-        "repeats, over its standard error in the other half",
-    ),
-    "time_per_step": (
-        "",
-        "s",
-        "shortest wall-clock time of a value and gradient, of several, the estimators taking turns",
-    ),
-    "time_per_effective_sample": (
-        "parameters",
-        "s",
-        "time_per_step / snr²: until the noise of an averaged gradient is no longer than its mean",
-    ),
-    "peak_memory": ("", "bytes", "peak of the tensor storage allocated by torch's operations in one step"),
-}
 
 
 @dataclass(frozen=True)
@@ -83,10 +35,10 @@ class Reference:
     """Mean log p(x) of the batch, exact or estimated.
 
     Args:
-        name: What it is.
-        value: In nats per datum.
-        standard_error: 0 if exact.
-        num_unreliable: Data for which the estimate cannot be trusted, as their Pareto k̂ is above 0.7.
+        name: Description, for the tables.
+        value: Nats per datum.
+        standard_error: Standard error of `value`; 0 if exact.
+        num_unreliable: Number of examples with Pareto k̂ above 0.7, whose estimate is unreliable.
     """
 
     name: str
@@ -97,14 +49,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Measured:
-    """What has been measured of one estimator; see `comparison._measured`."""
+    """Measurements of one estimator: estimates of the bound, noise and bias of the gradient, time, memory."""
 
     name: str
     family: str
     num_particles: int
     target: Target | None
     bound: list[float]
-    plain_bound: list[float]
+    reference_bound: list[float]
     gradients: dict[str, GradientSummary]
     gradient_bias_t: dict[str, float]
     seconds: float
@@ -112,45 +64,41 @@ class Measured:
 
 
 def summarise(rows: Sequence[Measured], reference: Reference, *, dtype: str, **attrs: Any) -> "Comparison":
-    """Put what was measured, with floating-point numbers of a `dtype`, into a labelled dataset."""
+    """Combine the measurements of all estimators, taken in a `dtype`, in a labelled dataset."""
     import xarray  # noqa: PLC0415 (slow)
 
-    columns = {**_values(rows, reference, dtype), **_gradients(rows)}
-    return Comparison(
-        xarray.Dataset(
-            {
-                name: (
-                    ["estimator", dimension] if dimension else ["estimator"],
-                    columns[name],
-                    {"units": units, "long_name": meaning},
-                )
-                for name, (dimension, units, meaning) in _VARIABLES.items()
-            },
-            coords={
-                name: (dims, values, {"long_name": meaning})
-                for name, (dims, values, meaning) in _coordinates(rows).items()
-            },
-            attrs={
-                "title": "Estimators side by side",
-                "reference": reference.name,
-                "reference_value": reference.value,
-                "reference_se": reference.standard_error,
-                "reference_unreliable": reference.num_unreliable,
-                "dtype": dtype,
-                "num_threads": torch.get_num_threads(),
-                "torch_version": str(torch.__version__),
-                **attrs,
-            },
-        )
+    values = {**_coordinates(rows), **_values(rows, reference, dtype), **_gradients(rows)}
+    units = {variable.name: {"units": variable.unit} if variable.unit else {} for variable in VARIABLES}
+    dataset = xarray.Dataset(
+        {
+            variable.name: (
+                variable.dims,
+                values[variable.name],
+                {**units[variable.name], "long_name": variable.meaning},
+            )
+            for variable in VARIABLES
+        },
+        attrs={
+            "title": "Comparison of ELBO estimators",
+            "reference": reference.name,
+            "reference_value": reference.value,
+            "reference_se": reference.standard_error,
+            "reference_unreliable": reference.num_unreliable,
+            "dtype": dtype,
+            "num_threads": torch.get_num_threads(),
+            "torch_version": str(torch.__version__),
+            **attrs,
+        },
     )
+    return Comparison(dataset.set_coords([variable.name for variable in VARIABLES if not variable.unit]))
 
 
 def _values(rows: Sequence[Measured], reference: Reference, dtype: str) -> dict[str, np.ndarray]:
-    """The values, and how far they are from the reference and from their own bounds."""
+    """Return the mean bounds and their differences from the reference and from their own bounds."""
     bound = np.array([row.bound for row in rows])
-    plain = np.array([row.plain_bound or [math.nan] * len(row.bound) for row in rows])
+    own = np.array([row.reference_bound or [math.nan] * len(row.bound) for row in rows])
     value, value_se = mean_and_error(bound)
-    bound_bias, bound_bias_se = mean_and_error(bound - plain)
+    bound_bias, bound_bias_se = mean_and_error(bound - own)
     rounding = rounding_error(value, dtype)
     bias = value - reference.value
     bias_se = np.sqrt(value_se**2 + reference.standard_error**2 + rounding**2)
@@ -169,7 +117,7 @@ def _values(rows: Sequence[Measured], reference: Reference, dtype: str) -> dict[
 
 
 def _gradients(rows: Sequence[Measured]) -> dict[str, np.ndarray]:
-    """Noise and bias of the gradients, and what they cost."""
+    """Return noise and bias of the gradients, time and memory."""
     found = [[row.gradients.get(kind, _NOTHING) for kind in PARAMETERS] for row in rows]
     snr = np.array([[part.snr for part in parts] for parts in found])
     seconds = np.array([row.seconds for row in rows])
@@ -189,59 +137,50 @@ def _gradients(rows: Sequence[Measured]) -> dict[str, np.ndarray]:
     }
 
 
-def _coordinates(rows: Sequence[Measured]) -> dict[str, tuple[list[str], list, str]]:
-    """What names the estimators, repeats and parameters, and what is known of each estimator beforehand."""
+def _coordinates(rows: Sequence[Measured]) -> dict[str, list]:
+    """Return the labels of estimators, repeats and parameters, and the properties of each estimator."""
     targets = [row.target for row in rows]
-    each = ["estimator"]
     return {
-        "estimator": (each, [row.name for row in rows], "estimator"),
-        "repeat": (["repeat"], list(range(len(rows[0].bound))), "number of the step"),
-        "parameters": (["parameters"], list(PARAMETERS), "parameters shown to Pyro by"),
-        "target": (each, [t.bound if t else "unknown" for t in targets], "bound that the value estimates"),
-        "gradient_target": (
-            ["estimator", "parameters"],
-            [[t.gradients[kind] if t else "unknown" for kind in PARAMETERS] for t in targets],
-            "bound whose gradient is followed",
-        ),
-        "is_lower_bound": (
-            each,
-            [int(t is not None and t.is_lower_bound) for t in targets],  # netCDF knows no truth values
-            "whether the bound is known to be at most log p(x)",
-        ),
-        "family": (each, [row.family for row in rows], "estimator but for its number of particles"),
-        "num_particles": (each, [row.num_particles for row in rows], "particles, in each group"),
+        "estimator": [row.name for row in rows],
+        "repeat": list(range(len(rows[0].bound))),
+        "parameters": list(PARAMETERS),
+        "target": [t.bound if t else "unknown" for t in targets],
+        "gradient_target": [[t.gradients[kind] if t else "unknown" for kind in PARAMETERS] for t in targets],
+        "is_lower_bound": [int(t is not None and t.is_lower_bound) for t in targets],  # netCDF lacks booleans
+        "family": [row.family for row in rows],
+        "num_particles": [row.num_particles for row in rows],
     }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Estimators side by side, from `compare_estimators`; shown as tables, and as what follows from them.
+    """Result of `compare_estimators`; printing it shows tables and findings.
 
-    `found["snr"]` gives a variable with its dimensions, units and meaning; `found.dataset` all of them, as
-    `found.dataset.to_netcdf(path)` writes and `Comparison(xarray.load_dataset(path))` reads again.
+    `found["snr"]` is a variable with dimensions, units and meaning. `found.dataset.to_netcdf(path)` writes
+    all variables, and `Comparison(xarray.load_dataset(path))` reads them.
 
     Args:
-        dataset: Everything that was measured, by estimator, repeat, and model or guide parameters.
+        dataset: All measurements, by estimator, repeat, and model or guide parameters.
     """
 
     dataset: "xarray.Dataset"
 
     def __getitem__(self, name: str) -> "xarray.DataArray":
-        """Give a variable of the dataset."""
+        """Return a variable of the dataset."""
         return self.dataset[name]
 
     def __repr__(self) -> str:
         return "\n".join([*tables(self.dataset), "", *self.findings()])
 
     def findings(self) -> list[str]:
-        """Say which differences exceed four of their standard errors; smaller ones may be chance.
+        """Return sentences on the differences above four standard errors; smaller ones may be chance.
 
-        In a ranking, "A ≈ B > C" says that B is not so far below A, and C is.
+        In a ranking "A ≈ B > C", C is more than four standard errors below A, and B is not.
         """
         return findings(self.dataset)
 
     def columns(self) -> dict[str, list]:
-        """Give each variable but "bound" as a column, as in "value", "snr_model" and "snr_guide"."""
+        """Return each variable except "bound" as a column, such as "value", "snr_model" and "snr_guide"."""
         found: dict[str, list] = {"estimator": self.dataset["estimator"].values.tolist()}
         for name, variable in {**self.dataset.coords, **self.dataset.data_vars}.items():
             if variable.dims == ("estimator",) and name != "estimator":
@@ -252,7 +191,7 @@ class Comparison:
         return found
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write `columns` as a table, whole or not at all."""
+        """Write `columns` as a CSV table, atomically."""
         columns = self.columns()
         with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -262,17 +201,17 @@ class Comparison:
     # ArviZ and figures
 
     def to_inference_data(self, *, num_draws: int = 1000) -> Any:
-        """Put the values in the form that ArviZ works on.
+        """Return the values as draws for ArviZ.
 
-        Groups: observed_data, the "bound" of each step; and posterior, draws of each "value" by the Bayesian
-        bootstrap: what the steps leave uncertain of the expected bound. The steps are weighed alike for all
-        estimators, so that their differences are as sure as common random numbers make them.
+        The group observed_data holds the "bound" of each step. The group posterior holds draws of each
+        "value" by the Bayesian bootstrap: the uncertainty of the expected bound given the steps. All
+        estimators share the weights of the steps, which keeps the precision of common random numbers.
 
         Args:
-            num_draws: How many draws of the posterior.
+            num_draws: Number of posterior draws.
 
         Returns:
-            What the installed ArviZ works on: an `arviz.InferenceData` (0.x) or an `xarray.DataTree` (1.x).
+            An `arviz.InferenceData` with ArviZ 0.x, an `xarray.DataTree` with ArviZ 1.x.
 
         Source: D. B. Rubin (1981), The Bayesian bootstrap, Annals of Statistics 9(1).
         """
@@ -305,75 +244,20 @@ class Comparison:
         return axes
 
     def plot_snr(self, parameters: str = "guide", *, ax: "Axes | None" = None) -> "Axes":
-        """Draw the gradient's signal-to-noise ratio against the number of particles, on logarithmic scales.
+        """Draw the signal-to-noise ratio of the gradient against the number of particles, on log scales.
 
         Args:
-            parameters: Whose gradient, the "model" or the "guide" parameters'.
+            parameters: Parameters of the gradient, "model" or "guide".
             ax: Axes to draw in; by default those of a new figure.
 
         Raises:
-            ValueError: If `parameters` is neither, or no SNR could be told from 0.
+            ValueError: If `parameters` is neither, or no SNR was measured.
         """
-        from matplotlib.figure import Figure  # noqa: PLC0415 (slow)
-        from matplotlib.ticker import LogLocator, NullFormatter, NullLocator  # noqa: PLC0415 (slow)
-
         if parameters not in PARAMETERS:
             raise ValueError(f'parameters must be "model" or "guide"; got {parameters!r}')
-        part = self.dataset.sel(parameters=parameters).dropna("estimator", subset=["snr"])
-        part = part.sortby("num_particles")
-        if not part.sizes["estimator"]:
-            raise ValueError(f"no gradient in the {parameters} parameters was measured: nothing to draw")
-        axes = ax or Figure(figsize=(8, 4.4), dpi=150, layout="constrained").add_subplot()
-        families = dict.fromkeys(part["family"].values.tolist())
-        for number, name in enumerate(families):
-            line = part.isel(estimator=np.flatnonzero(part["family"].values == name))
-            style = {
-                "color": PALETTE[number % len(PALETTE)],
-                "marker": _MARKERS[number % len(_MARKERS)],
-                "linewidth": 1 + 2 * (len(families) - number) / len(families),  # some coincide
-                "markersize": 4 + 5 * (len(families) - number) / len(families),
-            }
-            _draw_line(axes, line, label=name, **style)
-        _draw_slopes(axes, part["num_particles"].values, part["snr"].values)
-        axes.set(xscale="log", yscale="log", xlabel="particles S, in each group")
-        axes.set_ylabel("signal-to-noise ratio ± SE")
-        sizes = sorted(set(part["num_particles"].values.tolist()))
-        axes.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        lost = " (arrows: not to be told from 0)" if (part["snr"] == 0).any() else ""
-        axes.set_title(f"Gradient in the {parameters}'s parameters{lost}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(edgecolor="none", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-        return axes
-
-
-def _draw_line(axes: "Axes", line: "xarray.Dataset", *, label: str, **style: Any) -> None:
-    """Draw SNRs with their errors; those not to be told from 0 as an arrow down from their error."""
-    snr, se, particles = (line[name].values for name in ("snr", "snr_se", "num_particles"))
-    found = snr > 0
-    below = np.minimum(se, 0.9 * snr)  # a logarithmic scale has no zero
-    axes.errorbar(
-        particles[found], snr[found], np.stack([below, se])[:, found], linestyle="-", label=label, **style
-    )
-    lost = ~found
-    axes.errorbar(
-        particles[lost], se[lost], 0.5 * se[lost], uplims=True, fmt="none", color=style["color"], capsize=3
-    )
-
-
-def _draw_slopes(axes: "Axes", particles: "np.ndarray", snr: "np.ndarray") -> None:
-    """Draw how an SNR rises as √S and falls as 1/√S, through the middle of what was found."""
-    ends = np.array([particles.min(), particles.max()], dtype=float)
-    if ends[0] == ends[1] or not (snr > 0).any():
-        return
-    middle = np.exp(np.log(snr[snr > 0]).mean())
-    for power, style, label in ((0.5, "--", "as √S"), (-0.5, ":", "as 1/√S")):
-        axes.plot(
-            ends, middle * (ends / np.sqrt(ends.prod())) ** power, style, color="grey", label=label, zorder=0
-        )
+        part = self.dataset.sel(parameters=parameters)
+        particles, snr, snr_se = (part[name].values for name in ("num_particles", "snr", "snr_se"))
+        return plots.snr(particles, snr, snr_se, part["family"].values.tolist(), parameters=parameters, ax=ax)
 
 
 def _array(values: Any, dims: tuple[str, ...]) -> "xarray.DataArray":

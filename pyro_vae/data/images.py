@@ -1,7 +1,7 @@
-"""Pictures in memory: 8-bit grey levels, floats in [0, 1] where they are used, binarised on the way.
+"""Image sets in memory: stored as 8-bit grey levels, indexed as floats in [0, 1], with binarisation.
 
-`Images` holds them, `from_array` takes them from an array or a tensor. N counts pictures, C channels, H rows,
-W columns; k is a grey level, 0..255, and x = k / 255 the value a model sees.
+`Images` stores a set, and `from_array` creates one from an array or a tensor. Notation: N images, C channels,
+H rows, W columns, a grey level k in 0..255, and the value x = k / 255 that a model receives.
 """
 
 import dataclasses
@@ -18,28 +18,29 @@ BINARIZE_MODES = ("dynamic", "fixed", "threshold")
 
 
 class DataError(ValueError):
-    """Data that cannot be used: damaged, foreign, empty, out of range, of the wrong shape, or unknown."""
+    """Error of invalid data: damaged, unknown or empty, out of range, or of the wrong type or shape."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
-    """N pictures, kept as the 8-bit grey levels k that files hold, given out as floats x = k / 255.
+    """Set of N images, stored as 8-bit grey levels k and indexed as floats x = k / 255.
 
     `images[index]` is a float32 tensor, (C, H, W) for an int and (B, C, H, W) for a slice, a tensor of
-    positions or a mask, so that `svi.step(images[:128])` works as with a tensor. `binarize` says what x is:
+    positions or a mask, so that `svi.step(images[:128])` works as with a tensor. `binarize` defines x:
 
     - `None`: the grey levels, x = k / 255.
-    - `"dynamic"`: x ~ Bernoulli(k / 255), drawn afresh at every access.
-    - `"fixed"`: the same, drawn once; `"threshold"`: x = 1 where k / 255 ≥ 1/2. Their pixels are 0 or 255.
+    - `"dynamic"`: x ~ Bernoulli(k / 255), drawn at every access.
+    - `"fixed"`: x ~ Bernoulli(k / 255), drawn once, so that pixels are 0 or 255.
+    - `"threshold"`: x = 1 where k / 255 ≥ 1/2, so that pixels are 0 or 255.
 
     Args:
         pixels: uint8, (N, C, H, W), N ≥ 1.
         labels: int64, (N,), or None.
-        name: What the pictures are, for titles and logs.
-        binarize: One of the above; to binarise pictures, call `binarized`.
+        name: Name of the set, for titles and logs.
+        binarize: One of the above; to binarise a set, call `binarized`.
 
     Raises:
-        DataError: `pixels` or `labels` of another type or shape, no pictures, or an unknown `binarize`.
+        DataError: If `pixels` or `labels` have the wrong type or shape, or `binarize` is unknown.
 
     Example:
         >>> pixels = torch.tensor([[[[0, 51, 255]]], [[[102, 0, 0]]]], dtype=torch.uint8)
@@ -65,10 +66,10 @@ class Images:
                 "from_array converts other arrays"
             )
         if 0 in shape:
-            raise DataError(f"{self.name}: no pictures, the pixels have shape {shape}")
+            raise DataError(f"{self.name}: no images, the pixels have shape {shape}")
         if self.labels is not None and (self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]):
             raise DataError(
-                f"{self.name}: expected int64 labels ({len(self)},), one for each picture, "
+                f"{self.name}: expected int64 labels ({len(self)},), one per image, "
                 f"got {self.labels.dtype} {tuple(self.labels.shape)}"
             )
         if self.binarize not in (None, *BINARIZE_MODES):
@@ -90,19 +91,19 @@ class Images:
         return self.pixels.shape
 
     def batch(self, index: Any, generator: torch.Generator | None = None) -> torch.Tensor:
-        """`images[index]` with dynamic binarisation drawn from `generator`, not from torch's global one.
+        """Return `images[index]`, with dynamic binarisation drawn from `generator`.
 
-        Training and evaluation each hand in a generator of their own, so that neither disturbs the other.
+        Training and evaluation pass separate generators, so that neither changes the draws of the other.
 
         Args:
-            index: Positions, int64, (B,), none of them negative; or anything else that indexes a tensor.
-            generator: Lives on the pixels' device; None stands for the global one.
+            index: Non-negative positions, int64, (B,), or any other index of a tensor.
+            generator: Generator on the device of the pixels; None selects torch's global one.
 
         Returns:
             float32, (B, C, H, W).
 
         Raises:
-            IndexError: A position outside the set.
+            IndexError: If a position is outside the set.
 
         Example:
             >>> images = Images(torch.full((9, 1, 2, 2), 255, dtype=torch.uint8)).binarized("dynamic")
@@ -121,31 +122,29 @@ class Images:
         return pixels.float().div_(255)
 
     def mean(self) -> torch.Tensor:
-        """The mean of k / 255 over the set, float32 (C, H, W): also the mean of what is drawn from it."""
-        sums = [
-            chunk.float().sum(0) for chunk in self.pixels.split(4096)
-        ]  # whole numbers below 2^24, so exact
+        """Return the mean of k / 255 over the set, float32 (C, H, W): also the mean of binarised draws."""
+        sums = [chunk.float().sum(0) for chunk in self.pixels.split(4096)]  # integers < 2^24, exact
         return (torch.stack(sums).double().sum(0) / (255 * len(self))).float()
 
     def subset(self, index: Any) -> "Images":
-        """Those at `index` (a slice, a tensor of positions or a mask), with their labels, as a set."""
+        """Return the images and labels at `index`, a slice, a tensor of positions or a mask."""
         labels = None if self.labels is None else self.labels[index]
         return dataclasses.replace(self, pixels=self.pixels[index], labels=labels)
 
     def to(self, device: torch.device | str) -> "Images":
-        """The same set on another device."""
+        """Return the same set on another device."""
         labels = None if self.labels is None else self.labels.to(device)
         return dataclasses.replace(self, pixels=self.pixels.to(device), labels=labels)
 
     def binarized(self, mode: str, *, seed: int = 0) -> "Images":
-        """The same set in black and white, x in {0, 1}.
+        """Return the same set in black and white, x in {0, 1}.
 
         Args:
-            mode: `"dynamic"`, `"fixed"` or `"threshold"`: see the class.
-            seed: Of the one draw of `"fixed"`, which is the same on every device; the others ignore it.
+            mode: `"dynamic"`, `"fixed"` or `"threshold"`: see `Images`.
+            seed: Seed of `"fixed"`, whose draw is the same on every device; ignored by other modes.
 
         Raises:
-            DataError: An unknown mode, or a set that is binarised already.
+            DataError: If the mode is unknown, or the set is already binarised.
 
         Example:
             >>> grey = Images(torch.full((1, 1, 1, 8), 128, dtype=torch.uint8))
@@ -161,18 +160,18 @@ class Images:
         elif mode == "fixed":
             pixels = _bernoulli(pixels.cpu(), torch.Generator().manual_seed(seed)).mul_(255).to(pixels.device)
         elif mode != "dynamic":
-            raise DataError(f"the mode of binarisation must be one of {BINARIZE_MODES}, got {mode!r}")
+            raise DataError(f"mode must be one of {BINARIZE_MODES}, got {mode!r}")
         return dataclasses.replace(self, pixels=pixels, binarize=mode)
 
 
 def _bernoulli(pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Bits, uint8, that are 1 with probability k / 255, exactly.
+    """Draw bits, uint8, that are 1 with probability exactly k / 255.
 
-    A byte that is uniform on 0..254 lies below k with that probability. A random 64-bit word is eight bytes,
-    uniform on 0..255; the 3 % of words that hold a 255 are drawn again. On a CPU this takes a fifth of the
-    time of `torch.bernoulli`, which for a batch of 256 MNIST pictures would cost more than the optimiser.
+    A byte uniform on 0..254 is below k with this probability. The eight bytes of a random 64-bit word are
+    uniform on 0..255; the 3 % of words with a byte of 255 are drawn again. On a CPU this takes a fifth of the
+    time of `torch.bernoulli`, which for a batch of 256 MNIST images exceeds the time of the optimiser step.
     """
-    if pixels.device.type != "cpu":  # where the draw is cheap, and `nonzero` would wait for the device
+    if pixels.device.type != "cpu":  # the draw is cheap there, and `nonzero` would synchronise
         return torch.bernoulli(pixels.float().div_(255), generator=generator).to(torch.uint8)
     words = torch.empty(math.ceil(pixels.numel() / 8), dtype=torch.int64)
     words.random_(-(2**63), None, generator=generator)
@@ -185,18 +184,18 @@ def _bernoulli(pixels: torch.Tensor, generator: torch.Generator | None) -> torch
 
 
 def from_array(array: Any, labels: Any = None, *, name: str = "array") -> Images:
-    """Takes pictures from an array, a tensor or nested lists, which it copies to 256 grey levels.
+    """Create an image set from an array, a tensor or nested lists, copied to 256 grey levels.
 
     Args:
-        array: (N, H, W) or (N, C, H, W), or (N, D) for flattened square pictures, D = H². Floats lie in
-            [0, 1] and are rounded to the nearest k / 255. Integers lie in 0..255; where none is above 1 they
-            are, like booleans, black and white, and 1 is white.
-        labels: Whole numbers, (N,), or None.
-        name: What the pictures are; error messages begin with it.
+        array: (N, H, W) or (N, C, H, W), or (N, D) for flattened square images, D = H². Floats must be in
+            [0, 1], and are rounded to the nearest k / 255. Integers must be in 0..255. Booleans, and integers
+            of at most 1, are black and white, and 1 is white.
+        labels: Integers, (N,), or None.
+        name: Name of the set; error messages begin with it.
 
     Raises:
-        DataError: Another type or shape, no pictures, a value out of range, NaN or infinite (the message
-            names the first), or labels that are not whole numbers, one for each picture.
+        DataError: If the type or shape is wrong, the set is empty, a value is out of range, NaN or infinite
+            (the message gives the index of the first), or the labels are not N integers.
 
     Example:
         >>> from_array([[[0.0, 0.5], [1.0, 0.25]]], labels=[7], name="one square")
@@ -212,7 +211,7 @@ def from_array(array: Any, labels: Any = None, *, name: str = "array") -> Images
     numbers = _as_numpy(labels, f"{name}: labels")
     if numbers.shape != (len(pixels),) or not np.can_cast(numbers.dtype, np.int64):
         raise DataError(
-            f"{name}: expected whole numbers ({len(pixels)},) as labels, one for each picture, "
+            f"{name}: expected integer labels ({len(pixels)},), one per image, "
             f"got {numbers.dtype} {numbers.shape}"
         )
     return Images(pixels, torch.from_numpy(np.array(numbers, dtype=np.int64)), name)
@@ -226,16 +225,16 @@ def _as_numpy(values: Any, name: str) -> np.ndarray:
 
 
 def _grey_levels(array: np.ndarray, name: str) -> torch.Tensor:
-    """Pixels, uint8 (N, C, H, W)."""
+    """Convert an array to pixels, uint8 (N, C, H, W)."""
     if array.dtype.kind not in "bfiu":
         raise DataError(f"{name}: expected floats, integers or booleans, got {array.dtype}")
-    shape = _picture_shape(array.shape, name)
+    shape = _image_shape(array.shape, name)
     if array.dtype.kind == "b":
         array = array.view(np.uint8)
     is_float = array.dtype.kind == "f"
     top, wanted = (1, "floats in [0, 1]") if is_float else (255, "integers in 0..255")
     with np.errstate(invalid="ignore"):
-        if not (array.min() >= 0 and array.max() <= top):  # so put, NaN fails too
+        if not (array.min() >= 0 and array.max() <= top):  # written so that NaN fails
             first = np.unravel_index(np.argmin((array >= 0) & (array <= top)), array.shape)
             raise DataError(f"{name}: {array[first]} at index {tuple(map(int, first))}, expected {wanted}")
     if is_float:
@@ -245,10 +244,10 @@ def _grey_levels(array: np.ndarray, name: str) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=np.uint8, order="C")).reshape(shape)
 
 
-def _picture_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """(N, C, H, W) for the shape of an array that `from_array` takes."""
+def _image_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Return the shape (N, C, H, W) of the images in an array of another shape."""
     if 0 in shape:
-        raise DataError(f"{name}: no pictures, the array has shape {shape}")
+        raise DataError(f"{name}: no images, the array has shape {shape}")
     match shape:
         case (n, d) if math.isqrt(d) ** 2 == d:
             return n, 1, math.isqrt(d), math.isqrt(d)

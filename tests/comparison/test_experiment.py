@@ -1,4 +1,4 @@
-"""Estimators side by side: the table says what is known, and catches what is wrong."""
+"""Comparison of estimators: known values are reported, and wrong estimators are detected."""
 
 import copy
 import math
@@ -37,13 +37,13 @@ ESTIMATORS = [
 
 
 def linear_gaussian(seed=3):
-    """A solved model, a VAE of it whose guide is not the posterior, and data; float64."""
+    """Return an exactly solved model, a VAE of it whose guide is not the posterior, and data; float64."""
     exact, vae = solved.linear_gaussian()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = nn.Linear(solved.D, 2 * solved.K)
         guide = pv.guides.DiagonalNormal((solved.D,), solved.K, network=network).double()
-    with torch.no_grad():  # not far from the posterior, that the weights be well-behaved
+    with torch.no_grad():  # close to the posterior, so that the importance weights have low variance
         M = solved.K
         network.weight[:M] = vae.posterior.weight + 0.1 * network.weight[:M]
         network.bias[:M] = vae.posterior.offset
@@ -68,7 +68,7 @@ def row(found, name, variable, **key):
     return found[variable].sel(estimator=name, **key).item()
 
 
-# What is known of the linear-Gaussian model
+# Exact results of the linear-Gaussian model
 
 
 def test_unbiased_estimators_agree_with_the_exact_elbo(linear):
@@ -86,7 +86,7 @@ def test_unbiased_estimators_agree_with_the_exact_elbo(linear):
         assert gap > 0.1
 
 
-def test_no_right_estimator_is_called_wrong(linear):
+def test_no_correct_estimator_is_called_wrong(linear):
     *_, found = linear
     assert abs(found["bound_bias_t"]).max() < 4
     assert abs(found["gradient_bias_t"]).max() < 4
@@ -96,9 +96,9 @@ def test_no_right_estimator_is_called_wrong(linear):
     assert "No value was found to differ from its own bound." in found.findings()
 
 
-def test_bounds_have_the_bias_that_quadrature_gives():
+def test_bounds_have_the_bias_given_by_quadrature():
     x, exact, pair = cases.linear_gaussian(1, exact=False)
-    many = {1: IWAE(1, 60), 2: IWAE(2, 30), 3: IWAE(3, 30)}  # the groups lower the noise alone
+    many = {1: IWAE(1, 60), 2: IWAE(2, 30), 3: IWAE(3, 30)}  # groups only reduce the noise
     evidence = exact.log_evidence(x)
     found = compare(pair, x, list(many.values()), num_repeats=40, reference=evidence)
     for particles, estimator in many.items():
@@ -107,10 +107,10 @@ def test_bounds_have_the_bias_that_quadrature_gives():
         bias = (bound - evidence).mean().item()
         assert abs(row(found, repr(estimator), "bias") - bias) < 4 * row(found, repr(estimator), "bias_se")
         assert row(found, repr(estimator), "bias_t") < -4
-    assert "Not to be told" not in str(found)
+    assert "Not distinguishable" not in str(found)
 
 
-def test_at_the_exact_posterior_only_rounding_is_left():
+def test_at_the_exact_posterior_only_rounding_errors_remain():
     exact, vae = solved.linear_gaussian()
     x = solved.data(exact)
     found = compare(vae, x, [STL(), IWAE(4)], num_repeats=10, reference=exact.log_evidence(x))
@@ -121,7 +121,7 @@ def test_at_the_exact_posterior_only_rounding_is_left():
     assert row(found, "IWAE(4)", "gradient_variance", parameters="guide") > 1e-3
 
 
-def test_what_estimators_follow_is_named(linear):
+def test_targets_are_named(linear):
     *_, found = linear
     assert row(found, "DReG(24)", "target") == "L_24"
     assert row(found, "IWAE(3, num_groups=4)", "target") == "L_3"
@@ -155,12 +155,12 @@ def test_time_per_effective_sample(linear):
     expected = found["time_per_step"] / found["snr"] ** 2
     assert np.allclose(found["time_per_effective_sample"], expected)
     assert (found["time_per_step"] > 0).all()
-    # 24 particles hold 8 times what 3 do, up to what does not depend on them
+    # 24 particles take 8 times the memory of 3, except for tensors without a particle dimension
     ratio = row(found, "DReG(24)", "peak_memory") / row(found, "DReG(3)", "peak_memory")
     assert 3 < ratio < 8.5
 
 
-# What is wrong is caught
+# Wrong estimators are detected
 
 
 class Ascending(STL):
@@ -180,7 +180,7 @@ class OnceWeighted(DReG):
 
 
 class Doubled(Trace_ELBO):
-    """The loss is twice too large; the gradient is right."""
+    """The loss is too large by a factor of two; the gradient is correct."""
 
     def differentiable_loss(self, *args, **kwargs):
         loss = super().differentiable_loss(*args, **kwargs)
@@ -188,7 +188,7 @@ class Doubled(Trace_ELBO):
 
 
 class Steep(STL):
-    """The gradient is twice too long; the loss is right."""
+    """The gradient is too large by a factor of two; the loss is correct."""
 
     def differentiable_loss(self, *args, **kwargs):
         loss = super().differentiable_loss(*args, **kwargs)
@@ -196,7 +196,7 @@ class Steep(STL):
 
 
 class Summed(IWAE):
-    """Weights are added up, not averaged."""
+    """Weights are summed, not averaged."""
 
     def bound(self, terms):
         return terms.log_weight.logsumexp(0)
@@ -212,7 +212,7 @@ class Summed(IWAE):
         (Summed(4), True, False, False),
     ],
 )
-def test_a_wrong_estimator_is_caught_where_it_is_wrong(wrong, value, model, guide):
+def test_a_wrong_estimator_is_detected_where_it_is_wrong(wrong, value, model, guide):
     exact, vae, x = linear_gaussian()
     found = compare(
         vae, x, {"the wrong one": wrong, "STL": STL()}, num_repeats=60, reference=exact.log_evidence(x)
@@ -221,13 +221,13 @@ def test_a_wrong_estimator_is_caught_where_it_is_wrong(wrong, value, model, guid
     for kind, expected in (("model", model), ("guide", guide)):
         assert (abs(row(found, "the wrong one", "gradient_bias_t", parameters=kind)) > 4) == expected
         assert abs(row(found, "STL", "gradient_bias_t", parameters=kind)) < 4
-    said = [sentence for sentence in found.findings() if sentence.startswith("WRONG")]
-    assert len(said) == value + model + guide + isinstance(wrong, Summed)  # it exceeds log p(x), too
-    assert all("the wrong one" in sentence for sentence in said)
+    wrong_findings = [sentence for sentence in found.findings() if sentence.startswith("WRONG")]
+    assert len(wrong_findings) == value + model + guide + isinstance(wrong, Summed)  # exceeds log p(x) too
+    assert all("the wrong one" in sentence for sentence in wrong_findings)
 
 
 class Flat(ELBO):
-    """No ELBO of a kind that is known."""
+    """An ELBO of unknown target."""
 
     def loss_and_grads(self, model, guide, x):
         return -math.nan if x[0, 0] > 1e6 else 0.0
@@ -236,7 +236,7 @@ class Flat(ELBO):
         raise NotImplementedError
 
 
-def test_an_estimator_of_an_unknown_bound_is_not_judged_by_one():
+def test_an_estimator_with_an_unknown_target_is_not_tested_against_one():
     _, vae, x = linear_gaussian()
     found = compare(vae, x, [Flat(), STL()], num_repeats=10, num_reference_particles=5)
     assert row(found, "Flat()", "target") == "unknown"
@@ -245,18 +245,18 @@ def test_an_estimator_of_an_unknown_bound_is_not_judged_by_one():
     assert "- " in str(found)
 
 
-def test_values_that_are_not_finite_are_refused_by_name():
+def test_values_that_are_not_finite_raise_with_the_name():
     _, vae, x = linear_gaussian()
     x[0, 0] = 1e7
     with pytest.raises(pv.NonFiniteError, match=r"Flat\(\) gave the value nan .* step 1"):
         compare(vae, x, [Flat()], num_repeats=10, reference=torch.zeros(len(x)))
 
 
-# Discrete sites, and subsampling
+# Discrete sites and subsampling
 
 
 class Mixture(nn.Module):
-    """c ~ Categorical, x|c ~ N(mean_c, 1) in one dimension, and a guide that is not the posterior."""
+    """c ~ Categorical, x|c ~ N(mean_c, 1) in one dimension, with a guide that is not the posterior."""
 
     def __init__(self):
         super().__init__()
@@ -284,7 +284,7 @@ class Mixture(nn.Module):
         )
 
 
-@pytest.mark.filterwarnings("ignore:(?s).*use TraceEnum_ELBO instead")  # of Pyro's other estimators
+@pytest.mark.filterwarnings("ignore:(?s).*use TraceEnum_ELBO instead")  # from Pyro's other estimators
 def test_discrete_sites():
     pair, x = Mixture(), torch.tensor([-1.2, 0.1, 0.9, 2.5, 3.0], dtype=torch.float64)
     exact = pair.exact()
@@ -313,7 +313,7 @@ def test_discrete_sites():
     assert abs(row(found, "no gradient", "gradient_bias_t", parameters="guide")) > 4
 
 
-def test_subsampling_and_weights_of_data_are_taken_out():
+def test_scales_of_the_plate_and_of_single_examples_are_divided_out():
     _, vae, x = linear_gaussian()
     weight = torch.arange(1.0, 1 + len(x)).double()
 
@@ -350,7 +350,7 @@ def test_subsampling_and_weights_of_data_are_taken_out():
 # The reference
 
 
-def test_an_estimated_reference_brings_its_error():
+def test_an_estimated_reference_adds_its_error():
     exact, vae, x = linear_gaussian()
     found = compare(vae, x, [Trace_ELBO()], num_repeats=10, num_reference_particles=400)
     attrs = found.dataset.attrs
@@ -362,13 +362,13 @@ def test_an_estimated_reference_brings_its_error():
     assert row(found, "Trace_ELBO()", "bias_se") == pytest.approx(total, rel=1e-9)
 
 
-def test_a_reference_below_what_bounds_can_be_is_noticed():
+def test_a_lower_bound_above_the_reference_is_reported():
     exact, vae, x = linear_gaussian()
     found = compare(vae, x, [STL()], num_repeats=20, reference=exact.log_evidence(x) - 10)
     assert found.findings()[0].startswith("WRONG: STL(1) exceeds log p(x)")
 
 
-def test_an_unreliable_reference_is_said_to_be_so():
+def test_an_unreliable_reference_is_reported():
     _, vae, x = linear_gaussian()
     far = pv.guides.DiagonalNormal((solved.D,), solved.K, network=nn.Linear(solved.D, 2 * solved.K)).double()
     with torch.no_grad():
@@ -378,11 +378,11 @@ def test_an_unreliable_reference_is_said_to_be_so():
     assert "likely too low" in found.findings()[0]
 
 
-# Nothing is left behind
+# Side effects
 
 
 class Noisy(nn.Module):
-    """A guide's network whose training mode shows: dropout, and statistics of the batch."""
+    """A network of a guide that depends on the training mode: dropout and batch statistics."""
 
     def __init__(self):
         super().__init__()
@@ -394,7 +394,7 @@ class Noisy(nn.Module):
         return self.layers(x)
 
 
-def test_all_is_left_as_it_was():
+def test_there_are_no_side_effects():
     _, vae, x = linear_gaussian()
     guide = pv.guides.DiagonalNormal((solved.D,), solved.K, network=Noisy()).double()
     vae = vae.with_guide(guide)
@@ -423,7 +423,7 @@ def test_all_is_left_as_it_was():
     assert not pyro.get_param_store().keys()
 
 
-def test_all_is_left_as_it_was_after_an_error():
+def test_there_are_no_side_effects_after_an_error():
     _, vae, x = linear_gaussian()
     vae.train()
     x[0, 0] = 1e7
@@ -432,7 +432,7 @@ def test_all_is_left_as_it_was_after_an_error():
     assert vae.training
 
 
-def test_the_parameters_of_pyros_store_are_compared_and_kept():
+def test_parameters_in_pyros_store_are_compared_and_kept():
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.5, dtype=torch.float64))
         with pyro.plate("data", len(x)):
@@ -447,7 +447,7 @@ def test_the_parameters_of_pyros_store_are_compared_and_kept():
     found = compare_estimators(model, guide, x, [Trace_ELBO(), STL()], num_repeats=40, progress=False)
     assert (found["gradient_variance"] > 0).all()
     assert abs(found["gradient_bias_t"]).max() < 4
-    assert not pyro.get_param_store().keys()  # they were made within, so they end there
+    assert not pyro.get_param_store().keys()  # created during the comparison, so removed after it
     with pyro.get_param_store().scope():
         guide(x), model(x)
         before = dict(pyro.get_param_store().named_parameters())
@@ -457,7 +457,7 @@ def test_the_parameters_of_pyros_store_are_compared_and_kept():
         assert all(before[name] is after[name] for name in before)
 
 
-def test_results_depend_on_the_seed_alone():
+def test_results_depend_only_on_the_seed():
     exact, vae, x = linear_gaussian()
     options = {"num_repeats": 10, "reference": exact.log_evidence(x)}
     one = compare(vae, x, [STL(), IWAE(5)], **options)
@@ -479,10 +479,10 @@ def test_a_schedule_is_held_at_its_present_step():
     assert np.array_equal(*found["gradient_variance"].values)
 
 
-# What is reported
+# The result
 
 
-def test_names_are_unique_and_ones_own_are_kept():
+def test_names_are_unique_and_given_names_are_kept():
     exact, vae, x = linear_gaussian()
     few = {"num_repeats": 10, "reference": exact.log_evidence(x)}
     found = compare(vae, x, [Trace_ELBO(), Trace_ELBO(num_particles=2), Trace_ELBO(), Trace_ELBO()], **few)
@@ -512,7 +512,7 @@ def test_netcdf_keeps_everything(linear, tmp_path, engine):
     assert str(read) == str(found)
 
 
-def test_csv_has_a_row_an_estimator(linear, tmp_path):
+def test_csv_has_one_row_per_estimator(linear, tmp_path):
     *_, found = linear
     found.write_csv(tmp_path / "found.csv")
     header, *lines = (tmp_path / "found.csv").read_text(encoding="utf-8").splitlines()
@@ -523,23 +523,25 @@ def test_csv_has_a_row_an_estimator(linear, tmp_path):
     assert float(first["snr_guide"]) == row(found, "Trace_ELBO()", "snr", parameters="guide")
 
 
-def test_the_tables_are_aligned_and_whole(linear):
+def test_the_tables_are_aligned_and_complete(linear):
     *_, found = linear
     lines = str(found).splitlines()
     for name in found["estimator"].values:
         assert sum(line.startswith(name + " ") for line in lines) == 3
     value = next(line for line in lines if line.startswith("DReG(24)"))
     assert f"{row(found, 'DReG(24)', 'value'):.4f}" in value
+    assert lines[0].startswith("7 data, 40 repeats, seed 0")
     assert lines[1].startswith("reference: log p(x), as given")
     assert repr(found) == str(found)
 
 
-def test_the_legend_explains_the_columns_there_are(linear):
+def test_the_legend_explains_the_columns_that_are_shown(linear):
     *_, found = linear
     _, header, model_header, _, legend, _ = (part.splitlines() for part in str(found).split("\n\n"))
     headings = re.split("  +", header[0])[1:] + re.split("  +", model_header[0])[1:]
     assert [re.split("  +", line)[0] for line in legend[:-1]] == headings
-    assert "mean of 40 estimates ± standard error over them, for this batch of 7" in legend[1]
+    assert legend[1].endswith("  mean of the estimates ± standard error over the repeats, for this batch")
+    assert all("±" in line for line in (legend[1], legend[2], legend[headings.index("SNR")]))
     x, exact, pair = cases.linear_gaussian(2, exact=False)  # no parameters, no gradients
     plain = str(compare(pair, x, [IWAE(3)], num_repeats=10, reference=exact.log_evidence(x)))
     assert "t, own bound" in plain
@@ -558,7 +560,7 @@ def test_rankings_tell_apart_what_differs(linear):
     assert guide.index("DReG(24)") < guide.index(">") < guide.index(" DReG(3)") < guide.index(" IWAE(5)")
 
 
-def test_arviz_is_given_what_the_steps_leave_uncertain(linear):
+def test_arviz_draws_have_the_standard_errors_of_the_values(linear):
     *_, found = linear
     posterior = found.to_inference_data(num_draws=4000)["posterior"]["value"]
     assert posterior.dims == ("chain", "draw", "estimator")
@@ -596,7 +598,7 @@ def test_the_signal_to_noise_figure(linear, tmp_path):
         found.plot_snr("decoder")
 
 
-def test_a_signal_lost_in_noise_is_drawn_as_an_arrow(linear):
+def test_an_snr_of_zero_is_drawn_as_an_arrow(linear):
     *_, found = linear
     dataset = found.dataset.copy(deep=True)
     dataset["snr"].loc[{"estimator": "IWAE(5)", "parameters": "guide"}] = 0.0
@@ -620,7 +622,7 @@ def test_a_pair_without_parameters_is_compared_by_value():
 @pytest.mark.parametrize(
     ("estimators", "options", "error", "message"),
     [
-        ([], {}, ValueError, "no estimator"),
+        ([], {}, ValueError, "estimators is empty"),
         ([Trace_ELBO], {}, TypeError, "Trace_ELBO itself: call it"),
         (["IWAE"], {}, TypeError, "pyro.infer.ELBO"),
         ("IWAE", {}, TypeError, "estimators must be a list of .*; got 'IWAE'"),
@@ -632,13 +634,13 @@ def test_a_pair_without_parameters_is_compared_by_value():
         ([STL()], {"num_reference_particles": 1}, ValueError, "num_reference_particles"),
     ],
 )
-def test_bad_arguments_are_refused(estimators, options, error, message):
+def test_bad_arguments_raise(estimators, options, error, message):
     _, vae, x = linear_gaussian()
     with pytest.raises(error, match=message):
         compare(vae, x, estimators, **options)
 
 
-def test_bad_data_are_refused():
+def test_bad_data_raise():
     _, vae, x = linear_gaussian()
     with pytest.raises(TypeError, match="one batch"):
         compare(vae, [x], [STL()])
@@ -646,7 +648,7 @@ def test_bad_data_are_refused():
         compare(vae, x[:0], [STL()])
 
 
-def test_an_estimator_that_is_wrong_for_the_pair_is_refused():
+def test_an_estimator_that_is_not_valid_for_the_pair_raises():
     pair, x = Mixture(), torch.zeros(2, dtype=torch.float64)
     for estimator in (TraceMeanField_ELBO(), KLWeighted(TraceMeanField_ELBO(), 0.5)):
         with pytest.raises(ValueError, match="TraceMeanField_ELBO is wrong here"):

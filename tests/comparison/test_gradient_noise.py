@@ -1,4 +1,4 @@
-"""Noise and bias of random vectors whose moments are known."""
+"""Variance, SNR and zero-mean test of random vectors with known moments."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_the_variance_is_the_trace_of_the_sample_covariance():
     assert summarise(sample).variance == pytest.approx(sample.var(0).sum().item(), rel=1e-12)
 
 
-def test_the_squared_mean_is_that_of_different_draws():
+def test_the_squared_mean_uses_products_of_different_draws():
     sample = draws(23)
     products = sample @ sample.T
     products.fill_diagonal_(0)
@@ -44,7 +44,7 @@ def test_moments_and_errors_over_many_experiments():
     assert torch.tensor([s.variance_se for s in summaries]).mean() == pytest.approx(
         variance.std().item(), rel=0.15
     )
-    # SNR² has no bias, whatever the noise: where it is negative, the SNR reads 0
+    # SNR² is unbiased at any noise; a negative estimate gives an SNR of 0
     snr = torch.tensor([summarise(draws(2000)).snr for _ in range(20)])
     true_snr = MEAN.norm().item() / math.sqrt(true_variance)
     assert abs(snr.mean() - true_snr) < 5 * snr.std() / math.sqrt(20)
@@ -54,11 +54,11 @@ def test_moments_and_errors_over_many_experiments():
 
 def test_pure_noise_has_no_signal():
     snr = [summarise(draws(50, mean=0 * MEAN)).snr for _ in range(200)]
-    assert sum(s == 0 for s in snr) > 80  # half of them, but for the skewness
+    assert sum(s == 0 for s in snr) > 80  # about half, except for the skewness
     assert max(snr) < 0.5
 
 
-def test_the_error_covers_a_signal_that_reads_zero():
+def test_the_error_of_a_zero_estimate_covers_the_signal():
     experiments = [summarise(draws(50, mean=0 * MEAN)) for _ in range(200)]
     assert sum(s.snr <= 2 * s.snr_se for s in experiments) > 180
 
@@ -70,7 +70,7 @@ def test_negligible_draws_are_zero():
 
 
 def test_single_precision_draws_do_not_lose_small_signals():
-    # The noise is long beside the signal, as for many parameters
+    # The norm of the noise far exceeds that of the signal, as with many parameters
     sample = torch.randn(100, 20_000) + 0.05
     assert summarise(sample).snr == pytest.approx(0.05, rel=0.1)
 
@@ -84,13 +84,13 @@ def test_the_statistic_is_students_where_the_mean_is_zero(size):
             test.add(draw)
         t.append(test.t)
     t = torch.tensor(t)
-    # Student's t of 14 degrees of freedom: variance 14/12, and 5 % beyond 2.145
+    # Student's t with 14 degrees of freedom: variance 14/12, and 5 % beyond 2.145
     assert abs(t.mean()) < 5 * math.sqrt(14 / 12 / 400)
     beyond = (t.abs() > 2.145).sum().item()
     assert abs(beyond - 20) < 5 * math.sqrt(400 * 0.05 * 0.95)
 
 
-def test_a_mean_that_is_not_zero_shows():
+def test_a_nonzero_mean_is_detected():
     test = ZeroMeanTest(60)
     for draw in draws(60, mean=0 * MEAN + torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0])):
         test.add(draw)
@@ -109,14 +109,14 @@ def test_vectors_of_zeros():
     assert test.t == 0.0
 
 
-def test_constant_differences_are_no_chance():
+def test_constant_differences_give_an_infinite_t():
     test = ZeroMeanTest(6)
     for _ in range(6):
         test.add(torch.ones(3))
     assert test.t == math.inf
 
 
-def test_too_few_draws_are_refused():
+def test_too_few_draws_raise():
     with pytest.raises(ValueError, match="at least 4"):
         summarise(draws(3))
     with pytest.raises(ValueError, match="at least 4"):

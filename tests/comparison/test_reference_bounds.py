@@ -1,4 +1,4 @@
-"""What estimators are to estimate, and its plain gradient; what they are called, and cost."""
+"""Targets of estimators, reference estimators, labels and peak memory."""
 
 import itertools
 import math
@@ -17,8 +17,8 @@ from pyro.infer import (
 )
 
 from pyro_vae import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, terms
-from pyro_vae.comparison.peak_memory import peak_memory
-from pyro_vae.comparison.reference_bounds import Plain, target
+from pyro_vae.comparison.experiment import peak_memory
+from pyro_vae.comparison.reference_bounds import ReferenceEstimator, target
 from pyro_vae.objectives.estimators import Estimator, family, label
 
 
@@ -54,18 +54,18 @@ def test_targets(estimator, bound, guide):
     assert found.is_lower_bound
 
 
-def test_not_every_bound_is_a_lower_one():
+def test_not_every_bound_is_a_lower_bound():
     assert not target(Renyi(-1.0, 4)).is_lower_bound
 
 
 class Own(Estimator):
-    """The ELBO, less one."""
+    """The ELBO minus 1."""
 
     def bound(self, terms):
         return terms.log_weight.mean(0) - 1
 
 
-def test_ones_own_estimator_is_judged_by_its_own_bound():
+def test_a_user_defined_estimator_targets_its_own_bound():
     found = target(Own(3))
     assert found.bound == "bound of Own(3)"
     assert not found.is_lower_bound
@@ -75,14 +75,14 @@ def test_ones_own_estimator_is_judged_by_its_own_bound():
     ("estimator", "bound"),
     [(IWAE(3), cases.importance), (Renyi(0.4, 3), cases.powers), (CIWAE(0.3, 3), cases.mixed)],
 )
-def test_a_plain_estimate_averages_the_bound_over_groups(estimator, bound):
+def test_a_reference_estimate_averages_the_bound_over_groups(estimator, bound):
     x, _, pair = cases.linear_gaussian(2, exact=False)
     t = terms(pair.model, pair.guide, x, num_particles=12)
     groups = [bound(t.log_weight[group::4]) for group in range(4)]
-    assert torch.allclose(Plain(estimator, num_groups=4).bound(t), sum(groups) / 4, rtol=1e-12)
+    assert torch.allclose(ReferenceEstimator(estimator, num_groups=4).bound(t), sum(groups) / 4, rtol=1e-12)
 
 
-def test_a_plain_gradient_is_unbiased_for_discrete_sites():
+def test_a_reference_gradient_is_unbiased_for_discrete_sites():
     logits = torch.tensor([0.4, -0.2], dtype=torch.float64, requires_grad=True)
     slope = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     x = torch.tensor([-0.5, 0.2, 1.3], dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_a_plain_gradient_is_unbiased_for_discrete_sites():
     expected = flat(torch.autograd.grad(exact, [logits, slope]))
     samples = []
     for _ in range(20):
-        loss = Plain(IWAE(2), num_groups=3).differentiable_loss(model, guide, data)
+        loss = ReferenceEstimator(IWAE(2), num_groups=3).differentiable_loss(model, guide, data)
         samples.append(flat(torch.autograd.grad(-loss / len(data), [logits, slope])))
     cases.assert_within_standard_errors(torch.stack(samples), expected)
     assert abs(expected[-1]) > 0.05
@@ -132,7 +132,7 @@ def test_labels_name_settings_that_differ_from_the_defaults():
     assert label(used) == before
 
 
-def test_families_leave_the_particles_open():
+def test_families_omit_the_number_of_particles():
     assert family(IWAE(5, num_groups=2)) == "IWAE(S, num_groups=2)"
     assert family(CIWAE(0.5, 3)) == family(CIWAE(0.5, 9)) != family(CIWAE(0.1, 9))
     assert family(KLWeighted(DReG(3), 0.5)) == family(KLWeighted(DReG(9), 0.5)) == "KLWeighted(DReG(S), 0.5)"
@@ -141,7 +141,7 @@ def test_families_leave_the_particles_open():
     assert repr(estimator) == "KLWeighted(DReG(3), 0.5)"
 
 
-def test_peak_memory_counts_what_lives_at_one_time():
+def test_peak_memory_counts_simultaneous_storages():
     kept = torch.zeros(1000)
 
     def computation():
@@ -156,7 +156,7 @@ def test_peak_memory_counts_what_lives_at_one_time():
     assert peak_memory(computation) == 12_004
 
 
-def test_peak_memory_sees_the_backward_pass():
+def test_peak_memory_includes_the_backward_pass():
     weight = torch.zeros(500, requires_grad=True)
     forward = peak_memory(lambda: (weight.exp().exp()).sum())
     both = peak_memory(lambda: torch.autograd.grad((weight.exp().exp()).sum(), weight))

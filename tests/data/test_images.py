@@ -1,4 +1,4 @@
-"""Pictures in memory: what is held, what is given out, what is drawn, what is refused."""
+"""Image sets in memory: indexing, binarisation, conversion from arrays, errors."""
 
 import copy
 import pickle
@@ -56,7 +56,7 @@ def test_positions_outside_the_set_are_index_errors(images):
     assert len(list(images)) == len(images) == 7  # iteration ends at the IndexError
 
 
-def test_reads_well_and_travels_well(images):
+def test_repr_copy_and_pickle(images):
     assert repr(images) == "Images('seven', 7 of 3 x 5 x 4, binarize=None)"
     assert images.shape == (7, 3, 5, 4)
     for twin in (copy.deepcopy(images), pickle.loads(pickle.dumps(images)), images.to("cpu")):
@@ -67,7 +67,7 @@ def test_reads_well_and_travels_well(images):
         images.name = "eight"
 
 
-def test_given_out_values_are_no_view_of_the_pixels(images):
+def test_values_do_not_share_memory_with_the_pixels(images):
     kept = images.pixels.clone()
     images[:].zero_()
     images.batch(torch.arange(7)).zero_()
@@ -90,19 +90,19 @@ def test_mean_is_exact_over_chunks():
             r"uint8 pixels \(N, C, H, W\), got torch.float32 \(2, 1, 3, 3\)",
         ),
         ({"pixels": random_pixels(2, 3, 3)}, r"got torch.uint8 \(2, 3, 3\)"),
-        ({"pixels": random_pixels(0, 1, 3, 3)}, r"no pictures.*\(0, 1, 3, 3\)"),
+        ({"pixels": random_pixels(0, 1, 3, 3)}, r"no images.*\(0, 1, 3, 3\)"),
         ({"labels": torch.arange(3)}, r"int64 labels \(2,\).*got torch.int64 \(3,\)"),
         ({"labels": torch.zeros(2)}, r"got torch.float32 \(2,\)"),
         ({"binarize": "always"}, "binarize must be None or one of .*'fixed'.*got 'always'"),
     ],
 )
-def test_images_refuse(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(DataError, match=message):
         Images(**{"pixels": random_pixels(2, 1, 3, 3), **arguments})
 
 
-def test_an_empty_subset_is_refused(images):
-    with pytest.raises(DataError, match="seven: no pictures"):
+def test_an_empty_subset_raises(images):
+    with pytest.raises(DataError, match="seven: no images"):
         images.subset(slice(3, 3))
 
 
@@ -116,10 +116,10 @@ def test_dynamic_bits_have_exactly_the_probability_k_over_255():
     x = images.batch(slice(None), torch.Generator().manual_seed(1)).flatten(1).double()
     p = torch.arange(256).double() / 255
     errors = x.mean(0) - p
-    assert errors[0] == errors[255] == 0  # black stays black and white stays white
+    assert errors[0] == errors[255] == 0  # black stays black, and white stays white
     standard_errors = (p * (1 - p) / draws).sqrt()
     assert (errors.abs() <= 5 * standard_errors).all()
-    # Pooled over the levels, k / 256 in place of k / 255 is 15 standard errors off.
+    # Pooled over the levels, k / 256 instead of k / 255 would be off by 15 standard errors.
     assert errors.sum().abs() <= 5 * standard_errors.square().sum().sqrt()
 
 
@@ -132,7 +132,7 @@ def test_dynamic_bits_are_independent():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 1, 5, 7), (2, 3, 4, 4)])
-def test_dynamic_bits_come_afresh_and_from_the_generator_alone(shape):
+def test_dynamic_bits_are_redrawn_from_the_generator_only(shape):
     images = Images(torch.full(shape, 128, dtype=torch.uint8)).binarized("dynamic")
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(3)
@@ -227,7 +227,7 @@ def test_floats_go_to_the_nearest_grey_level():
     assert from_array(array).pixels.flatten().tolist() == [0, 1, 254, 255]
 
 
-def test_flattened_squares_become_pictures():
+def test_flattened_squares_become_images():
     rows = random_pixels(4, 25)
     assert torch.equal(from_array(rows).pixels, rows.reshape(4, 1, 5, 5))
 
@@ -261,9 +261,9 @@ def with_value(value: float, dtype: type = np.float32) -> np.ndarray:
         (with_value(255), r"box: 255.0 at index \(1, 1, 0, 3\)"),
         (with_value(256, np.int32), r"box: 256 at index \(1, 1, 0, 3\), expected integers in 0..255"),
         (with_value(-1, np.int8), r"box: -1 at index \(1, 1, 0, 3\)"),
-        (np.zeros((0, 3, 3)), r"box: no pictures, the array has shape \(0, 3, 3\)"),
-        (np.zeros((3, 3, 0)), "box: no pictures"),
-        ([], "box: no pictures"),
+        (np.zeros((0, 3, 3)), r"box: no images, the array has shape \(0, 3, 3\)"),
+        (np.zeros((3, 3, 0)), "box: no images"),
+        ([], "box: no images"),
         (np.zeros(9), r"box: expected \(N, H, W\).*got \(9,\)"),
         (3.0, r"box: expected .*got \(\)"),
         (np.zeros((2, 7)), r"box: expected .*D a square, got \(2, 7\)"),
@@ -277,7 +277,7 @@ def with_value(value: float, dtype: type = np.float32) -> np.ndarray:
         (None, "box: expected floats, integers or booleans, got object"),
     ],
 )
-def test_from_array_names_what_it_refuses(array, message):
+def test_from_array_raises_on_invalid_arrays(array, message):
     with pytest.raises(DataError, match=message):
         from_array(array, name="box")
 
@@ -285,7 +285,7 @@ def test_from_array_names_what_it_refuses(array, message):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.arange(5), r"box: expected whole numbers \(6,\) as labels.*got int64 \(5,\)"),
+        (np.arange(5), r"box: expected integer labels \(6,\).*got int64 \(5,\)"),
         (np.zeros((6, 1), int), r"got int64 \(6, 1\)"),
         (np.zeros(6), "got float64"),
         (np.zeros(6, np.uint64), "got uint64"),
@@ -293,6 +293,6 @@ def test_from_array_names_what_it_refuses(array, message):
         ([[1], [2, 3]], "box: labels: not an array"),
     ],
 )
-def test_from_array_refuses_labels(labels, message):
+def test_from_array_raises_on_invalid_labels(labels, message):
     with pytest.raises(DataError, match=message):
         from_array(LEVELS, labels, name="box")

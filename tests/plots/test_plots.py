@@ -70,7 +70,7 @@ def test_draws_in_the_given_axes_or_in_a_figure_of_its_own(draw):
         draw(ax=Figure())
 
 
-@pytest.mark.parametrize("name", FIGURES.keys() - {"snr"})
+@pytest.mark.parametrize("name", sorted(FIGURES.keys() - {"snr"}))
 def test_has_a_title_that_can_be_replaced(name):
     draw = FIGURES[name]
     assert draw().get_title()
