@@ -34,10 +34,14 @@ __all__ = [
     "ContinuousBernoulli",
     "DiscretizedLogistic",
     "FlowDistribution",
+    "NegativeBinomial",
     "NormalMixture",
+    "Poisson",
     "build_flow",
     "grid",
     "multivariate_to_diagonal_normal",
+    "poisson_deviance",
+    "stirling_remainder",
 ]
 
 _Distribution = TypeVar("_Distribution", bound=TorchDistribution)
@@ -153,6 +157,151 @@ def _log_sinhc_series(a: Tensor) -> Tensor:
     """Compute log(sinh(a) / a) for |a| ≤ 0.1, to 1e-15."""
     square = a**2
     return square * (1 / 6 - square * (1 / 180 - square * (1 / 2835 - square / 37800)))
+
+
+def stirling_remainder(x: Tensor) -> Tensor:
+    """Return δ(x) = log Γ(x + 1) − (x + ½) log x + x − ½ log 2π for x > 0, to rounding.
+
+    Source: C. Loader (2000), Fast and accurate computation of binomial probabilities.
+
+    Example:
+        >>> stirling_remainder(torch.tensor(1e6, dtype=torch.float64))
+        tensor(8.3333e-08, dtype=torch.float64)
+    """
+    large = x >= 16
+    far, near = torch.where(large, x, 16.0), torch.where(large, 16.0, x)
+    square = 1 / far**2
+    series = 1 / 12 - square * (1 / 360 - square * (1 / 1260 - square * (1 / 1680 - square / 1188)))
+    direct = torch.lgamma(near + 1) - (near + 0.5) * torch.log(near) + near - 0.5 * math.log(2 * math.pi)
+    return torch.where(large, series / far, direct)
+
+
+def poisson_deviance(x: Tensor, rate: Tensor, difference: Tensor) -> Tensor:
+    """Return D(x, λ) = x log(x/λ) + λ − x ≥ 0 for x, λ > 0, without cancellation where x is near λ.
+
+    With v = (x − λ)/(x + λ), x log(x/λ) = 2x (v + v³/3 + v⁵/5 + …), a short series where |v| < 0.1.
+
+    Args:
+        x: Any shape (*).
+        rate: λ, (*).
+        difference: x − λ, (*), as exactly as it is known.
+
+    Source: C. Loader (2000), Fast and accurate computation of binomial probabilities.
+
+    Example:
+        >>> x, rate = torch.tensor(1e6), torch.tensor(1.001e6)
+        >>> poisson_deviance(x, rate, x - rate)  # about (x − λ)² / 2λ
+        tensor(0.4997)
+    """
+    v = difference / (x + rate)
+    is_near = v.abs() < 0.1
+    near = torch.where(is_near, v, 0.0)
+    square = near**2
+    series = torch.zeros_like(near)
+    for power in (17, 15, 13, 11, 9, 7, 5, 3):
+        series = square * (1 / power + series)
+    ratio = torch.where(is_near, 1.0, x / rate)
+    return torch.where(is_near, near * (difference + 2 * x * series), x * torch.log(ratio) - difference)
+
+
+class Poisson(_ConciseErrors, dist.Poisson):
+    """Poisson on 0, 1, 2, …: log p(x) = −δ(x) − D(x, λ) − ½ log 2πx with rate λ > 0; −λ for x = 0.
+
+    Torch computes x log λ − λ − log x!, whose terms cancel: in float32 it is off by 9 nats at a mean of 10⁷.
+    δ is `stirling_remainder`, D `poisson_deviance`.
+
+    Args:
+        rate: λ, any shape (*).
+
+    Source: C. Loader (2000), Fast and accurate computation of binomial probabilities.
+
+    Example:
+        >>> Poisson(torch.tensor(1e7)).log_prob(torch.tensor(1e7))  # torch's gives 0
+        tensor(-8.9780)
+    """
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Poisson":
+        """Return the same distribution with its rate expanded to a batch shape."""
+        return _copy_validation(self, Poisson(self.rate.expand(batch_shape), validate_args=False))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log probability of counts."""
+        if self._validate_args:
+            self._validate_sample(value)
+        rate, value = torch.broadcast_tensors(self.rate, value)
+        x = torch.where(value > 0, value, 1.0)
+        positive_count = (
+            -stirling_remainder(x) - poisson_deviance(x, rate, x - rate) - 0.5 * torch.log(2 * math.pi * x)
+        )
+        return torch.where(value > 0, positive_count, -rate)
+
+
+class NegativeBinomial(_ConciseErrors, TorchDistribution):
+    """Negative binomial on 0, 1, 2, …, with mean m and variance m + m²/r.
+
+    log p(x) = log Γ(x + r)/(Γ(r) x!) + r log(r/(r + m)) + x log(m/(r + m)), which with n = x + r is
+
+        δ(n) − δ(r) − δ(x) − D(r, nr/(r + m)) − D(x, nm/(r + m)) − ½ log(2πx n / r)
+
+    and −r log(1 + m/r) for x = 0. Torch computes the first form, whose terms cancel for large r or x.
+    δ is `stirling_remainder`, D `poisson_deviance`.
+
+    Args:
+        mean: m > 0, any shape (*).
+        dispersion: r > 0, broadcast with the mean; r → ∞ is the Poisson.
+
+    Source: C. Loader (2000), Fast and accurate computation of binomial probabilities.
+
+    Example:
+        >>> NegativeBinomial(torch.tensor(10.0), torch.tensor(1e7)).log_prob(torch.tensor(10.0))
+        tensor(-2.0786)
+    """
+
+    arg_constraints: ClassVar = {"mean": constraints.positive, "dispersion": constraints.positive}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, mean: Tensor, dispersion: Tensor, *, validate_args: bool | None = None):
+        self._mean, self.dispersion = torch.broadcast_tensors(mean, dispersion)
+        super().__init__(self._mean.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "NegativeBinomial":
+        """Return the same distribution with its parameters expanded to a batch shape."""
+        mean, dispersion = self._mean.expand(batch_shape), self.dispersion.expand(batch_shape)
+        return _copy_validation(self, NegativeBinomial(mean, dispersion, validate_args=False))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log probability of counts."""
+        if self._validate_args:
+            self._validate_sample(value)
+        m, r, value = torch.broadcast_tensors(self._mean, self.dispersion, value)
+        x = torch.where(value > 0, value, 1.0)
+        n, share = x + r, r / (r + m)
+        difference = share * (m - x)  # of r from its expectation nr/(r + m), and of that of x from x
+        positive_count = (
+            stirling_remainder(n)
+            - stirling_remainder(r)
+            - stirling_remainder(x)
+            - poisson_deviance(r, n * share, difference)
+            - poisson_deviance(x, n * (m / (r + m)), -difference)
+            - 0.5 * (torch.log(2 * math.pi * x) + torch.log1p(x / r))
+        )
+        return torch.where(value > 0, positive_count, -r * torch.log1p(m / r))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw counts: Poisson of a gamma rate with mean m and shape r."""
+        m, r = (part.expand(self._extended_shape(sample_shape)) for part in (self._mean, self.dispersion))
+        return torch.poisson(torch._standard_gamma(r) * (m / r))
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x] = m."""
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x] = m + m²/r."""
+        return self._mean + self._mean**2 / self.dispersion
 
 
 def grid(levels: int) -> constraints.Constraint:

@@ -211,7 +211,7 @@ class DiscretizedLogistic(Likelihood):
 class Poisson(Likelihood):
     """Poisson likelihood of counts: log p(x|z) = Σ_d x_d log λ_d − λ_d − log x_d!, rates λ = f(z).
 
-    Arguments as for `Likelihood`.
+    See `distributions.Poisson` for how it is computed. Arguments as for `Likelihood`.
 
     Example:
         >>> p = Poisson(2, (6,))(torch.zeros(5, 2))
@@ -222,7 +222,7 @@ class Poisson(Likelihood):
     def forward(self, z: Tensor) -> dist.Distribution:
         """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
         (raw_rate,) = self.outputs(z)
-        return dist.Poisson(positive(raw_rate)).to_event(len(self.event_shape))
+        return distributions.Poisson(positive(raw_rate)).to_event(len(self.event_shape))
 
 
 @rebuildable
@@ -250,6 +250,5 @@ class NegativeBinomial(Likelihood):
     def forward(self, z: Tensor) -> dist.Distribution:
         """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
         (raw_mean,) = self.outputs(z)
-        dispersion = positive(self.raw_dispersion)
-        logits = torch.log(positive(raw_mean)) - torch.log(dispersion)
-        return dist.NegativeBinomial(dispersion, logits=logits).to_event(len(self.event_shape))
+        mean, dispersion = positive(raw_mean), positive(self.raw_dispersion)
+        return distributions.NegativeBinomial(mean, dispersion).to_event(len(self.event_shape))
