@@ -38,7 +38,7 @@ class Batches:
     Example:
         >>> batches = Batches(torch.arange(5.0)[:, None], seed=1)
         >>> [len(batch) for batch in batches.epoch(0, batch_size=2)]
-        [2, 2, 1]
+        [2, 3]
     """
 
     def __init__(
@@ -115,10 +115,28 @@ class Batches:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, *key))
         return torch.randperm(len(self), generator=generator)
 
+    def lengths(self, batch_size: int) -> list[int]:
+        """Return the lengths of the batches of an epoch.
+
+        The last may be smaller. A single example left over joins the batch before it: batch normalisation
+        cannot train on one, and its gradient would be mostly noise.
+
+        Example:
+            >>> Batches(torch.zeros(7, 2)).lengths(3), Batches(torch.zeros(8, 2)).lengths(3)
+            ([3, 4], [3, 3, 2])
+        """
+        full, rest = divmod(len(self), batch_size)
+        lengths = [batch_size] * full
+        if rest == 1 and full:
+            lengths[-1] += 1
+        elif rest:
+            lengths.append(rest)
+        return lengths
+
     def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Tensor]:
         """Yield the batches (B, *event_shape) of a pass in random order, from the batch `start` on."""
         bits = derived_seed(self.seed, _BITS, number)
-        parts = self._order(_ORDER, number).split(batch_size)
+        parts = self._order(_ORDER, number).split(self.lengths(batch_size))
         for batch in range(start, len(parts)):
             yield self._at(parts[batch], seed_at(bits, batch))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,7 +20,7 @@ from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import terms
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.utils.isolation import derived_seed, evaluating, seed_at, seed_generators
+from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at, seed_generators
 from pyro_vae.utils.validation import NonFiniteError
 from pyro_vae.vae import VAE
 
@@ -65,7 +66,7 @@ class Run:
                 self.batch_size,
                 len(train),
             )
-        self.steps_per_epoch = math.ceil(len(train) / self.batch_size)
+        self.steps_per_epoch = len(train.lengths(self.batch_size))
         estimator = settings.estimator
         if settings.kl_warmup:
             warmup_steps = settings.kl_warmup * self.steps_per_epoch
@@ -90,12 +91,30 @@ class Run:
         x = next(self.train.in_order(min(2, len(self.train))))
         self.vae.eval()
         self.svi.check(x)
+        self._try_batches()
         estimator = inner_estimator(self.svi.loss)
         looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
         if looks_for_plates and math.isinf(estimator.max_plate_nesting):
             # else found at the first step, by draws that a resumed run would make once more
             with evaluating(self.vae, self.device, 0):
                 estimator._guess_max_plate_nesting(self.vae.model, self.vae.guide, (x,), {})
+
+    def _try_batches(self) -> None:
+        """Run the pair as training will, on batches of each length that the epochs have."""
+        for length in sorted(set(self.train.lengths(min(self.batch_size, len(self.train))))):
+            x = next(self.train.in_order(length))
+            try:
+                with isolated(self.vae.model, self.vae.guide), torch.no_grad():
+                    self.vae.train()
+                    trace = poutine.trace(self.vae.guide).get_trace(x)
+                    poutine.replay(self.vae.model, trace=trace)(x)
+            except Exception as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                remedy = "choose another batch_size" + ", 2 or more for batch normalisation" * (length == 1)
+                raise type(error)(
+                    f"a batch of {length} of the {len(self.train)} examples cannot be trained on: {reason}: "
+                    f"{remedy}"
+                ) from error
 
     def _beta(self) -> float:
         """Weight on the KL in the last step taken, or the first to come."""
@@ -126,7 +145,7 @@ class Run:
 
     def mean_bound(self) -> float:
         """Mean bound of the epoch's data so far, in nats per datum; cheap enough for every step."""
-        full = (len(self.done) - 1) * self.batch_size  # only the last batch may be smaller
+        full = (len(self.done) - 1) * self.batch_size  # only the last batch may differ
         return self.total / (full + self.done[-1][0])
 
     def bound(self) -> tuple[float, float]:

@@ -555,7 +555,8 @@ def test_the_pair_is_checked_once():
 
     vae = normal_vae().with_guide(Guide(4, 2))
     pv.fit(vae, torch.randn(9, 4), epochs=2, batch_size=5, engine="eager", progress=False)
-    assert calls == [2, 2, 5, 4, 5, 4]  # on two data: for the sites, and for the estimator
+    # on two examples for the sites and for the estimator, and on each length of batch in training mode
+    assert calls == [2, 2, 4, 5, 5, 4, 5, 4]
 
 
 def test_two_pyro_modules_with_the_same_names_train_apart():
@@ -757,3 +758,38 @@ def test_a_run_of_an_earlier_format_is_refused_in_one_sentence(tmp_path):
     torch.save({**stored, "version": 1}, tmp_path / "last.pt")
     with pytest.raises(pv.CheckpointError, match=r"version 1 and this release reads version 2: [^.]*folder$"):
         train(make_vae(), tmp_path, epochs=2, resume=True)
+
+
+# Batches as they will be ------------------------------------------------------------------------------------
+
+
+def with_batch_norm() -> pv.VAE:
+    encoder = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 4))
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (6,)),
+        guide=pv.guides.DiagonalNormal((6,), 2, network=encoder),
+    )
+
+
+def test_a_single_example_left_over_joins_the_batch_before_it(monkeypatch):
+    lengths, step = [], pv.SVI.step
+    monkeypatch.setattr(pv.SVI, "step", lambda svi, x: lengths.append(len(x)) or step(svi, x))
+    history = pv.fit(with_batch_norm(), torch.randn(33, 6), batch_size=16, epochs=2, progress=False)
+    assert lengths == [16, 17, 16, 17]
+    assert math.isfinite(history[-1].train_bound)
+
+
+def test_a_batch_that_cannot_be_trained_on_is_refused_before_the_first_step():
+    vae = with_batch_norm()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    with pytest.raises(ValueError, match="batch of 1 of the 5 .*more than 1 value.*batch_size, 2 or more"):
+        pv.fit(vae, torch.randn(5, 6), batch_size=1, epochs=1, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert vae.training
+
+
+def test_trying_the_batches_leaves_statistics_alone():
+    vae = with_batch_norm()
+    pv.fit(vae, torch.randn(32, 6), batch_size=16, epochs=1, progress=False)
+    assert vae.posterior.network[1].num_batches_tracked == 2
