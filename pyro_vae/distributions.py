@@ -5,8 +5,10 @@ Importing this module registers its closed-form divergences with `torch.distribu
 import and therefore loaded by the first flow that is built.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
@@ -18,8 +20,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import (
     Distribution,
     Independent,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
     Normal,
     constraints,
     register_kl,
@@ -34,11 +34,14 @@ __all__ = [
     "ContinuousBernoulli",
     "DiscretizedLogistic",
     "FlowDistribution",
+    "LowRankMultivariateNormal",
+    "MultivariateNormal",
     "NegativeBinomial",
     "NormalMixture",
     "Poisson",
     "build_flow",
     "grid",
+    "in_full_precision",
     "multivariate_to_diagonal_normal",
     "poisson_deviance",
     "stirling_remainder",
@@ -69,6 +72,39 @@ class _ConciseErrors:
             if not message:
                 raise
             raise ValueError(message) from None
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def in_full_precision(method: _Method) -> _Method:
+    """Run a method without `torch.autocast`, whose matrix products would lose the digits of a density."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        enabled = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not enabled:
+            return method(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for kind in enabled:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return method(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+class MultivariateNormal(dist.MultivariateNormal):
+    """Pyro's `MultivariateNormal`, in full precision under `torch.autocast`."""
+
+    rsample = in_full_precision(dist.MultivariateNormal.rsample)
+    log_prob = in_full_precision(dist.MultivariateNormal.log_prob)
+
+
+class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+    """Pyro's `LowRankMultivariateNormal`, in full precision under `torch.autocast`."""
+
+    rsample = in_full_precision(dist.LowRankMultivariateNormal.rsample)
+    log_prob = in_full_precision(dist.LowRankMultivariateNormal.log_prob)
 
 
 class Bernoulli(_ConciseErrors, dist.Bernoulli):
@@ -574,6 +610,7 @@ class FlowDistribution(TorchDistribution):
         flow = self.flow.expand(torch.Size(batch_shape))
         return _copy_validation(self, FlowDistribution(flow, self.loc, self.scale, validate_args=False))
 
+    @in_full_precision
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw z, of shape (*sample_shape, *batch_shape, K), differentiable in all parameters."""
         standard, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
@@ -581,6 +618,7 @@ class FlowDistribution(TorchDistribution):
         self._last_draw = z, log_prob - self._log_det_scale(standard)
         return z
 
+    @in_full_precision
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density at z (*, K)."""
         if self._validate_args:
@@ -598,10 +636,10 @@ class FlowDistribution(TorchDistribution):
         return scale.expand_as(standard).log().sum(-1)
 
 
-@register_kl(MultivariateNormal, Independent)
-@register_kl(LowRankMultivariateNormal, Independent)
+@register_kl(torch.distributions.MultivariateNormal, Independent)
+@register_kl(torch.distributions.LowRankMultivariateNormal, Independent)
 def multivariate_to_diagonal_normal(
-    p: MultivariateNormal | LowRankMultivariateNormal, q: Independent
+    p: torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal, q: Independent
 ) -> Tensor:
     """Compute the KL divergence of a normal of any covariance to a normal with independent dimensions.
 

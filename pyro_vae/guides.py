@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.utils import vec_to_tril_matrix
 
-from pyro_vae.distributions import FlowDistribution, NormalMixture, build_flow
+from pyro_vae.distributions import (
+    FlowDistribution,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    NormalMixture,
+    build_flow,
+    in_full_precision,
+)
 from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_event_and_latent
@@ -158,7 +165,7 @@ class FullCovarianceNormal(Guide):
         """Return N(loc, L Lᵀ)."""
         loc, raw_diagonal, below = parts
         scale_tril = positive(raw_diagonal).diag_embed() + vec_to_tril_matrix(below, diag=-1)
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        return MultivariateNormal(loc, scale_tril=scale_tril)
 
 
 @rebuildable
@@ -196,11 +203,12 @@ class LowRankNormal(Guide):
         """Return the number of outputs for location, scale and V."""
         return latent_dim, latent_dim, latent_dim * rank
 
+    @in_full_precision
     def distribution(self, *parts: Tensor) -> dist.Distribution:
         """Return N(loc, V Vᵀ + diag scale²)."""
         loc, raw_scale, factor = parts
         V = factor.unflatten(-1, (self.latent_dim, -1))
-        return dist.LowRankMultivariateNormal(loc, V, positive(raw_scale) ** 2)
+        return LowRankMultivariateNormal(loc, V, positive(raw_scale) ** 2)
 
 
 @rebuildable

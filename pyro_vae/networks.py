@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TypedDict
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -200,13 +201,19 @@ RAW_ONE = math.log(math.expm1(1.0 - 1e-6))  # positive(RAW_ONE) = 1
 
 
 def apply_batched(network: nn.Module, inputs: Tensor, event_dim: int) -> Tensor:
-    """Apply a network for (N, *event) to inputs (*batch, *event), by flattening and restoring the batch."""
+    """Apply a network for (N, *event) to inputs (*batch, *event), by flattening and restoring the batch.
+
+    Under `torch.autocast` the network computes in low precision, and its outputs return to the precision of
+    its parameters, so that densities and divergences keep their digits.
+    """
     batch_shape = inputs.shape[: inputs.dim() - event_dim]
-    if len(batch_shape) == 1:
-        return network(inputs)
     event_shape = inputs.shape[inputs.dim() - event_dim :]
-    outputs = network(inputs.reshape(math.prod(batch_shape), *event_shape))
-    return outputs.reshape(*batch_shape, *outputs.shape[1:])
+    outputs = network(
+        inputs if len(batch_shape) == 1 else inputs.reshape(math.prod(batch_shape), *event_shape)
+    )
+    if torch.is_autocast_enabled(inputs.device.type):
+        outputs = outputs.to(next((parameter.dtype for parameter in network.parameters()), torch.float32))
+    return outputs if len(batch_shape) == 1 else outputs.reshape(*batch_shape, *outputs.shape[1:])
 
 
 def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequence[int]) -> None:
@@ -225,7 +232,7 @@ def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequen
     parameter = next(module.parameters(), None)
     if parameter is None:
         return
-    if value.dtype != parameter.dtype:
+    if value.dtype != parameter.dtype and not torch.is_autocast_enabled(value.device.type):
         raise TypeError(
             f"{where} is {value.dtype}, the parameters are {parameter.dtype}: "
             f"convert one of them ({name}.to({parameter.dtype}) or module.to({value.dtype}))"

@@ -1,0 +1,75 @@
+"""Mixed precision: networks in bfloat16, densities, divergences and bounds in float32."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+from parts import EVENT, GUIDES, PRIORS, K
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+import pyro_vae as pv
+from pyro_vae import likelihoods
+
+LIKELIHOODS = [likelihoods.Bernoulli, likelihoods.ContinuousBernoulli, likelihoods.Normal]
+LIKELIHOODS += [likelihoods.DiscretizedLogistic, likelihoods.Poisson, likelihoods.NegativeBinomial]
+
+
+def bf16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def make(guide="DiagonalNormal", prior="StandardNormal", likelihood=likelihoods.Bernoulli):
+    torch.manual_seed(0)
+    prior = PRIORS[prior]()
+    likelihood = likelihood(K, EVENT, hidden_features=(16,))
+    return pv.VAE(prior=prior, likelihood=likelihood, guide=GUIDES[guide]())
+
+
+X = torch.randint(0, 2, (13, *EVENT), generator=torch.Generator().manual_seed(1)).float()
+
+
+def losses(vae, estimator):
+    found = []
+    for context in (bf16(), torch.autocast("cpu", enabled=False)):
+        torch.manual_seed(2)
+        with context:
+            found.append(estimator.differentiable_loss(vae.model, vae.guide, X))
+    return found
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_guide_computes_its_densities_in_full_precision(guide):
+    vae = make(guide=guide)
+    low, high = losses(vae, Trace_ELBO())
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, high, rtol=0.01, atol=0)
+    with bf16():
+        q = vae.encode(X)
+        z = q.rsample()
+        assert z.dtype == torch.float32
+        within = q.log_prob(z)
+    torch.testing.assert_close(within, q.log_prob(z.clone()), rtol=1e-4, atol=1e-4)  # same q, no autocast
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior(prior):
+    low, high = losses(make(prior=prior), Trace_ELBO())
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, high, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda c: c.__name__)
+def test_every_likelihood(likelihood):
+    low, high = losses(make(likelihood=likelihood), TraceMeanField_ELBO())
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, high, rtol=0.01, atol=0)
+
+
+def test_a_vae_in_bfloat16_stays_in_it():
+    vae = make().to(torch.bfloat16)
+    assert vae.encode(X.bfloat16()).rsample().dtype == torch.bfloat16
+
+
+def test_without_autocast_an_input_of_another_dtype_raises():
+    with pytest.raises(TypeError, match=r"torch.bfloat16, the parameters are torch.float32"):
+        make().encode(X.bfloat16())
+    assert isinstance(make().encode(X), dist.Distribution)
