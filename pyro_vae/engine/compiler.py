@@ -16,7 +16,7 @@ from torch import Tensor, fx
 __all__ = ["NotCompiled", "choose_matmul_libraries", "compile_graph"]
 
 aten = torch.ops.aten
-_MIN_MULTIPLICATIONS = 1_000_000  # a smaller product takes no longer than a few Python calls
+_MIN_SIZE = 1_000_000  # multiplications; a smaller product takes no longer than a few Python calls
 _REPEATS = 9
 _MAX_TIME_RATIO = 0.95  # of oneDNN to MKL, so that timing noise seldom decides
 
@@ -46,7 +46,7 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
         The compiled function, to be called under `torch.no_grad`.
 
     Raises:
-        NotCompiled: With the reason, most often that there is no C++ compiler.
+        NotCompiled: With the reason, most often a missing C++ compiler.
 
     Example:
         >>> def twice(x):
@@ -137,11 +137,8 @@ def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node, fx.Node] | None:
         return None
     outputs = a.meta["output"], b.meta["output"]
     size = outputs[0].shape[0] * outputs[0].shape[1] * outputs[1].shape[1]
-    return (
-        (bias, a, b)
-        if size >= _MIN_MULTIPLICATIONS and all(o.dtype == torch.float32 for o in outputs)
-        else None
-    )
+    is_large = size >= _MIN_SIZE and all(output.dtype == torch.float32 for output in outputs)
+    return (bias, a, b) if is_large else None
 
 
 def _measure(a: Tensor, b: Tensor, *, with_bias: bool) -> str:

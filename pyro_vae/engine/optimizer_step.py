@@ -44,7 +44,7 @@ class OptimizerStep:
     def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor) -> None:
         """Take a step, given one gradient or None per parameter, unless `skip`, shape (), is 1.0."""
         optimizer = self.optimizer
-        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+        for parameter, gradient in zip(self.parameters(), gradients, strict=True):
             parameter.grad = gradient  # as after an eager step
         has_gradient = [gradient is not None for gradient in gradients]
         hooked = self._is_hooked()
@@ -60,7 +60,8 @@ class OptimizerStep:
         elif not skip:
             optimizer.step()
 
-    def _parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters of all groups in order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _is_hooked(self) -> bool:

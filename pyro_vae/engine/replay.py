@@ -92,13 +92,13 @@ class Replay:
     ):
         self.model, self.guide = model, guide
         self.estimator: Any = estimator
-        self.optimizer, self.clip_norm, self.eager_step = optimizer, clip_norm, eager_step
+        self.clip_norm, self.eager_step = clip_norm, eager_step
         self.engine, self.fastest = engine, fastest
         self.optimizer_step = OptimizerStep(optimizer)
         self.recordings: dict[tuple, _Recording] = {}
         self.num_recordings = self.num_compilations = 0
         self.disabled = False  # every step is eager
-        some = self._parameters()[0]
+        some = self.optimizer_step.parameters()[0]
         if some.device.type == "cpu":
             keep_freed_memory()
         # A loss with a scheduled weight, such as `KLWeighted`, has `beta`, the weight of the next step,
@@ -127,7 +127,7 @@ class Replay:
         graph = recording.graph
         states = [generator.get_state() for generator in graph.generators]
         values = [tensor.clone() for tensor in graph.mutated]
-        for parameter in self._parameters():
+        for parameter in self.optimizer_step.parameters():
             parameter.grad = None  # frees memory that the new gradients reuse
         with torch.no_grad():
             loss, invalid, *gradients = recording.run(*tensors, *graph.captured)
@@ -154,7 +154,7 @@ class Replay:
         if not all(isinstance(leaf, PLAIN_TYPES) for leaf in leaves):
             raise Untraceable(f"its arguments are not only tensors, numbers and strings: {spec}")
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        parameters = self._parameters()
+        parameters = self.optimizer_step.parameters()
 
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
             rest = iter(tensors)
@@ -236,9 +236,6 @@ class Replay:
     def _inner_estimator(self) -> ELBO:
         """The estimator inside a loss with a scheduled weight, or the loss itself."""
         return self.estimator.estimator if self.is_scheduled else self.estimator
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _guarded_objects(self) -> list[Any]:
         """Return the estimator, and all modules of the objects that the model and the guide belong to."""
@@ -358,14 +355,11 @@ def _with_strides_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | Non
 def _without_shared_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Copy gradients that share memory with an earlier one, so that each can be changed in place."""
     seen: set[int] = set()
-    result = []
+    result: list[Tensor | None] = []
     for gradient in gradients:
-        own = gradient
-        if gradient is not None:
-            memory = gradient.untyped_storage()._cdata
-            own = gradient.clone() if memory in seen else gradient
-            seen.add(memory)
-        result.append(own)
+        storage = 0 if gradient is None else gradient.untyped_storage()._cdata
+        result.append(gradient.clone() if gradient is not None and storage in seen else gradient)
+        seen.add(storage)
     return result
 
 
