@@ -1,4 +1,4 @@
-"""A training step as a recorded or compiled graph of tensor operations; knows no VAE."""
+"""Run a training step as a recorded or compiled graph of tensor operations, independent of VAEs."""
 
 from pyro_vae.engine.replay import ENGINES, Replay
 

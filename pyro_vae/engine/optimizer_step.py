@@ -1,7 +1,7 @@
-"""The optimiser's update of the parameters, at the cost of its arithmetic.
+"""Take an optimiser's step without its Python overhead.
 
 `torch.optim.Adam` spends as long in Python as on the parameters of a small network. Here its fused kernel is
-called on lists that were gathered once. The state stays the optimiser's, so that its `state_dict` is as ever.
+called on lists of tensors that are built once. The optimiser keeps the state, so that its `state_dict` works.
 """
 
 import operator
@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["Update"]
+__all__ = ["OptimizerStep"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-class Update:
-    """Moves an optimiser's parameters along given gradients, as its `step()` would.
+class OptimizerStep:
+    """Update an optimiser's parameters for given gradients, as its `step()` would.
 
     Learning rates and other options are read from the optimiser at each call, so that schedules work. Adam
-    and AdamW go through their fused kernel, which leaves the parameters alone where the device says so,
-    without waiting for it. Other optimisers take their own step.
+    and AdamW use their fused kernel, which can skip the update by a flag on the device, without a
+    synchronisation. Other optimisers take their own step.
 
     Args:
         optimizer: A torch optimiser.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
-        >>> update = Update(torch.optim.Adam([weight], 0.1))
-        >>> update([torch.tensor([1.0, -2.0, 3.0])], skip=torch.tensor(0.0))
+        >>> step = OptimizerStep(torch.optim.Adam([weight], 0.1))
+        >>> step([torch.tensor([1.0, -2.0, 3.0])], skip=torch.tensor(0.0))
         >>> weight.detach()
         tensor([-0.1000,  0.1000, -0.1000])
     """
@@ -39,31 +39,33 @@ class Update:
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
         self.kernels: list[_FusedAdam] = []
-        self.moved: list[bool] = []  # which parameters the kernels move
+        self.has_gradient: list[bool] = []  # for each parameter, when the kernels were built
 
     def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor) -> None:
-        """Take a step along the gradients of the parameters in order; none if `skip`, (), is not 0.0."""
+        """Take a step, given one gradient or None per parameter, unless `skip`, shape (), is 1.0."""
         optimizer = self.optimizer
-        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
-            parameter.grad = gradient  # as an eager step leaves it
-        moved = [gradient is not None for gradient in gradients]
-        watched = self._is_watched()
-        if watched or moved != self.moved or not all(kernel.is_current() for kernel in self.kernels):
+        for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+            parameter.grad = gradient  # as after an eager step
+        has_gradient = [gradient is not None for gradient in gradients]
+        hooked = self._is_hooked()
+        changed = has_gradient != self.has_gradient or not all(kernel.is_current() for kernel in self.kernels)
+        if hooked or changed:
             self.kernels = []
-        if not self.kernels and not watched:
-            self.kernels, self.moved = self._gather(moved), moved
+        if not self.kernels and not hooked:
+            self.kernels, self.has_gradient = self._build_kernels(has_gradient), has_gradient
         for kernel in self.kernels:
             kernel(gradients, skip)
         if self.kernels:
-            optimizer._opt_called = True  # type: ignore[attr-defined] # else schedules warn of a missing step
+            optimizer._opt_called = True  # type: ignore[attr-defined] # else schedulers warn of a missing step
         elif not skip:
             optimizer.step()
 
-    def _parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters of all groups in order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _is_watched(self) -> bool:
-        """Whether somebody waits for the optimiser's own step: by a hook, or by one in its place."""
+    def _is_hooked(self) -> bool:
+        """Return True if hooks, or a replacement of its `step`, need the optimiser's own step."""
         hooks = (
             self.optimizer._optimizer_step_pre_hooks
             or self.optimizer._optimizer_step_post_hooks
@@ -73,8 +75,8 @@ class Update:
         step = vars(self.optimizer).get("step")
         return bool(hooks) or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
 
-    def _gather(self, moved: Sequence[bool]) -> "list[_FusedAdam]":
-        """Make a kernel for each group, device and dtype; none if the optimiser has to take the step."""
+    def _build_kernels(self, has_gradient: Sequence[bool]) -> "list[_FusedAdam]":
+        """Return a kernel for each group, device and dtype; none if only the optimiser can take the step."""
         optimizer = self.optimizer
         if type(optimizer) not in (Adam, AdamW):
             return []
@@ -84,9 +86,9 @@ class Update:
             if group["differentiable"] or any(isinstance(o, Tensor) for o in (group["lr"], *group["betas"])):
                 return []
             for parameter in group["params"]:
-                if moved[index]:
+                if has_gradient[index]:
                     if not optimizer.state.get(parameter) or parameter.is_complex():
-                        return []  # the optimiser's own first step makes the state
+                        return []  # the optimiser creates the state at its own first step
                     key = (number, parameter.device, parameter.dtype)
                     members.setdefault(key, []).append((index, parameter))
                 index += 1
@@ -94,7 +96,7 @@ class Update:
 
 
 class _FusedAdam:
-    """The fused kernel of Adam, for those parameters of a group that share a device and a dtype."""
+    """Adam's fused kernel for the parameters of one group with the same device and dtype."""
 
     def __init__(self, optimizer: Optimizer, number: int, members: list[tuple[int, Tensor]]):
         self.optimizer, self.number = optimizer, number
@@ -104,13 +106,13 @@ class _FusedAdam:
         self.states = [optimizer.state[parameter] for parameter in self.parameters]
         steps = torch.stack([state["step"].detach() for state in self.states])
         self.step = steps.to(self.parameters[0].device, torch.float32)
-        self.steps = list(self.step.unbind())  # views, so that one operation counts the step for all
+        self.steps = list(self.step.unbind())  # views, so that one addition counts the step for all
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
         self.lists = [[state[name] for state in self.states if name in state] for name in _MOMENTS]
 
     def is_current(self) -> bool:
-        """Whether the optimiser still holds what was gathered, which a user or another kernel may replace."""
+        """Return True if the optimiser still holds the same group, parameters and state tensors."""
         groups = self.optimizer.param_groups
         if self.number >= len(groups) or groups[self.number] is not self.group:
             return False

@@ -1,18 +1,18 @@
-"""Take steps of SVI by graphs, as recorded or compiled, and eagerly wherever a graph does not serve.
+"""Replay recorded or compiled graphs of SVI steps, with eager steps where no graph is valid.
 
-A graph holds while what Python code looks at stays the same. That is watched as far as it can be: numbers
-among the arguments, dtypes, and what `watching` finds. A model may still look at other things, such as the
-attribute of a class; so a graph is believed only as long as it agrees with the eager loss and gradients for
-the same random numbers, which is tried at its 1st, 2nd, 4th, 8th ... use.
+A graph is valid while the Python values that the model reads are unchanged. Arguments that are numbers,
+dtypes and the values found by `Guards` are checked before each step. A model may also read unguarded values
+(`Guards` lists them). So at its 1st, 2nd, 4th, 8th ... use, a graph is compared with the eager loss and
+gradients for the same random numbers; if they disagree, no graph is used from then on.
 
-A step goes like this:
+A step of `Replay`:
 
-1. find the recording for the forms of the arguments, or make it;
-2. compile it if its time has come; compare it with the function if this use is one of those;
-3. run the graph, which gives the loss, a flag, 1.0 where the graph does not hold, and the gradients;
-4. update the parameters, unless the flag is up, which nobody waits for;
-5. read the loss: NaN where the flag is up. If it is finite, that was the step;
-6. otherwise put back what the graph changed, and take the step eagerly.
+1. find the recording for the shapes and dtypes of the arguments, or record one;
+2. compile the graph if that now pays; compare it with the eager function at the uses listed above;
+3. run the graph, which returns the loss, the flag `invalid` and the gradients;
+4. update the parameters, which the device skips if `invalid` is 1.0;
+5. read the loss, NaN if `invalid` is 1.0. If it is finite, the step is done;
+6. otherwise restore what the graph changed, and take the step eagerly.
 """
 
 import copy
@@ -32,18 +32,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from pyro_vae.engine.compiler import NotCompiled, choose_products, compile_graph
-from pyro_vae.engine.guards import PLAIN, Watch
-from pyro_vae.engine.optimizer_step import Update
-from pyro_vae.engine.recorder import (
-    LossAndGradients,
-    Untraceable,
-    preserved,
-    python_noise,
-    record,
-    restore_python_noise,
-)
-from pyro_vae.utils.isolation import keep_freed_memory
+from pyro_vae.engine.compiler import NotCompiled, choose_matmul_libraries, compile_graph
+from pyro_vae.engine.guards import PLAIN_TYPES, Guards
+from pyro_vae.engine.optimizer_step import OptimizerStep
+from pyro_vae.engine.recorder import LossAndGradients, Untraceable, record
+from pyro_vae.utils.isolation import keep_freed_memory, preserved, python_noise, restore_python_noise
 
 __all__ = ["ENGINES", "Replay"]
 
@@ -51,39 +44,38 @@ logger = logging.getLogger("pyro_vae")
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 
-_MAX_RECORDINGS = 32  # where shapes keep changing, recording costs more than it saves
+_MAX_RECORDINGS = 32  # if shapes keep changing, recording costs more than it saves
 
-# What compiling costs, and what it saves at each step: rough, and the same on every machine, so that a run
-# which is resumed changes over at the same step
-_COMPILING = 20.0  # seconds
-_PER_OPERATION = 4e-6
-_PER_VALUE = 1e-9  # of what an operation makes
+# Rough costs in seconds, the same on every machine, so that a resumed run starts to compile at the same step
+_COMPILE_TIME = 20.0
+_SAVED_PER_OPERATION = 4e-6
+_SAVED_PER_VALUE = 1e-9  # per element of an operation's output
 
 
-class _NotYet(Untraceable):
-    """The step is eager, but the next ones need not be."""
+class _EagerOnce(Untraceable):
+    """This step has to be eager; later ones may use a graph."""
 
 
 class Replay:
-    """Steps of SVI by graphs, one for each shape of the arguments.
+    """Take SVI steps by graph replay, with one graph per combination of argument shapes.
 
-    Under "traced" the graphs are interpreted as recorded, under "compiled" compiled at once, and under "auto"
-    as soon as compiling earlier would have paid, so that this takes at most twice as long as the better of
-    the two. Where they cannot be compiled, the log says so and they are interpreted.
+    With "traced", graphs are interpreted as recorded; with "compiled", compiled at once; with "auto", as soon
+    as compiled steps would have saved as much time so far as compiling takes, so that the total is at most
+    twice that of the better choice. If compilation fails, a warning is logged and graphs are interpreted.
 
-    If no graph can be made, or one disagrees with the eager step, the log says why and every step is eager
-    from then on. A step whose graph does not hold (see `recording`), or whose loss is not finite, is undone
-    and taken eagerly from the same random numbers, so that it raises what an eager step raises.
+    If no graph can be recorded, or one disagrees with the eager step, a warning is logged and all later steps
+    are eager. A step whose graph is invalid (see `Graph`), or whose loss is not finite, is undone and taken
+    eagerly with the same random numbers, so that it raises the errors of an eager step.
 
     Args:
         model: A Pyro model function.
         guide: A Pyro guide function.
         estimator: An ELBO.
         optimizer: A torch optimiser.
-        clip_norm: As for `pyro_vae.SVI`.
+        clip_norm: Largest norm of all gradients together, or None; as for `pyro_vae.SVI`.
         engine: "traced", "compiled" or "auto".
-        eager_step: Takes a step without a graph.
-        fastest: Which library multiplies matrices of which shapes: see `choose_products`.
+        eager_step: Takes a step without a graph and returns its loss.
+        fastest: The matrix-product library for each shape; see `choose_matmul_libraries`.
     """
 
     def __init__(
@@ -100,24 +92,24 @@ class Replay:
     ):
         self.model, self.guide = model, guide
         self.estimator: Any = estimator
-        self.optimizer, self.clip_norm, self.eager_step = optimizer, clip_norm, eager_step
+        self.clip_norm, self.eager_step = clip_norm, eager_step
         self.engine, self.fastest = engine, fastest
-        self.update = Update(optimizer)
+        self.optimizer_step = OptimizerStep(optimizer)
         self.recordings: dict[tuple, _Recording] = {}
         self.num_recordings = self.num_compilations = 0
-        self.given_up = False
-        some = self._parameters()[0]
+        self.disabled = False  # every step is eager
+        some = self.optimizer_step.parameters()[0]
         if some.device.type == "cpu":
             keep_freed_memory()
         # A loss with a scheduled weight, such as `KLWeighted`, has `beta`, the weight of the next step,
-        # `steps`, how many were taken, and `differentiable_loss_at(weight, model, guide, ...)`. The weight is
-        # filled in outside the recorded function: within it, a number would become a constant of the graph.
+        # `steps`, the number of steps taken, and `differentiable_loss_at(weight, model, guide, ...)`. The
+        # tensor is filled outside the recorded function: inside, the weight would become a constant.
         self.is_scheduled = hasattr(estimator, "differentiable_loss_at")
-        self.weight = torch.ones((), dtype=torch.float64, device=some.device)  # it promotes nothing
+        self.weight = torch.ones((), dtype=torch.float64, device=some.device)  # 0-d: promotes no dtype
 
     def step(self, number: int, *args: Any, **kwargs: Any) -> float:
-        """Take the step of that number, counted from 0, and return its loss."""
-        if self.given_up or _PYRO_STACK:  # a handler around the step may do anything
+        """Take step `number`, counted from 0, and return its loss."""
+        if self.disabled or _PYRO_STACK:  # a handler around the step may have any effect
             return self.eager_step(*args, **kwargs)
         if self.is_scheduled:
             self.weight.fill_(self.estimator.beta)
@@ -125,21 +117,21 @@ class Replay:
             recording, tensors = self._recording(args, kwargs)
             self._prepare(recording, tensors, number)
         except Untraceable as reason:
-            loss = self.eager_step(*args, **kwargs)  # if the arguments are at fault, this raises
-            if isinstance(reason, _NotYet):
+            loss = self.eager_step(*args, **kwargs)  # raises if the arguments are invalid
+            if isinstance(reason, _EagerOnce):
                 return loss
-            self.given_up = True
-            logger.warning("SVI steps are eager from now on, not by a graph: %s", reason)
+            self.disabled = True
+            logger.warning("SVI steps are eager from now on, without a graph: %s", reason)
             return loss
 
         graph = recording.graph
         states = [generator.get_state() for generator in graph.generators]
-        values = [tensor.clone() for tensor in graph.changed]
-        for parameter in self._parameters():
-            parameter.grad = None  # the new gradients find its memory in the cache
+        values = [tensor.clone() for tensor in graph.mutated]
+        for parameter in self.optimizer_step.parameters():
+            parameter.grad = None  # frees memory that the new gradients reuse
         with torch.no_grad():
-            loss, does_not_hold, *gradients = recording.run(*tensors, *graph.outside)
-            self.update(gradients, skip=does_not_hold)
+            loss, invalid, *gradients = recording.run(*tensors, *graph.captured)
+            self.optimizer_step(gradients, skip=invalid)
             value = loss.item()
             if math.isfinite(value):
                 if self.is_scheduled:
@@ -147,19 +139,22 @@ class Replay:
                 return value
             for generator, state in zip(graph.generators, states, strict=True):
                 generator.set_state(state)
-            for tensor, before in zip(graph.changed, values, strict=True):
+            for tensor, before in zip(graph.mutated, values, strict=True):
                 tensor.copy_(before)
         return self.eager_step(*args, **kwargs)
 
     def _recording(self, args: tuple, kwargs: dict[str, Any]) -> "tuple[_Recording, list[Tensor]]":
-        """Find or make the recording for these arguments; return it and the tensors among them."""
-        leaves, spec = list(args), None  # the common case: flattening takes as long as a small product
+        """Find or create the recording for these arguments; return it and the tensors among them."""
+        leaves, spec = (
+            list(args),
+            None,
+        )  # common case without flattening, which takes as long as a small product
         if kwargs or not all(isinstance(arg, Tensor) for arg in args):
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        if not all(isinstance(leaf, PLAIN) for leaf in leaves):
-            raise Untraceable(f"its arguments are more than tensors, numbers and words: {spec}")
+        if not all(isinstance(leaf, PLAIN_TYPES) for leaf in leaves):
+            raise Untraceable(f"its arguments are not only tensors, numbers and strings: {spec}")
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        parameters = self._parameters()
+        parameters = self.optimizer_step.parameters()
 
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
             rest = iter(tensors)
@@ -169,20 +164,20 @@ class Replay:
 
         key = self._key(leaves, spec, tensors, parameters)
         recording = self.recordings.get(key)
-        if recording is None or not recording.watch.is_same():
+        if recording is None or not recording.guards.hold():
             recording = self.recordings[key] = self._record(loss_and_gradients, tensors)
         recording.loss_and_gradients = loss_and_gradients
         return recording, tensors
 
     def _key(self, leaves: list[Any], spec: Any, tensors: list[Tensor], parameters: list[Tensor]) -> tuple:
-        """What a recording depends on: the forms of arguments and parameters, and what is set in torch."""
+        """Return what a recording depends on besides guards: arguments, parameters, settings of torch."""
         identities = [id(tensor) for tensor in tensors]
         return (
             spec,
-            *[_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
-            *[(id(p), *_form(p), *(p._backward_hooks or ())) for p in parameters],
+            *[_signature(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
+            *[(id(p), *_signature(p), *(p._backward_hooks or ())) for p in parameters],
             id(self._inner_estimator),
-            *map(identities.index, identities),  # which of them are the same
+            *map(identities.index, identities),  # which arguments are the same tensor
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
             torch.get_default_dtype(),
             is_validation_enabled(),
@@ -192,27 +187,27 @@ class Replay:
     def _record(self, loss_and_gradients: LossAndGradients, tensors: list[Tensor]) -> "_Recording":
         self.num_recordings += 1
         if self.num_recordings > _MAX_RECORDINGS:
-            raise Untraceable(f"shapes or attributes keep changing, {_MAX_RECORDINGS} times by now")
+            raise Untraceable(f"shapes or attributes keep changing: {_MAX_RECORDINGS} graphs were recorded")
         estimator = self._inner_estimator
         nesting = estimator.max_plate_nesting
         pair = (self.model, self.guide)
-        recording = _Recording(loss_and_gradients, tensors, pair, self._watched(), self.fastest)
+        recording = _Recording(loss_and_gradients, tensors, pair, self._guarded_objects(), self.fastest)
         if estimator.max_plate_nesting != nesting:
             estimator.max_plate_nesting = nesting
-            raise _NotYet(
-                "the estimator finds max_plate_nesting at its first step, by draws that no other makes"
+            raise _EagerOnce(
+                "the estimator infers max_plate_nesting at its first step, with extra random draws"
             )
         return recording
 
     def _prepare(self, recording: "_Recording", tensors: Sequence[Tensor], number: int) -> None:
-        """Compile the graph if the time has come, and look whether it is right."""
+        """Compile the graph if that now pays, and count the use."""
         try:
             if self.engine == "compiled" or (self.engine == "auto" and number >= recording.break_even):
                 self.num_compilations += recording.compile(tensors)
             recording.use(tensors)
         except NotCompiled as reason:
             self.engine = "traced"
-            logger.warning("the graph of the SVI step is not compiled, but interpreted: %s", reason)
+            logger.warning("the graph of the SVI step is interpreted, not compiled: %s", reason)
             recording.use(tensors)
 
     def _loss_and_gradients(
@@ -227,166 +222,158 @@ class Replay:
             raise Untraceable(f"{type(estimator).__name__} has no differentiable_loss")
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if any(parameter._post_accumulate_grad_hooks for parameter in trained):
-            raise Untraceable("a parameter has hooks that wait for a gradient to be accumulated")
+            raise Untraceable("a parameter has post-accumulate-gradient hooks")
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         if self.clip_norm is not None:
             norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
-            shrink = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-            gradients = tuple(None if gradient is None else gradient * shrink for gradient in gradients)
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
+            gradients = tuple(None if gradient is None else gradient * factor for gradient in gradients)
         found = dict(zip(map(id, trained), gradients, strict=True))
-        laid_out = [_laid_out_like(parameter, found.get(id(parameter))) for parameter in parameters]
-        return loss, _apart(laid_out)
+        with_strides = [_with_strides_of(parameter, found.get(id(parameter))) for parameter in parameters]
+        return loss, _without_shared_memory(with_strides)
 
     @property
     def _inner_estimator(self) -> ELBO:
-        """The estimator that a loss with a scheduled weight holds, or the loss itself."""
+        """The estimator inside a loss with a scheduled weight, or the loss itself."""
         return self.estimator.estimator if self.is_scheduled else self.estimator
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def _watched(self) -> list[Any]:
-        """What shapes the graph beside the modules that run: the estimator, and modules bound to the pair."""
-        watched: list[Any] = [self._inner_estimator]
+    def _guarded_objects(self) -> list[Any]:
+        """Return the estimator, and all modules of the objects that the model and the guide belong to."""
+        objects: list[Any] = [self._inner_estimator]
         for function in (self.model, self.guide):
             owner = getattr(function, "__self__", function)
             if isinstance(owner, nn.Module):
-                watched += owner.modules()
-        return watched
+                objects += owner.modules()
+        return objects
 
 
 class _Recording:
-    """A graph, and the attributes that it was made under."""
+    """A graph with its guards, interpreted at first and compiled on demand."""
 
     def __init__(
         self,
         loss_and_gradients: LossAndGradients,
         tensors: Sequence[Tensor],
         functions: Sequence[Callable],
-        watched: list[Any],
+        objects: list[Any],
         fastest: dict[str, str],
     ):
         self.loss_and_gradients = loss_and_gradients
         try:
             self.graph = record(loss_and_gradients, tensors)
-            self.plain = copy.deepcopy(self.graph.module).forward  # by the products of eager torch
-            if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.outside]):
-                choose_products(self.graph.module, fastest)
-            # an estimator of the user's own is called by its methods, which only its class shows
-            looked_at = [*functions, type(watched[0]), get_param_store()._params]
-            self.watch = Watch(looked_at, [*watched, *self.graph.modules])
+            self.reference = copy.deepcopy(self.graph.module).forward  # matrix products of eager torch
+            if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.captured]):
+                choose_matmul_libraries(self.graph.module, fastest)
+            # the class of the estimator, since a user's estimator is called by its methods only
+            readers = [*functions, type(objects[0]), get_param_store()._params]
+            self.guards = Guards(readers, [*objects, *self.graph.modules])
         except Untraceable:
             raise
         except Exception as error:
             raise Untraceable(f"recording it raised {type(error).__name__}: {error}") from error
         self.run = self.graph.module.forward
-        self.is_compiled = self.is_doubtful = False
+        self.is_compiled = self.disagreed = False
         self.uses = 0
-        made = [node.meta["form"].numel() for node in self.graph.module.graph.nodes if "form" in node.meta]
-        self.break_even = _COMPILING / (_PER_OPERATION * len(made) + _PER_VALUE * sum(made))  # steps
+        metas = [node.meta for node in self.graph.module.graph.nodes]
+        sizes = [meta["output"].numel() for meta in metas if "output" in meta]
+        saved = _SAVED_PER_OPERATION * len(sizes) + _SAVED_PER_VALUE * sum(sizes)
+        self.break_even = _COMPILE_TIME / saved  # steps
 
     def compile(self, tensors: Sequence[Tensor]) -> bool:
-        """Run compiled from now on; return whether that is new.
-
-        Raises:
-            NotCompiled: If it cannot be.
-        """
+        """Compile the graph unless it is compiled already; return True if that was needed."""
         if self.is_compiled:
             return False
-        self.run = compile_graph(self.graph.module, [*tensors, *self.graph.outside])
+        self.run = compile_graph(self.graph.module, [*tensors, *self.graph.captured])
         self.is_compiled, self.uses = True, 0
         return True
 
     def use(self, tensors: Sequence[Tensor]) -> None:
-        """Count a use, and now and then compare the graph with the function that it was made from.
+        """Count a use, and at powers of 2 compare the graph with the function that it was recorded from.
 
         Raises:
-            NotCompiled: If the compiled graph disagrees with itself as recorded, twice running; it is
-                interpreted from now on.
-            Untraceable: If the graph as recorded disagrees with the function; or, for this step only, if the
-                compiled one was found to disagree for the first time.
+            NotCompiled: If the compiled graph disagrees with the recorded one in two successive comparisons;
+                the graph is interpreted from now on.
+            Untraceable: If the recorded graph disagrees with the function; or, for this step only, if the
+                compiled graph disagrees for the first time.
         """
         self.uses += 1
-        if self.uses & (self.uses - 1):  # no power of 2
+        if self.uses & (self.uses - 1):  # not a power of 2
             return
-        recorded_agrees, compiled_agrees = self._agreements(tensors)
+        recorded_agrees, compiled_agrees = self._compare(tensors)
         if not recorded_agrees:
             raise Untraceable(
-                "the graph disagrees with the eager step, so the model looks at something that changes and "
-                "is neither an argument nor a tensor changed in place; pass it to step() as a tensor"
+                "the graph disagrees with the eager step: the model reads a value that changes and is "
+                "neither an argument nor a tensor changed in place. Pass it to step() as a tensor"
             )
         if compiled_agrees:
-            self.is_doubtful = False
-        elif not self.is_doubtful:  # rounding may have put a number on the other side of a ReLU's kink
-            self.is_doubtful, self.uses = True, 0
-            raise _NotYet("the compiled graph disagrees, and is asked again at the next step")
+            self.disagreed = False
+        elif not self.disagreed:  # rounding may have moved a value across the kink of a ReLU
+            self.disagreed, self.uses = True, 0
+            raise _EagerOnce("the compiled graph disagrees; it is compared again at the next step")
         else:
             self.run, self.is_compiled, self.uses = self.graph.module.forward, False, 0
-            raise NotCompiled("compiled, the graph disagrees with the eager step")
+            raise NotCompiled("the compiled graph disagrees with the eager step")
 
-    def _agreements(self, tensors: Sequence[Tensor]) -> tuple[bool, bool]:
-        """Whether the graph as recorded gives what the function does; and whether it does compiled.
+    def _compare(self, tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+        """Return whether the recorded graph agrees with the function, and the compiled with the recorded.
 
-        The recorded one is asked with the products of eager torch, so that its operations are those of the
-        function. Compiled, they round otherwise, which exponentials of log weights enlarge: their gradients
-        are given more room.
+        The recorded graph is run with the matrix products of eager torch, so that both have the same
+        operations. The compiled graph rounds differently, which exponentials of log weights amplify, so its
+        gradients have a larger tolerance.
         """
         graph = self.graph
 
         def draw(run: Callable[..., Sequence[Any]], *inputs: Tensor) -> tuple[Sequence[Any], list[Tensor]]:
-            with preserved(graph.generators, graph.changed):
+            with preserved(graph.generators, graph.mutated):
                 return run(*inputs), [generator.get_state() for generator in graph.generators]
 
         with torch.no_grad():
-            (loss, does_not_hold, *gradients), states = draw(self.run, *tensors, *graph.outside)
-            (plain_loss, _, *plain_gradients), plain_states = draw(self.plain, *tensors, *graph.outside)
-        if does_not_hold:
-            return True, True  # it says so itself
+            (loss, invalid, *gradients), states = draw(self.run, *tensors, *graph.captured)
+            (recorded_loss, _, *recorded), recorded_states = draw(self.reference, *tensors, *graph.captured)
+        if invalid:
+            return True, True  # the step is eager anyway
         noise = python_noise()
         (expected_loss, expected), expected_states = draw(self.loss_and_gradients, *tensors)
         restore_python_noise(noise)
 
-        found, plain = [loss, *gradients], [plain_loss, *plain_gradients]
-        recorded = _agree(plain, [expected_loss.detach(), *expected], power=2 / 3)
-        compiled = not self.is_compiled or _agree(found, plain, power=1 / 2)
+        found, recorded = [loss, *gradients], [recorded_loss, *recorded]
+        recorded_agrees = _agree(recorded, [expected_loss.detach(), *expected], power=2 / 3)
+        compiled_agrees = not self.is_compiled or _agree(found, recorded, power=1 / 2)
         return (
-            recorded and all(map(torch.equal, plain_states, expected_states)),
-            compiled and all(map(torch.equal, states, plain_states)),
+            recorded_agrees and all(map(torch.equal, recorded_states, expected_states)),
+            compiled_agrees and all(map(torch.equal, states, recorded_states)),
         )
 
 
-def _laid_out_like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Copy a gradient that does not lie in memory as its parameter does: fused kernels count on it."""
+def _with_strides_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Return the gradient with the strides of its parameter, which fused kernels require."""
     if gradient is None or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
 
 
-def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Copy those that share memory with an earlier one: whoever scales one must not scale the other."""
+def _without_shared_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copy gradients that share memory with an earlier one, so that each can be changed in place."""
     seen: set[int] = set()
-    result = []
+    result: list[Tensor | None] = []
     for gradient in gradients:
-        own = gradient
-        if gradient is not None:
-            memory = gradient.untyped_storage()._cdata
-            own = gradient.clone() if memory in seen else gradient
-            seen.add(memory)
-        result.append(own)
+        storage = 0 if gradient is None else gradient.untyped_storage()._cdata
+        result.append(gradient.clone() if gradient is not None and storage in seen else gradient)
+        seen.add(storage)
     return result
 
 
-def _form(tensor: Tensor) -> tuple:
+def _signature(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _agree(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], *, power: float) -> bool:
-    """Whether losses are equal up to rounding, and gradients, as one vector, up to that power of its unit."""
+    """Return True if losses agree within eps^(2/3), and all gradients as one vector within eps^power."""
     if [tensor is None for tensor in found] != [tensor is None for tensor in expected]:
         return False
     pairs = [(f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None]
-    unit = torch.finfo(pairs[0][1].dtype).eps
+    eps = torch.finfo(pairs[0][1].dtype).eps
     differences = [(f - e).norm() for f, e in pairs]
     sizes = [e.norm() for _, e in pairs]
-    loss_agrees = differences[0] <= unit ** (2 / 3) * sizes[0].clamp(min=1.0)
-    return bool(loss_agrees & (get_total_norm(differences[1:]) <= unit**power * get_total_norm(sizes[1:])))
+    loss_agrees = differences[0] <= eps ** (2 / 3) * sizes[0].clamp(min=1.0)
+    return bool(loss_agrees & (get_total_norm(differences[1:]) <= eps**power * get_total_norm(sizes[1:])))

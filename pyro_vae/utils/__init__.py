@@ -1,1 +1,1 @@
-"""Tools without a model: argument checks, isolation, files, text output."""
+"""Utilities independent of models: argument checks, side-effect isolation, files, text output."""

@@ -1,4 +1,4 @@
-"""Text output: values with their errors, aligned tables, progress bars."""
+"""Text output: values with standard errors, aligned tables, progress bars."""
 
 import math
 import sys
@@ -23,13 +23,13 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         se = self.standard_error
-        digits = 1 - math.floor(math.log10(se)) if 0 < se < math.inf else 2  # two of the error's
+        digits = 1 - math.floor(math.log10(se)) if 0 < se < math.inf else 2  # the error's first two
         digits = min(max(digits, 0), 6)
         return f"{self.value:.{digits}f} ± {se:.{digits}f}"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> Iterator[str]:
-    r"""Lines of a table: its first `left` columns flush left, the others flush right.
+    r"""Yield the lines of a table whose first `left` columns are aligned left, the others right.
 
     Example:
         >>> print(*aligned(["epoch", "ELBO"], [["9", "-99.5"], ["10", "-98"]]), sep="\n")
@@ -47,20 +47,18 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
 
 
 def progress_bar(total: float, *, shown: bool, unit: str, **options: Any) -> tqdm:
-    """A progress bar of tqdm's, drawn if it is to be shown and standard error is a terminal or a notebook's.
-
-    In a pipe or a file each step of a bar would be one more line.
+    """Return a tqdm progress bar, drawn only in a terminal or a notebook: files would get a line per update.
 
     Args:
-        total: Where the bar ends, in units.
-        shown: Whether the bar is wanted.
-        unit: What is counted, with a leading space.
-        options: Further ones, of `tqdm`.
+        total: Number of units at the end of the bar.
+        shown: If False, nothing is drawn.
+        unit: Name of the units, with a leading space.
+        options: Further options of `tqdm`.
 
     Example:
         >>> with progress_bar(3, shown=False, unit=" steps") as bar:
         ...     _ = bar.update(2)
     """
-    in_notebook = "ipykernel" in sys.modules  # whose streams are no terminals, with or without widgets
-    hidden = not shown or (False if in_notebook else None)  # None: unless standard error is a terminal
+    in_notebook = "ipykernel" in sys.modules  # its streams are not terminals
+    hidden = not shown or (False if in_notebook else None)  # None: hidden unless standard error is a terminal
     return tqdm(total=total, disable=hidden, unit=unit, **options)

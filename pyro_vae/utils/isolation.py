@@ -1,8 +1,7 @@
-"""Run Pyro programs and evaluations without side effects.
+"""Run Pyro programs without side effects: restore generators, parameter store, modules and their modes.
 
-Restores what a run would leave behind: random generators, Pyro's parameter store, modes, buffers and
-attributes of modules. Pyro draws from torch's global generators. Training, data order and evaluation each get
-a stream of their own here, derived from one seed, and the global generators are restored.
+Pyro draws from torch's global generators. So training, data order and evaluation seed these from separate
+streams, derived from one seed, and restore them.
 """
 
 import random
@@ -32,11 +31,11 @@ __all__ = [
     "seed_generators",
 ]
 
-_KEPT = 31 * 2**20  # bytes
+_LARGEST_BLOCK = 31 * 2**20  # bytes
 
 
 def derived_seed(seed: int, *key: int) -> int:
-    """Return a seed for the stream `key` of a run: independent streams for different keys.
+    """Return a seed for the random stream `key` of a run; different keys give independent streams.
 
     Raises:
         ValueError: If the seed or an entry of the key is negative.
@@ -81,7 +80,7 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 @contextmanager
 def isolated_generators(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's global generators of the CPU and of `device` within the block; restore them after it."""
+    """Seed torch's global generators of the CPU and of `device` in a block, and restore them after it."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         seed_generators(device, seed)
@@ -90,10 +89,10 @@ def isolated_generators(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(*programs: Any) -> Iterator[None]:
-    """Put modules into evaluation mode within the block; restore the mode of each part after it.
+    """Set modules to evaluation mode in a block, and restore the mode of each submodule after it.
 
     Args:
-        *programs: Modules, methods of modules, or anything else, which is ignored.
+        *programs: Modules and methods of modules; other objects are ignored.
 
     Example:
         >>> dropout = nn.Dropout(0.5)
@@ -117,9 +116,9 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluating(pair: Any, device: torch.device, seed: int) -> Iterator[None]:
-    """Run a pair in evaluation mode, without gradients, with random numbers from `seed`; restore all after.
+    """Evaluate a pair in a block: evaluation mode, no gradients, random numbers from `seed`.
 
-    Pyro's validation, which reads every logit once more, is off where a `VAE` has checked its data already.
+    Pyro's validation, an extra pass over all logits, is off for a `VAE`, which checks its data before.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -135,11 +134,11 @@ def evaluating(pair: Any, device: torch.device, seed: int) -> Iterator[None]:
 
 @contextmanager
 def isolated(model: Any, guide: Any) -> Iterator[None]:
-    """Run Pyro programs within the block without a trace of it in what is global, or in their modules.
+    """Run Pyro programs in a block without side effects on global state or on their modules.
 
-    Random numbers, Pyro's parameter store and outer handlers are left alone, and the modules that run keep
-    their buffers, such as running means, and their attributes. Gradients are on. Validation is off, so that
-    distributions with wrong parameters come to be, and can be told of.
+    Torch's global generators, Pyro's parameter store, and the buffers and attributes of all modules that run
+    are restored; outer handlers are blocked. Gradients are on. Validation is off, so that distributions with
+    invalid parameters can be created and reported.
 
     Args:
         model: A Pyro model.
@@ -152,10 +151,10 @@ def isolated(model: Any, guide: Any) -> Iterator[None]:
         >>> norm.running_mean
         tensor([0., 0., 0.])
     """
-    kept = _Kept()
+    states = _ModuleStates()
     for program in (model, guide):
-        kept.keep(getattr(program, "__self__", program))
-    hook = register_module_forward_pre_hook(kept.keep)  # a function may call modules that nothing else shows
+        states.save(getattr(program, "__self__", program))
+    hook = register_module_forward_pre_hook(states.save)  # functions may call modules found in no attribute
     store = pyro.get_param_store()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
@@ -169,18 +168,18 @@ def isolated(model: Any, guide: Any) -> Iterator[None]:
             yield
     finally:
         hook.remove()
-        kept.restore()
+        states.restore()
 
 
-class _Kept:
-    """Modules as they were: their buffers, and their attributes, which an autoguide's first run adds to."""
+class _ModuleStates:
+    """Saved buffers and attributes of modules; the first run of an autoguide, for one, adds attributes."""
 
     def __init__(self) -> None:
         self.attributes: dict[int, tuple[nn.Module, dict, list[tuple[dict, dict]]]] = {}
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(self, module: Any, *_: Any) -> None:
-        """Note the state of a module and its parts, of each when it is first seen."""
+    def save(self, module: Any, *_: Any) -> None:
+        """Save the state of a module and its submodules, except of those saved before."""
         if not isinstance(module, nn.Module) or id(module) in self.attributes:
             return
         for buffer in module.buffers():
@@ -191,7 +190,7 @@ class _Kept:
                 self.attributes[id(part)] = part, dict(vars(part)), inner
 
     def restore(self) -> None:
-        """Put all back, in place."""
+        """Restore all saved states in place."""
         for part, attributes, inner in self.attributes.values():
             for now, before in [(vars(part), attributes), *inner]:
                 now.clear()
@@ -202,21 +201,21 @@ class _Kept:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for its next tensors.
+    """Make the C library reuse freed memory for the next tensors of this process.
 
-    The C library gives freed memory back to the kernel, which clears each page of it anew when it is next
-    asked for: up to a third of the time of a step, or of decoding. Twice as much as the largest block that
-    was ever freed is kept, though, if that block is smaller than 32 MiB.
+    By default, freed memory returns to the kernel, which clears its pages at the next allocation: up to a
+    third of the time of a step, or of decoding. But the C library keeps up to twice the size of the largest
+    block freed so far, if that block is smaller than 32 MiB. So a block of 31 MiB is allocated and freed.
 
     Example:
         >>> keep_freed_memory()
     """
-    torch.empty(_KEPT, dtype=torch.uint8)  # and freed at once
+    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)  # freed at once
 
 
 @contextmanager
 def preserved(generators: Sequence[Generator], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put generators and tensors back, after the block, to the state they are in."""
+    """Restore the states of generators and the values of tensors after a block."""
     states = [generator.get_state() for generator in generators]
     values = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -229,11 +228,11 @@ def preserved(generators: Sequence[Generator], tensors: Sequence[Tensor]) -> Ite
 
 
 def python_noise() -> tuple:
-    """The states of Python's and NumPy's global generators."""
-    return random.getstate(), np.random.get_state(legacy=True)  # noqa: NPY002 (which a model may still use)
+    """Return the states of Python's and NumPy's global generators."""
+    return random.getstate(), np.random.get_state(legacy=True)  # noqa: NPY002 (models may use it)
 
 
 def restore_python_noise(states: tuple) -> None:
-    """Put those generators back."""
+    """Restore Python's and NumPy's global generators from `python_noise()`."""
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002

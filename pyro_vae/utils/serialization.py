@@ -1,12 +1,11 @@
-"""Save and load without pickled code: whole files, checked archives, modules rebuilt from plain values.
+"""Save and load models and checkpoints without pickled code: atomic writes, check sums, rebuildable modules.
 
-A file is what `torch.save` writes of nested plain values and tensors, so that
-`torch.load(path, weights_only=True)` reads it without this package. Reading here also verifies the check sums
-in the file, which `torch.load` does not.
+A file holds nested plain values and tensors, written by `torch.save`, so that
+`torch.load(path, weights_only=True)` reads it without this package. `read` also verifies the check sums in
+the file, which `torch.load` does not.
 
-A file that can rebuild a model must not be able to run code. A class marked `rebuildable` records the
-arguments of its constructor; `spec` turns a module into nested plain values, and `rebuild` turns these back
-into a module, out of the marked classes alone.
+Loading a model must not run code from its file. So a class marked `rebuildable` records its constructor
+arguments; `spec` describes a module by nested plain values, from which `rebuild` builds it again.
 """
 
 import contextlib
@@ -43,10 +42,10 @@ _CLASSES: dict[str, type[nn.Module]] = {}
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path to write to, which takes the name `path` when the block ends well.
+    """Replace the file `path` atomically: yield a temporary path, renamed to `path` if the block succeeds.
 
-    The content reaches the disk first, and the name changes in one step: a kill, an error or a full
-    disk at any moment leaves the earlier file or the new one, whole.
+    The content is synchronised to the disk before the renaming, so that a kill, an error or a full disk
+    leaves either the earlier file or the new one, complete.
 
     Example:
         >>> import tempfile
@@ -69,20 +68,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class CheckpointError(ValueError):
-    """A file that holds no usable checkpoint: missing, damaged, foreign, or of another model."""
+    """A file without a usable checkpoint: missing, damaged, of another format, or of another model."""
 
 
 def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
-    """Write plain values and tensors to a file, whole or not at all; see `replacing`.
+    """Write plain values and tensors to a file atomically; see `replacing`.
 
     Args:
         path: The file; its folder must exist.
-        kind: What the file holds, in a word; `read` asks for the same.
+        kind: Kind of content in a word; `read` checks it.
         content: Nested dicts and lists of tensors, numbers, strings, booleans and None.
 
     Raises:
-        TypeError: If the content holds anything else; the message names the place.
-        OSError: If the file cannot be written; the message names it, and `path` is as it was before.
+        TypeError: If the content has values of other types; the message names the place.
+        OSError: If the file cannot be written; an earlier file at `path` is unchanged.
 
     Example:
         >>> import tempfile
@@ -98,23 +97,23 @@ def write(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> N
                 {"format": f"pyro_vae {kind}", "version": _VERSIONS.get(kind, 1), "content": content}, partial
             )
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        advice = "an earlier one of that name is untouched. Is the folder there, writable, with space left?"
+        advice = "an earlier file is unchanged. Check that the folder exists, is writable and has space left"
         raise OSError(f"cannot write the checkpoint {path}: {error}; {advice}") from error
 
 
 def to_plain(value: Any, convert: Callable[[Any], Any], place: str = "value") -> Any:
-    """Return nested dicts, lists and tuples of plain values: numbers, strings, booleans, None.
+    """Convert a value to nested dicts, lists and tuples of plain values: numbers, strings, booleans, None.
 
-    NumPy's numbers, and other kinds of number or string, become Python's own.
+    NumPy numbers, and subclasses of Python's numbers and strings, become Python's own types.
 
     Args:
-        value: What to convert.
-        convert: Asked first about each value; returns what to take for it, or `NotImplemented` where the
-            rule above holds.
-        place: Name of the value for the error.
+        value: Value to convert.
+        convert: Called first with each value; returns its replacement, or `NotImplemented` for the default
+            conversion.
+        place: Name of the value in error messages.
 
     Raises:
-        TypeError: For anything else; the message names the place.
+        TypeError: For values of other types; the message names the place.
 
     Example:
         >>> keep_tensors = lambda v: v if isinstance(v, torch.Tensor) else NotImplemented
@@ -143,12 +142,12 @@ def to_plain(value: Any, convert: Callable[[Any], Any], place: str = "value") ->
 
 
 def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read what `write` wrote.
+    """Return the content of a file written by `write`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, holds anything but tensors and plain values, or is
-            not a file of this `kind`.
+        FileNotFoundError: If the file does not exist.
+        CheckpointError: If the file is damaged, of another kind, or has values other than tensors and plain
+            ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -157,9 +156,9 @@ def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device 
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         stored = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged archive or pickle can fail in any way at all
+    except Exception as error:  # a damaged archive or pickle may raise any error
         raise CheckpointError(
-            f"{path} is no readable checkpoint: truncated, damaged, or not written by this library "
+            f"{path} holds no readable checkpoint: it is truncated, damaged, or not written by this library "
             f"({type(error).__name__}); only tensors and plain values are read, never code"
         ) from error
     if damaged:
@@ -177,7 +176,7 @@ def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device 
 
 
 def fitting(path: str | os.PathLike[str], restore: Callable[[], _Result]) -> _Result:
-    """Call `restore`, which puts a checkpoint's content to use; report a misfit as `CheckpointError`."""
+    """Call `restore`, which applies a checkpoint's content; raise `CheckpointError` if it does not fit."""
     try:
         return restore()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -185,13 +184,13 @@ def fitting(path: str | os.PathLike[str], restore: Callable[[], _Result]) -> _Re
 
 
 def rebuildable(cls: _Class) -> _Class:
-    """Mark a module class: its instances record their constructor's arguments for `spec`.
+    """Mark a module class, so that its instances record their constructor arguments for `spec`.
 
-    The class is known in files by its module's last name and its own, as in "likelihoods.Normal";
-    a user's own class may be marked too, and must then be imported before a file is loaded.
+    Files name the class by the last part of its module's name and its own, as in "likelihoods.Normal". A
+    user-defined class that is marked must be imported before a file is loaded.
 
     Raises:
-        ValueError: If another class of the same name is marked already.
+        ValueError: If another class with the same name in files is already marked.
 
     Example:
         >>> @rebuildable
@@ -214,7 +213,7 @@ def rebuildable(cls: _Class) -> _Class:
         construct(self, *args, **kwargs)
         if type(self) is cls:
             arguments = signature.bind(self, *args, **kwargs).arguments
-            arguments |= arguments.pop(keywords, {})  # recorded as if each were a named parameter
+            arguments |= arguments.pop(keywords, {})  # each recorded as a named argument
             values = {
                 key: copy.copy(value) if isinstance(value, list) else value
                 for key, value in arguments.items()
@@ -227,17 +226,17 @@ def rebuildable(cls: _Class) -> _Class:
 
 
 def spec(module: nn.Module) -> dict[str, Any] | None:
-    """Describe a module by nested plain values, or None where some part of it is not `rebuildable`.
+    """Describe a module by nested plain values; return None if one of its submodules is not `rebuildable`.
 
-    A part that stands in several places, such as a guide in a `VampPrior`, is described once, and
-    stays one part when it is rebuilt. None, too, for a module whose parts were exchanged since it was
-    built: its constructor's arguments no longer tell what it is.
+    Also None if submodules were replaced after construction, since the constructor arguments no longer
+    describe the module. A submodule used in several places, such as a guide in a `VampPrior`, is described
+    once, and rebuilt as one submodule.
     """
     try:
         description = _describe(module, {})
     except TypeError:
         return None
-    with torch.random.fork_rng(devices=[]):  # fresh parameters are drawn
+    with torch.random.fork_rng(devices=[]):  # initial parameters are drawn
         return description if str(rebuild(description)) == str(module) else None
 
 
@@ -250,12 +249,12 @@ def _describe(module: nn.Module, numbers: dict[nn.Module, int]) -> dict[str, Any
     arguments = recorded["arguments"]
     given = [value for value in arguments.values() if isinstance(value, nn.Module)]
     if not set(given) <= set(module.modules()):
-        raise TypeError(f"a part of {type(module).__name__} was exchanged")
+        raise TypeError(f"a submodule of {type(module).__name__} was replaced")
 
     def describe(value: Any) -> Any:
         if isinstance(value, nn.Module):
             return _describe(value, numbers)
-        if isinstance(value, dict):  # would be taken for a description of a module
+        if isinstance(value, dict):  # would be read as the description of a module
             raise TypeError("a dict cannot be stored as an argument")
         return to_plain(list(value), describe) if isinstance(value, tuple) else NotImplemented
 
@@ -265,11 +264,10 @@ def _describe(module: nn.Module, numbers: dict[nn.Module, int]) -> dict[str, Any
 
 
 def rebuild(description: Any) -> nn.Module:
-    """Build the module that `spec` described, with fresh parameters.
+    """Build a module with new initial parameters from a description by `spec`.
 
     Raises:
-        ValueError: If the description is malformed, names a class that is not marked, or holds
-            arguments that this class refuses.
+        ValueError: If the description is malformed, or names an unmarked class or invalid arguments.
     """
     return _build(description, [])
 
@@ -286,7 +284,7 @@ def _build(description: Any, built: list[nn.Module]) -> nn.Module:
         return built[number]
     name, arguments = description["class"], description["arguments"]
     if name not in _CLASSES:
-        raise ValueError(f"{name!r} is no class that can be rebuilt; known: {', '.join(sorted(_CLASSES))}")
+        raise ValueError(f"{name!r} is not a class that can be rebuilt; known: {', '.join(sorted(_CLASSES))}")
     try:
         parts = {k: _build(v, built) if isinstance(v, dict) else v for k, v in arguments.items()}
         module = _CLASSES[name](**parts)

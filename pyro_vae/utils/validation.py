@@ -1,4 +1,4 @@
-"""Arguments refused in a sentence: what was expected, what was found, and what to do."""
+"""Argument checks whose messages name the expected value, the value found, and a fix."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ class NonFiniteError(ValueError):
 
 
 def require_count(name: str, value: Any, *, minimum: int = 1) -> None:
-    """Refuse what is no integer, or too small a one."""
+    """Raise unless `value` is an integer ≥ `minimum`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     if int(value) < minimum:
@@ -34,7 +34,7 @@ def require_count(name: str, value: Any, *, minimum: int = 1) -> None:
 
 
 def require_shape(name: str, value: Any) -> tuple[int, ...]:
-    """Return a shape, or the widths of layers, as a tuple; refuse what is no tuple of integers from 1 on.
+    """Return a shape, or the widths of layers, as a tuple; raise unless all sizes are integers ≥ 1.
 
     Example:
         >>> require_shape("event_shape", 784)
@@ -53,7 +53,7 @@ def require_shape(name: str, value: Any) -> tuple[int, ...]:
 
 
 def require_event_and_latent(call: str, *, event_shape: Any, latent_dim: Any) -> tuple[int, ...]:
-    """Return the event shape; refuse sizes that are none, or that changed places in `call`."""
+    """Return the event shape; raise if it or `latent_dim` is invalid, or if the two are swapped in `call`."""
     if isinstance(event_shape, Integral) and isinstance(latent_dim, Sequence):
         raise TypeError(
             f"{call} was given event_shape={event_shape!r} and latent_dim={latent_dim!r}: swap the two"
@@ -63,7 +63,7 @@ def require_event_and_latent(call: str, *, event_shape: Any, latent_dim: Any) ->
 
 
 def require_floating(name: str, value: Any) -> None:
-    """Refuse data that are no tensor of floating-point numbers."""
+    """Raise unless `value` is a floating-point tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     if not value.is_floating_point():
@@ -74,7 +74,7 @@ def require_floating(name: str, value: Any) -> None:
 
 
 def to_shape(name: str, found: Sequence[int], expected: Sequence[int], part: str) -> str:
-    """Say how data of shape `found` become (N, *expected), for a part of a VAE that takes these alone."""
+    """Return advice to bring data of shape `found` to (N, *expected), the input of the module `part`."""
     if tuple(found) == tuple(expected):
         return f"add a dimension for the batch, {name}[None]"
     if len(found) > 0 and math.prod(found[1:]) == math.prod(expected):
@@ -83,7 +83,7 @@ def to_shape(name: str, found: Sequence[int], expected: Sequence[int], part: str
 
 
 def elementwise_support(support: constraints.Constraint) -> constraints.Constraint:
-    """Return what a support asks of single elements: `constraints.independent` is unwrapped.
+    """Return the support of single elements, from inside `constraints.independent`.
 
     Example:
         >>> elementwise_support(constraints.independent(constraints.boolean, 1))
@@ -95,7 +95,7 @@ def elementwise_support(support: constraints.Constraint) -> constraints.Constrai
 
 
 def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
-    """Tell of the first value of x that is not finite or outside a support, and what to do; None if all fit.
+    """Return a message on the first value of x outside a support or not finite; None if all are valid.
 
     Example:
         >>> outside_support("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
@@ -116,6 +116,6 @@ def outside_support(name: str, x: Tensor, family: str, support: constraints.Cons
             '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold") to fit, '
             "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
         )
-    elif not support.check(x.new_tensor(2.0)) and ((x >= 0) & (x <= 255)).all():  # for values up to 1
+    elif not support.check(x.new_tensor(2.0)) and ((x >= 0) & (x <= 255)).all():  # such as [0, 1]
         message += ". Divide grey levels 0..255 by 255"
     return message

@@ -1,4 +1,4 @@
-"""What a model looks at beside tensors is seen to change, and what it does not look at may change."""
+"""Guards fail when a Python value that the model reads changes, and hold when another one changes."""
 
 import functools
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.engine.guards import Watch
+from pyro_vae.engine.guards import Guards
 
 SCALE = 2.0
 SETTINGS = {"slope": 1.0}
@@ -124,12 +124,12 @@ class Owner:
     ids=["number", "number of a helper", "helper", "inner function", "network", "partial"],
 )
 def test_global_variables(monkeypatch, function, name, value):
-    watch = Watch([function], [])
-    assert watch.is_same()
+    guards = Guards([function], [])
+    assert guards.hold()
     monkeypatch.setitem(globals(), name, value)
-    assert not watch.is_same()
+    assert not guards.hold()
     monkeypatch.undo()
-    assert watch.is_same()
+    assert guards.hold()
 
 
 @pytest.mark.parametrize(
@@ -156,58 +156,58 @@ def test_global_variables(monkeypatch, function, name, value):
         (by_net, NET.layer._forward_hooks, "a hook"),
     ],
 )
-def test_what_global_variables_hold(monkeypatch, function, space, name):
-    watch = Watch([function], [])
-    assert watch.is_same()
+def test_objects_in_global_variables(monkeypatch, function, space, name):
+    guards = Guards([function], [])
+    assert guards.hold()
     monkeypatch.setitem(space, name, 7.0)
-    assert not watch.is_same()
+    assert not guards.hold()
 
 
-def test_what_is_only_written_may_change():
-    """Such as activations kept for a plot, or what a loop of training notes down."""
-    watch = Watch([by_net], [NET])
+def test_attributes_that_are_only_written_may_change():
+    """For example activations stored for a plot, or an epoch counter set by a training loop."""
+    guards = Guards([by_net], [NET])
     NET.last, NET.epoch = torch.zeros(2), 3
-    assert watch.is_same()
+    assert guards.hold()
 
 
-def test_equal_numbers_are_the_same(monkeypatch):
-    watch = Watch([by_global], [])
+def test_an_equal_number_of_the_same_type_holds(monkeypatch):
+    guards = Guards([by_global], [])
     monkeypatch.setitem(globals(), "SCALE", float("2.0"))
-    assert watch.is_same()
-    monkeypatch.setitem(globals(), "SCALE", 2)  # another type, and other arithmetic
-    assert not watch.is_same()
+    assert guards.hold()
+    monkeypatch.setitem(globals(), "SCALE", 2)  # another type has other arithmetic
+    assert not guards.hold()
 
 
-def test_attributes_that_methods_name():
+def test_attributes_that_methods_read():
     owner = Owner()
-    watch = Watch([owner.model], [])
+    guards = Guards([owner.model], [])
     owner.steps += 1
-    assert watch.is_same()
+    assert guards.hold()
     owner.slope = 2.0
-    assert not watch.is_same()
+    assert not guards.hold()
 
 
-def test_what_is_not_looked_at_may_change(monkeypatch):
-    watch = Watch([by_global, by_object], [])
+def test_values_that_are_not_read_may_change(monkeypatch):
+    guards = Guards([by_global, by_object], [])
     monkeypatch.setitem(SETTINGS, "slope", 7.0)
     monkeypatch.setattr(OBJECT, "unread", 1)
-    assert watch.is_same()
+    assert guards.hold()
 
 
-def test_variables_of_closures():
+def test_closures():
     slope = 1.0
 
     def model(x):
         return slope * x
 
-    watch = Watch([model], [])
-    assert watch.is_same()
+    guards = Guards([model], [])
+    assert guards.hold()
     slope = 2.0
-    assert not watch.is_same()
+    assert not guards.hold()
 
 
-def test_a_global_variable_that_a_model_reads_takes_effect_at_the_next_step(monkeypatch, caplog):
-    """As in a notebook, where a cell sets it and another goes on with training."""
+def test_a_changed_global_variable_takes_effect_at_the_next_step(monkeypatch, caplog):
+    """As in a notebook, where one cell sets the variable and another continues training."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -230,7 +230,7 @@ def test_a_global_variable_that_a_model_reads_takes_effect_at_the_next_step(monk
         torch.manual_seed(1)
         losses[engine] = []
         for step in range(12):
-            if step in (5, 6, 11):  # no power of two
+            if step in (5, 6, 11):  # not powers of two
                 monkeypatch.setitem(globals(), "SCALE", 1.0 + step)
             losses[engine].append(svi.step(torch.linspace(-1.0, 1.0, 7)))
     assert svi._replay.num_recordings == 4

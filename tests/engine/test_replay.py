@@ -1,4 +1,4 @@
-"""Every engine takes the eager steps: the same numbers, errors and side effects for the same draws."""
+"""Every engine takes the eager steps: the same numbers, errors and side effects for the same seed."""
 
 import copy
 import logging
@@ -13,8 +13,7 @@ from test_agreement import GUIDES, LIKELIHOODS
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.engine import compiler as products
-from pyro_vae.engine import replay as engines
+from pyro_vae.engine import compiler, replay
 from pyro_vae.engine.compiler import NotCompiled
 from pyro_vae.engine.recorder import record
 from pyro_vae.objectives.kl_weighting import KLWeighted
@@ -38,9 +37,7 @@ def make_vae(likelihood="Bernoulli", guide="DiagonalNormal", dtype=torch.float64
     torch.manual_seed(1)
     case = LIKELIHOODS[likelihood]
     options = {}
-    if (
-        layer
-    ):  # no bias before it: BatchNorm leaves it a gradient of rounding errors, which Adam would enlarge
+    if layer:  # no bias before BatchNorm: its gradient is rounding error, which Adam would amplify
         first = nn.Linear(6, 9, bias=False)
         options["network"] = nn.Sequential(nn.Flatten(), first, layer(), nn.Linear(9, 2 * K))
     vae = pv.VAE(
@@ -52,7 +49,7 @@ def make_vae(likelihood="Bernoulli", guide="DiagonalNormal", dtype=torch.float64
 
 
 def batches(likelihood="Bernoulli", dtype=torch.float64, steps=20):
-    """Batches of which every fourth is smaller."""
+    """Yield batches; every fourth is smaller."""
     generator = torch.Generator().manual_seed(2)
     for step in range(steps):
         n = LAST if step % 4 == 3 else BATCH
@@ -88,7 +85,7 @@ def assert_same(found, expected, rtol=1e-10):
 
 
 def assert_traced(svi):
-    assert not svi._replay.given_up
+    assert not svi._replay.disabled
     if svi.engine == "compiled":
         assert svi._replay.engine == "compiled"
         assert all(recording.is_compiled for recording in svi._replay.recordings.values())
@@ -128,32 +125,32 @@ def test_every_likelihood(likelihood, dtype, engine):
 
 
 def test_the_compiled_step():
-    """One case of everything at once; all the others are among the slow tests."""
+    """One case that combines many features; the other compiled cases are slow tests."""
     svi = compare("compiled", estimator=ESTIMATORS["scheduled β, IWAE"], clip_norm=0.5, layer=nn.Dropout)
     assert svi._replay.num_recordings == svi._replay.num_compilations == 2  # one for each shape
 
 
-def test_auto_compiles_where_earlier_would_have_paid(monkeypatch, caplog):
-    """And a run that is resumed changes over at the same step."""
-    taken = []
+def test_auto_compiles_at_the_break_even_step(monkeypatch, caplog):
+    """A resumed run starts to compile at the same step."""
+    compiled = []
 
     def compile_graph(module, arguments):
-        taken.append((svi.steps, len(arguments[0])))
+        compiled.append((svi.steps, len(arguments[0])))
         return module.forward
 
-    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    monkeypatch.setattr(replay, "compile_graph", compile_graph)
     vae = make_vae()
     svi = make_svi(vae, "auto")
     svi.step(next(batches()))
     (recording,) = svi._replay.recordings.values()
-    assert 1_000 < recording.break_even < 20.0 / (4e-6 * 50)  # seconds to compile, seconds saved a step
-    monkeypatch.setattr(engines, "_COMPILING", 20.0 * 6.5 / recording.break_even)
+    assert 1_000 < recording.break_even < 20.0 / (4e-6 * 50)  # compile time over time saved per step, in s
+    monkeypatch.setattr(replay, "_COMPILE_TIME", 20.0 * 6.5 / recording.break_even)
     for start in (0, 4):
-        taken.clear()
+        compiled.clear()
         svi = make_svi(vae, "auto")
         svi.steps = start
         train(vae, svi, list(batches())[start:])
-        assert taken == [(7, LAST), (8, BATCH)]
+        assert compiled == [(7, LAST), (8, BATCH)]
         assert svi.steps == 20
     assert not caplog.records
 
@@ -162,19 +159,19 @@ def test_without_a_compiler_the_graph_is_interpreted(monkeypatch, caplog):
     def compile_graph(module, arguments):
         raise NotCompiled("no C++ compiler")
 
-    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    monkeypatch.setattr(replay, "compile_graph", compile_graph)
     runs = []
     for engine in ("traced", "compiled"):
         vae = make_vae()
         svi = make_svi(vae, engine)
         runs.append(train(vae, svi, batches()))
-    assert not svi._replay.given_up
+    assert not svi._replay.disabled
     assert_same(runs[1], runs[0], rtol=0)
-    assert caplog.messages == ["the graph of the SVI step is not compiled, but interpreted: no C++ compiler"]
+    assert caplog.messages == ["the graph of the SVI step is interpreted, not compiled: no C++ compiler"]
 
 
 def compiler_with_an_error(factor, uses=None):
-    """A compiler of graphs whose first gradient is too long, always or in the uses of these numbers."""
+    """Return a compiler whose graphs scale the first gradient, at every use or at these uses."""
 
     def compile_graph(module, arguments):
         number = 0
@@ -182,9 +179,9 @@ def compiler_with_an_error(factor, uses=None):
         def wrong(*arguments):
             nonlocal number
             number += 1
-            loss, does_not_hold, first, *gradients = module(*arguments)
+            loss, invalid, first, *gradients = module(*arguments)
             is_wrong = uses is None or number in uses
-            return loss, does_not_hold, factor * first if is_wrong else first, *gradients
+            return loss, invalid, factor * first if is_wrong else first, *gradients
 
         return wrong
 
@@ -192,30 +189,27 @@ def compiler_with_an_error(factor, uses=None):
 
 
 def test_a_compiled_graph_that_disagrees_is_interpreted(monkeypatch, caplog):
-    monkeypatch.setattr(engines, "compile_graph", compiler_with_an_error(1.01))
+    monkeypatch.setattr(replay, "compile_graph", compiler_with_an_error(1.01))
     runs = []
     for engine in ("eager", "compiled"):
         vae = make_vae()
         svi = make_svi(vae, engine)
         runs.append(train(vae, svi, batches()))
-    assert not svi._replay.given_up
+    assert not svi._replay.disabled
     assert_same(runs[1], runs[0], rtol=1e-10)
     assert len(caplog.messages) == 1
-    assert "compiled, the graph disagrees" in caplog.messages[0]
+    assert "the compiled graph disagrees with the eager step" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
     ("factor", "uses"),
     [
-        (
-            1.01,
-            {1},
-        ),  # a number on the other side of a ReLU's kink: that step is eager
-        (1 + 1e-9, None),  # rounding, as exponentials of log weights enlarge it
+        (1.01, {1}),  # a value moved across the kink of a ReLU: that step is eager
+        (1 + 1e-9, None),  # rounding, as exponentials of log weights amplify it
     ],
 )
-def test_rounding_by_the_compiler_is_no_disagreement(monkeypatch, caplog, factor, uses):
-    monkeypatch.setattr(engines, "compile_graph", compiler_with_an_error(factor, uses))
+def test_rounding_by_the_compiler_does_not_disagree(monkeypatch, caplog, factor, uses):
+    monkeypatch.setattr(replay, "compile_graph", compiler_with_an_error(factor, uses))
     runs = []
     for engine in ("eager", "compiled"):
         vae = make_vae()
@@ -226,8 +220,8 @@ def test_rounding_by_the_compiler_is_no_disagreement(monkeypatch, caplog, factor
     assert_same(runs[1], runs[0], rtol=1e-7)
 
 
-def test_the_faster_library_multiplies(monkeypatch):
-    """Whichever was found to be faster, the numbers are the same up to rounding."""
+def test_matrix_products_use_the_faster_library(monkeypatch):
+    """Both libraries give equal numbers up to rounding."""
     torch.manual_seed(1)
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(K),
@@ -237,7 +231,7 @@ def test_the_faster_library_multiplies(monkeypatch):
     x = (torch.rand(110, 150) < 0.3).float()
     start, losses = copy.deepcopy(vae.state_dict()), []
     for library in ("mkl", "onednn"):
-        monkeypatch.setattr(products, "_measure", lambda a, b, with_bias, library=library: library)
+        monkeypatch.setattr(compiler, "_measure", lambda a, b, with_bias, library=library: library)
         vae.load_state_dict(start)
         svi = make_svi(vae, "traced")
         torch.manual_seed(2)
@@ -261,7 +255,7 @@ def test_every_guide(guide, engine):
     [
         lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True),
         lambda p: torch.optim.AdamW(p, 0.01, betas=(0.8, 0.9), eps=1e-4),
-        lambda p: torch.optim.Adam([{"params": list(p)[:3]}], 0.01),  # the rest stays as it is
+        lambda p: torch.optim.Adam([{"params": list(p)[:3]}], 0.01),  # the others are not trained
         lambda p: torch.optim.Adam([{"params": [q], "lr": 0.01 / (i + 1)} for i, q in enumerate(p)]),
         lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9),
         lambda p: torch.optim.RMSprop(p, 1e-3),
@@ -299,7 +293,7 @@ def test_layers_that_differ_between_training_and_evaluation(layer):
     assert svi._replay.num_recordings <= 2 * 3  # two shapes in each of three phases
 
 
-def test_a_shape_is_recorded_once_and_pyro_is_out_of_the_way():
+def test_a_shape_is_recorded_once_and_replays_do_not_call_the_model():
     vae, calls = make_vae(), []
 
     def model(x):
@@ -317,7 +311,7 @@ def test_a_shape_is_recorded_once_and_pyro_is_out_of_the_way():
     assert len(calls) == 2 + checks
 
 
-def test_parameters_changed_in_place_are_seen():
+def test_parameters_changed_in_place_take_effect():
     def spoil(svi, step):
         vae = svi.model.__self__
         if step == 6:
@@ -332,7 +326,7 @@ def test_parameters_changed_in_place_are_seen():
     assert compare(each=spoil)._replay.num_recordings == 2
 
 
-def test_attributes_changed_by_hand_are_seen():
+def test_changed_attributes_take_effect():
     def change(svi, step):
         if step == 6:
             svi.model.__self__.posterior.network[2].p = 0.9
@@ -344,7 +338,7 @@ def test_attributes_changed_by_hand_are_seen():
     compare(layer=nn.Dropout, each=change)
 
 
-def test_a_model_moved_to_another_precision_is_recorded_anew():
+def test_a_model_moved_to_another_precision_is_recorded_again():
     vae = make_vae(dtype=torch.float32)
     svi = make_svi(vae, "traced")
     for x in batches(dtype=torch.float32, steps=2):
@@ -400,7 +394,7 @@ def test_optimizer_state_loaded_between_steps_is_used():
     ],
     ids=["outside the support", "NaN"],
 )
-def test_an_error_is_the_eager_one_and_leaves_nothing_half_updated(spoil, error, message, layer):
+def test_errors_equal_the_eager_ones_and_leave_parameters_unchanged(spoil, error, message, layer):
     states = []
     for engine in ("eager", "traced"):
         vae = make_vae(layer=layer)
@@ -422,7 +416,7 @@ def test_an_error_is_the_eager_one_and_leaves_nothing_half_updated(spoil, error,
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
-def test_a_loss_that_overflows_is_the_same_error():
+def test_a_loss_that_overflows_raises_the_same_error():
     for engine in ("eager", "traced"):
         vae = make_vae("Normal", dtype=torch.float32)
         svi = make_svi(vae, engine)
@@ -468,17 +462,13 @@ def test_a_branch_on_data_follows_the_data():
     assert_same(traced, eager, rtol=1e-6)
 
 
-def draws_elsewhere(z, x):
-    return z + torch.randn((), generator=torch.Generator().manual_seed(1))
-
-
 class Changing:
-    """A global variable that a model looks at."""
+    """A class attribute that a model reads."""
 
     value = 0.0
 
 
-def looks_elsewhere(z, x):
+def reads_class_attribute(z, x):
     Changing.value += 0.1
     return z + Changing.value
 
@@ -486,36 +476,36 @@ def looks_elsewhere(z, x):
 @pytest.mark.parametrize(
     ("branch", "reason"),
     [
-        (lambda z, x: z * float(x.sum()), "it takes values out of tensors"),
-        (lambda z, x: z + x[x > 0].mean(), "it takes values out of tensors"),
-        (looks_elsewhere, "disagrees with the eager step"),
+        (lambda z, x: z * float(x.sum()), "it reads values of tensors into Python"),
+        (lambda z, x: z + x[x > 0].mean(), "it reads values of tensors into Python"),
+        (reads_class_attribute, "disagrees with the eager step"),
         (
             lambda z, x: z + torch.randn((), generator=torch.Generator().manual_seed(1)),
-            "generator of its own",
+            "it draws from an explicit random generator",
         ),
-        (lambda z, x: z + float(x.detach().numpy().sum()), "takes values out of tensors"),
-        (lambda z, x: z * torch.tensor([x.sum()]), "takes values out of tensors"),
-        (lambda z, x: z * {0: 2.0}.get((x > 9).sum().item(), 1.0), "takes values out of tensors"),
+        (lambda z, x: z + float(x.detach().numpy().sum()), "reads values of tensors into Python"),
+        (lambda z, x: z * torch.tensor([x.sum()]), "reads values of tensors into Python"),
+        (lambda z, x: z * {0: 2.0}.get((x > 9).sum().item(), 1.0), "reads values of tensors into Python"),
     ],
     ids=["number", "shape", "class attribute", "generator", "numpy", "tensor of tensors", "look-up"],
 )
-def test_what_no_graph_can_hold_is_eager_and_says_so_once(branch, reason, caplog):
+def test_a_model_that_no_graph_represents_is_eager_with_one_warning(branch, reason, caplog):
     Changing.value = 0.0
     eager, _ = train_pair(branch, "eager", steps=2)
     Changing.value = 0.0
     with caplog.at_level(logging.INFO, "pyro_vae"):
         traced, svi = train_pair(branch, "traced", steps=2)
-    assert svi._replay.given_up
+    assert svi._replay.disabled
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert reason in caplog.text
-    if branch is not looks_elsewhere:  # which counts its own runs
+    if branch is not reads_class_attribute:  # which depends on the number of runs
         assert_same(traced, eager, rtol=1e-6)
 
 
 def test_estimators_without_a_differentiable_loss_are_eager(caplog):
     eager, _ = train_pair(lambda z, x: z, "eager", estimator=TraceGraph_ELBO)
     traced, svi = train_pair(lambda z, x: z, "traced", estimator=TraceGraph_ELBO)
-    assert svi._replay.given_up
+    assert svi._replay.disabled
     assert "TraceGraph_ELBO has no differentiable_loss" in caplog.text
     assert_same(traced, eager, rtol=0)
 
@@ -543,11 +533,11 @@ def test_enumeration():
     assert_same(states[1], states[0], rtol=1e-5)
 
 
-def test_endless_shapes_are_not_recorded_for_ever(caplog):
+def test_the_number_of_recordings_is_limited(caplog):
     _, svi = train_pair(lambda z, x: z, "traced", steps=1)
     for n in range(2, 60):
         svi.step(torch.randn(n))
-    assert svi._replay.given_up
+    assert svi._replay.disabled
     assert "shapes or attributes keep changing" in caplog.text
 
 
@@ -579,7 +569,7 @@ def test_numbers_among_the_arguments_are_part_of_the_graph():
 
 
 def test_two_svis_share_an_optimizer():
-    """Each counts the other's steps."""
+    """Each SVI counts the other's steps in the optimiser."""
     losses = []
     for engine in ("eager", "traced"):
         vae = make_vae()
@@ -600,11 +590,11 @@ def changed_state(svi, step):
         state["exp_avg_sq"] = 2 * state["exp_avg_sq"]
 
 
-def test_optimizer_state_changed_by_hand_is_used():
+def test_optimizer_state_set_by_a_user_is_used():
     compare(each=changed_state)
 
 
-def test_gradients_are_left_behind_and_hooks_run():
+def test_gradients_stay_on_parameters_and_hooks_run():
     seen = {"eager": [], "traced": []}
 
     def look(svi, step):
@@ -619,16 +609,16 @@ def test_gradients_are_left_behind_and_hooks_run():
     assert seen["traced"].count("hook") == 17
 
 
-def test_hooks_that_wait_for_accumulated_gradients_make_the_step_eager(caplog):
+def test_post_accumulate_gradient_hooks_make_the_step_eager(caplog):
     vae = make_vae()
     next(vae.parameters()).register_post_accumulate_grad_hook(lambda p: None)
     svi = make_svi(vae, "traced")
     svi.step(next(batches()))
-    assert svi._replay.given_up
+    assert svi._replay.disabled
     assert "hooks" in caplog.text
 
 
-def test_a_buffer_that_seldom_changes_is_counted_once():
+def test_a_buffer_that_seldom_changes_is_updated_once_per_step():
     counts = []
     for engine in ("eager", "traced"):
         count, weight = torch.zeros(()), nn.Parameter(torch.tensor(0.1))
@@ -648,7 +638,7 @@ def test_a_buffer_that_seldom_changes_is_counted_once():
     assert counts[0] == counts[1] == 3 * BATCH
 
 
-def test_arguments_changed_in_place_or_the_same_twice():
+def test_arguments_changed_in_place_or_passed_twice():
     weight = nn.Parameter(torch.tensor(0.1))
 
     def model(x, y):
@@ -673,19 +663,19 @@ def test_arguments_changed_in_place_or_the_same_twice():
         x.sub_(0.5)
         return pair(weight, lambda z, x: z)[0](x)
 
-    def guide_of_its_own(x):
+    def guide_without_data(x):
         with pyro.plate("rows", len(x)):
             pyro.sample("z", dist.Normal(weight.expand(len(x)), 0.7))
 
-    svi = pv.SVI(changing, guide_of_its_own, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine="traced")
+    svi = pv.SVI(changing, guide_without_data, torch.optim.Adam([weight], 0.1), Trace_ELBO(), engine="traced")
     x = torch.full((BATCH,), 9.0)
     svi._checked = (svi.model, svi.guide, svi.loss)
     svi.step(x)
-    assert svi._replay.given_up
+    assert svi._replay.disabled
     assert torch.equal(x, torch.full((BATCH,), 8.5))
 
 
-def test_a_handler_around_the_step_is_heard():
+def test_a_handler_around_the_step_takes_effect():
     losses = []
     for engine in ("eager", "traced"):
         vae = make_vae()
@@ -709,27 +699,27 @@ def test_a_copy_of_an_svi_takes_the_same_steps():
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
 
 
-def test_rounding_by_another_library_is_no_disagreement(monkeypatch):
-    """Not even where it is large: what is asked of is the graph with eager torch's products."""
-    original = engines.choose_products
+def test_rounding_by_another_library_does_not_disagree(monkeypatch):
+    """Even large rounding: the compared graph has the matrix products of eager torch."""
+    original = replay.choose_matmul_libraries
 
-    def choose_products(module, fastest):
+    def choose_matmul_libraries(module, fastest):
         original(module, fastest)
         (output,) = (node for node in module.graph.nodes if node.op == "output")
-        loss, does_not_hold, first, *rest = output.args[0]
+        loss, invalid, first, *rest = output.args[0]
         with module.graph.inserting_before(output):
-            output.args = ((loss, does_not_hold, module.graph.call_function(torch.mul, (first, 1.1)), *rest),)
+            output.args = ((loss, invalid, module.graph.call_function(torch.mul, (first, 1.1)), *rest),)
         module.recompile()
 
-    monkeypatch.setattr(engines, "choose_products", choose_products)
+    monkeypatch.setattr(replay, "choose_matmul_libraries", choose_matmul_libraries)
     vae = make_vae()
     svi = make_svi(vae, "traced")
     train(vae, svi, batches(steps=5))
-    assert not svi._replay.given_up
+    assert not svi._replay.disabled
 
 
-def test_a_constant_mask_leaves_no_question_in_the_graph():
-    """A compiler cannot tell how much a mask selects; the recorder can, of one that is always the same."""
+def test_a_constant_mask_leaves_no_data_dependent_operation_in_the_graph():
+    """Compilers do not support shapes that depend on a mask; the recorder knows them for a constant mask."""
     weight = torch.randn(6, requires_grad=True)
 
     def loss_and_gradients(x):
@@ -740,16 +730,18 @@ def test_a_constant_mask_leaves_no_question_in_the_graph():
         return loss, torch.autograd.grad(loss, [weight])
 
     graph = record(loss_and_gradients, [torch.randn(3, 2)])
-    asked = ("nonzero", "masked", "_local_scalar")
-    assert not [node for node in graph.module.graph.nodes if any(word in str(node.target) for word in asked)]
-    assert not [tensor for tensor in graph.outside if tensor.dtype == torch.bool]
+    data_dependent = ("nonzero", "masked", "_local_scalar")
+    assert not [
+        node for node in graph.module.graph.nodes if any(word in str(node.target) for word in data_dependent)
+    ]
+    assert not [tensor for tensor in graph.captured if tensor.dtype == torch.bool]
     x = torch.randn(3, 2)
     with torch.no_grad():
         weight.mul_(2.0)
     expected, (gradient,) = loss_and_gradients(x)
     with torch.no_grad():
-        loss, does_not_hold, found = graph.module(x, *graph.outside)
-    assert not does_not_hold
+        loss, invalid, found = graph.module(x, *graph.captured)
+    assert not invalid
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(found, gradient)
 
@@ -778,7 +770,7 @@ def reshape(svi, weight):
 @pytest.mark.parametrize(
     "change", [swap_parameters, replace_group, decouple_weight_decay, hook_gradient, reshape]
 )
-def test_what_is_done_to_optimizer_and_parameters_counts_from_the_next_step(change):
+def test_changes_of_optimizer_and_parameters_take_effect_at_the_next_step(change):
     found = {}
     for engine in ("eager", "traced"):
         weight = nn.Parameter(torch.tensor(0.1))
@@ -811,14 +803,14 @@ def accumulate_indices(z, x):
 
 
 @pytest.mark.parametrize("branch", [accumulate, accumulate_indices])
-def test_a_constant_that_is_changed_in_place_is_made_anew_at_each_step(branch):
+def test_a_constant_changed_in_place_is_copied_at_each_step(branch):
     eager, _ = train_pair(branch, "eager")
     traced, svi = train_pair(branch, "traced")
     assert_traced(svi)
     assert_same(traced, eager, rtol=1e-6)
 
 
-def test_an_argument_that_the_model_also_knows_as_a_global_variable():
+def test_an_argument_that_the_model_also_reads_as_a_global_variable():
     known = torch.linspace(-1.0, 2.0, BATCH)
     losses = {}
     for engine in ("eager", "traced"):
@@ -831,6 +823,6 @@ def test_an_argument_that_the_model_also_knows_as_a_global_variable():
     assert losses["traced"] == pytest.approx(losses["eager"], rel=1e-5)
 
 
-def test_an_unknown_engine_is_refused():
+def test_an_unknown_engine_raises():
     with pytest.raises(ValueError, match=r"engine must be one of .*traced.*; got 'jit'"):
         make_svi(make_vae(), "jit")

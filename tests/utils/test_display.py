@@ -1,4 +1,4 @@
-"""Progress bars are drawn where somebody watches."""
+"""Progress bars are drawn in terminals and notebooks only."""
 
 import io
 import sys
@@ -18,12 +18,12 @@ class Terminal(io.StringIO):
     [
         (Terminal, False, True, True),
         (io.StringIO, False, True, False),
-        (io.StringIO, True, True, True),  # a notebook's streams are no terminals
+        (io.StringIO, True, True, True),  # a notebook's streams are not terminals
         (Terminal, False, False, False),
         (io.StringIO, True, False, False),
     ],
 )
-def test_a_bar_is_drawn_in_a_terminal_or_a_notebook_alone(monkeypatch, stream, notebook, shown, drawn):
+def test_a_bar_is_drawn_only_in_a_terminal_or_a_notebook(monkeypatch, stream, notebook, shown, drawn):
     monkeypatch.setattr("sys.stderr", stream())
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     if notebook:

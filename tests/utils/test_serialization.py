@@ -29,7 +29,7 @@ def same(a, b):
     return type(a) is type(b) and a == b
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_content_is_read(tmp_path):
     serialization.write(tmp_path / "a.pt", "test", CONTENT)
     assert same(serialization.read(tmp_path / "a.pt", "test"), CONTENT)
     assert same(torch.load(tmp_path / "a.pt", weights_only=True)["content"], CONTENT)
@@ -37,7 +37,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """Flip a bit, cut, insert, delete or overwrite a stretch of bytes."""
+    """Flip a bit, or cut, insert, delete or overwrite a range of bytes."""
     position = rng.randrange(len(content))
     length = rng.randrange(1, 65)
     head, tail = content[:position], content[position + length :]
@@ -54,24 +54,24 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 def check_mutants(path, count, seed):
     serialization.write(path, "test", CONTENT)
     original, rng = path.read_bytes(), random.Random(seed)
-    refused = 0
+    rejected = 0
     for _ in range(count):
         path.write_bytes(mutate(original, rng))
         try:
-            assert same(
-                serialization.read(path, "test"), CONTENT
-            )  # harmless: between the parts of the archive
+            content = serialization.read(path, "test")
         except pv.CheckpointError:
-            refused += 1
-    assert refused > 0.8 * count
+            rejected += 1
+        else:  # the damage lies between the parts of the archive
+            assert same(content, CONTENT)
+    assert rejected > 0.8 * count
 
 
-def test_a_damaged_file_is_refused_or_reads_as_it_was(tmp_path):
+def test_a_damaged_file_raises_or_has_its_content(tmp_path):
     check_mutants(tmp_path / "a.pt", 100, seed=0)
 
 
 @pytest.mark.slow
-def test_many_damaged_files_are_refused_or_read_as_they_were(tmp_path):
+def test_many_damaged_files_raise_or_have_their_content(tmp_path):
     check_mutants(tmp_path / "a.pt", 5000, seed=1)
 
 
@@ -94,7 +94,7 @@ def test_only_plain_values_are_written(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_foreign_files_are_told_apart(tmp_path):
+def test_files_of_another_format_raise(tmp_path):
     path = tmp_path / "a.pt"
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*a\.pt"):
         serialization.read(path, "test")

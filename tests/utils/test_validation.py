@@ -1,4 +1,4 @@
-"""What is refused of arguments, and in which words."""
+"""Invalid arguments raise errors with the expected value, the value found, and a fix."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ SWAPPED = "was given event_shape=5 and latent_dim=\\(2, 3\\): swap the two"
         (lambda: networks.ConvDecoder((1, 4, 5), K), "out_shape must be a tuple of integers; got 5"),
     ],
 )
-def test_what_is_no_size_or_shape_is_refused(make, message):
+def test_invalid_sizes_and_shapes_raise(make, message):
     with pytest.raises(TypeError, match=message):
         make()
 
@@ -57,12 +57,12 @@ def test_what_is_no_size_or_shape_is_refused(make, message):
         (lambda: networks.ConvEncoder((1, 4, 5), 0), "out_features must be at least 1; got 0"),
     ],
 )
-def test_sizes_below_one_are_refused(make, message):
+def test_sizes_below_one_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_whatever_holds_integers_is_a_shape():
+def test_any_sequence_of_integers_is_a_shape():
     for shape in (list(EVENT), np.array(EVENT), torch.zeros(7, *EVENT).shape[1:]):
         guide = guides.DiagonalNormal(shape, np.int64(K), hidden_features=[4])
         assert guide.event_shape == EVENT
