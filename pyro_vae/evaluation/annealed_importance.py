@@ -1,47 +1,46 @@
-"""Annealed importance sampling: an estimate of the log-evidence in which the guide has no part.
+"""Annealed importance sampling: an estimate of the log-evidence that does not use the guide.
 
-Notation: N data, C chains for each, T steps through the inverse temperatures 0 = β_0 < … < β_T = 1.
+Notation: N examples, C chains per example, inverse temperatures 0 = β_0 < … < β_T = 1.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.data.datasets import Images
-from pyro_vae.evaluation.draws import Pair, chunk_sizes, observe, require_finite
+from pyro_vae.evaluation.draws import Pair, chunk_sizes, in_chunks, prepare_data, require_finite
 from pyro_vae.evaluation.importance_weights import WeightSummary, summarise_weights
 from pyro_vae.objectives.log_terms import PairSites, terms
-from pyro_vae.objectives.sites import Site, run, sample_sites, site_family
+from pyro_vae.objectives.sites import Site, masked_log_prob, run, sample_sites, site_family
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import evaluating
-from pyro_vae.utils.validation import require_count
+from pyro_vae.utils.validation import elementwise_support, require_count
 
 __all__ = ["AnnealedEvidence", "annealed_importance_sampling"]
 
-_ACCEPTANCE = 0.65  # wanted of the moves
+_ACCEPTANCE = 0.65  # target probability of accepting a move
 _PILOT_CHAINS = 4
 Draws = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class AnnealedEvidence:
-    """What `annealed_importance_sampling` reports.
+    """Log-evidence estimates by annealed importance sampling.
 
     Attributes:
-        weights: Of the chains: `log_mean` estimates log p(x) of each datum, in nats, (N,).
-        acceptance: Mean probability with which the moves of each datum's chains were accepted, (N,).
+        weights: Summary of the chains' weights: `log_mean` estimates log p(x) per example, in nats, (N,).
+        acceptance: Mean acceptance probability of the moves, per example, (N,).
         num_chains: C.
         num_temperatures: T.
-        seed: The seed of the draws.
+        seed: Seed of the draws.
     """
 
     weights: WeightSummary
@@ -52,12 +51,12 @@ class AnnealedEvidence:
 
     @property
     def log_evidence(self) -> float:
-        """Mean estimate of log p(x) over the data, in nats per datum."""
+        """Mean estimate of log p(x), in nats per datum."""
         return float(self.weights.log_mean.mean())
 
     @property
     def log_evidence_mc_se(self) -> float:
-        """Monte Carlo error of `log_evidence` for these very data."""
+        """Monte Carlo error of `log_evidence`, the data held fixed."""
         errors = self.weights.standard_error
         return float(errors.square().sum().sqrt() / len(errors))
 
@@ -74,34 +73,30 @@ def annealed_importance_sampling(
     max_plate_nesting: int = 1,
     progress: bool = True,
 ) -> AnnealedEvidence:
-    r"""Estimate log p(x) by chains that lead from the prior to the posterior.
+    r"""Estimate log p(x) by Markov chains from the prior to the posterior.
 
     .. math:: w = \prod_{t=1}^T p(x|z_{t-1})^{\beta_t - \beta_{t-1}}, \qquad z_0 \sim p(z), \qquad E[w] = p(x)
 
-    z_t comes from z_{t−1} by a move of Hamiltonian Monte Carlo that leaves the distribution in proportion to
-    p(z) p(x|z)^{β_t} as it is. The mean weight is unbiased, so that its logarithm is at most log p(x) on
-    average, as in `evaluate`, but for other reasons: chains may mix too slowly, a guide may be too narrow.
-    Where both estimates agree, both can be believed. The β_t lie along a sigmoid; the length of a
-    leapfrog step, for each datum and t, is found by a pilot run of other chains, because steps that answer to
-    the very chains they move would bias the estimate.
-
-    Takes 2 C T (L + 1) gradients of the log-density for each datum, nearly: give it a subset of the data.
+    z_t comes from z_{t−1} by a move of Hamiltonian Monte Carlo that leaves p(z) p(x|z)^{β_t}, normalised,
+    invariant. The mean weight is unbiased, so that its logarithm is at most log p(x) on average. The same
+    holds for `evaluate`, but the causes of a low estimate differ: chains that mix too slowly here, a guide
+    that is too narrow there. Agreement of the two supports both. The β_t lie along a sigmoid. The length of
+    a leapfrog step, per example and t, is tuned on pilot chains, because steps adapted to the chains that
+    they move would bias the estimate. Cost per example: (C + 4) T (L + 1) gradients of the log-density.
 
     Args:
         vae: A `VAE`, or any object with Pyro functions `model` and `guide`; the guide is not used.
-        data: N data, (N, *event_shape), in the support of the likelihood.
+        data: N examples, (N, *event_shape), in the support of the likelihood.
         num_chains: C.
         num_temperatures: T.
-        num_leapfrog: L, steps of a move.
+        num_leapfrog: L, leapfrog steps per move.
         binarize: As in `evaluate`.
         seed: As in `evaluate`.
         max_plate_nesting: As in `evaluate`.
-        progress: Show a progress bar, in a terminal or a notebook.
+        progress: Show a progress bar in a terminal or notebook.
 
     Raises:
-        TypeError: If the data are no floating-point tensor or `Images`, or a number is no integer.
-        ValueError: If a number is below 1, the data are unfit, or a latent variable is not real.
-        NonFiniteError: If an importance weight is infinite or NaN; names the data and how many.
+        ValueError: If a latent variable is not real. Invalid arguments raise as in `evaluate`.
 
     Source: R. M. Neal (2001), Annealed importance sampling, Statistics and Computing 11; Y. Wu, Y. Burda,
     R. Salakhutdinov, R. Grosse (2017), On the quantitative analysis of decoder-based generative models,
@@ -121,29 +116,21 @@ def annealed_importance_sampling(
     counts = {"num_chains": num_chains, "num_temperatures": num_temperatures, "num_leapfrog": num_leapfrog}
     for name, count in counts.items():
         require_count(name, count)
-    batches = observe(vae, data, binarize=binarize, seed=seed)
+    batches = prepare_data(vae, data, binarize=binarize, seed=seed)
     at_once = max(1, math.prod(chunk_sizes(batches, num_chains)) // num_chains)
     betas = inverse_temperatures(num_temperatures).tolist()
     log_weight, acceptance = [], []
+    total = 2 * len(batches) * num_temperatures
+    options: dict[str, Any] = {"num_leapfrog": num_leapfrog, "max_plate_nesting": max_plate_nesting}
     with (
         evaluating(vae, batches.device, seed),
-        progress_bar(2 * len(batches) * num_temperatures, shown=progress, unit=" steps") as bar,
+        progress_bar(total, shown=progress, unit=" steps", unit_scale=True, desc="annealing") as bar,
     ):
-        bar.set_description("annealing")
-        bar.unit_scale = True
-        for number, x in enumerate(batches.in_order(at_once)):
-            run_chains = functools.partial(
-                _run_chains,
-                vae,
-                x,
-                betas,
-                num_leapfrog=num_leapfrog,
-                max_plate_nesting=max_plate_nesting,
-                advance=bar.update,
-            )
-            pilot = run_chains(num_chains=_PILOT_CHAINS, steps=None)
-            chains = run_chains(num_chains=num_chains, steps=pilot.steps)
-            require_finite(chains.log_weight, first=number * at_once)
+        options["advance"] = bar.update
+        for first_index, x in in_chunks(batches, at_once):
+            pilot = _run_chains(vae, x, betas, num_chains=_PILOT_CHAINS, steps=None, **options)
+            chains = _run_chains(vae, x, betas, num_chains=num_chains, steps=pilot.steps, **options)
+            require_finite(chains.log_weight, first_index=first_index)
             log_weight.append(chains.log_weight)
             acceptance.append(chains.acceptance)
     return AnnealedEvidence(
@@ -156,7 +143,7 @@ def annealed_importance_sampling(
 
 
 def inverse_temperatures(count: int) -> Tensor:
-    """β_0 … β_T along a sigmoid: closest together near the prior and near the posterior."""
+    """Return β_0 … β_T along a sigmoid: densest near the prior and near the posterior."""
     sigmoid = torch.sigmoid(torch.linspace(-4, 4, count + 1, dtype=torch.float64))
     return (sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])
 
@@ -165,7 +152,7 @@ def inverse_temperatures(count: int) -> Tensor:
 class _Chains:
     log_weight: Tensor  # (C, n)
     acceptance: Tensor  # (n,)
-    steps: Tensor  # lengths of the leapfrog steps, (T, n)
+    steps: Tensor  # leapfrog step lengths, (T, n)
 
 
 def _run_chains(
@@ -179,8 +166,8 @@ def _run_chains(
     max_plate_nesting: int,
     advance: Callable[[int], object],
 ) -> _Chains:
-    """Lead chains from prior to posterior by steps of given lengths (T, n), or find these on the way."""
-    prior = poutine.block(pair.model, hide_fn=_is_observed)  # a guide of the latent sites alone
+    """Run chains from prior to posterior with leapfrog step lengths (T, n), or tune these if None."""
+    prior = poutine.block(pair.model, hide_fn=_is_observed)  # serves as the guide
     start = terms(pair.model, prior, x, num_particles=num_chains, max_plate_nesting=max_plate_nesting)
     for name, site in start.sites.latent.items():
         _require_real(name, site)
@@ -200,25 +187,22 @@ def _run_chains(
 
 
 class _Density:
-    """log p(z) + β log p(x|z) of chains z, {site: (C, …, n, …, *event)}, and moves that leave it as it is."""
+    """log p(z) + β log p(x|z) of chains z, {site: (C, …, n, …, *event)}, with invariant moves."""
 
     def __init__(self, model: Callable, x: Tensor, sites: PairSites):
         self.model, self.x, self.sites = model, x, sites
 
     def _terms(self, z: Draws) -> tuple[Tensor, Tensor]:
-        """Log p(z) and log p(x|z), (C, n)."""
+        """Compute log p(z) and log p(x|z), (C, n)."""
         chains = pyro.plate("chains", self.sites.num_particles, dim=-self.sites.rank)
         with chains if self.sites.num_particles > 1 else nullcontext():
             model_sites = sample_sites(run(poutine.condition(self.model, data=z), (self.x,), {}))
-        log_probs = {
-            name: scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
-            for name, site in model_sites.items()
-        }
+        log_probs = {name: masked_log_prob(site, site["value"]) for name, site in model_sites.items()}
         prior = self.sites.sum(log_prob for name, log_prob in log_probs.items() if name in z)
         return prior, self.sites.sum(log_prob for name, log_prob in log_probs.items() if name not in z)
 
     def _with_gradient(self, z: Draws, beta: float) -> tuple[Tensor, Tensor, Draws]:
-        """The log-density and log p(x|z), (C, n), and the gradient of the log-density."""
+        """Compute the log-density and log p(x|z), (C, n), and the gradient of the log-density."""
         z = {name: values.detach().requires_grad_() for name, values in z.items()}
         with torch.enable_grad():
             log_prior, log_likelihood = self._terms(z)
@@ -227,10 +211,10 @@ class _Density:
         return log_density.detach(), log_likelihood.detach(), dict(zip(z, gradient, strict=True))
 
     def move(self, z: Draws, beta: float, step: Tensor, num_leapfrog: int) -> tuple[Draws, Tensor, Tensor]:
-        """Move by Hamiltonian Monte Carlo with steps of length (n,).
+        """Move by Hamiltonian Monte Carlo with leapfrog steps of length `step` (n,).
 
         Returns:
-            The new z, their log p(x|z), (C, n), and the probabilities with which the moves were accepted.
+            The new z, their log p(x|z), (C, n), and the acceptance probabilities, (C, n).
         """
         lengths = {name: self._along(step.expand(self.sites.num_particles, -1), name) for name in z}
         momentum = {name: torch.randn_like(values) for name, values in z.items()}
@@ -243,13 +227,13 @@ class _Density:
             log_density, new_likelihood, gradient = self._with_gradient(new, beta)
             momentum = {name: p + lengths[name] / 2 * gradient[name] for name, p in momentum.items()}
         log_ratio = log_density - self._kinetic(momentum) - before
-        probability = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)  # a move to nowhere is refused
+        probability = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)  # a divergent move is rejected
         accept = torch.rand_like(probability) < probability
         z = {name: torch.where(self._along(accept, name), new[name], values) for name, values in z.items()}
         return z, torch.where(accept, new_likelihood, log_likelihood), probability
 
     def _kinetic(self, momentum: Draws) -> Tensor:
-        """½ |p|² of each chain and datum, (C, n)."""
+        """Compute ½ |p|² per chain and example, (C, n)."""
         squares = []
         for name, p in momentum.items():
             event_dim = self.sites.guide[name]["fn"].event_dim
@@ -265,11 +249,9 @@ def _is_observed(site: Site) -> bool:
 
 
 def _require_real(name: str, site: Site) -> None:
-    support = site["fn"].support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    support = elementwise_support(site["fn"].support)
     if support is not constraints.real:
         raise ValueError(
-            f"annealing moves latent variables along gradients, so that they must be real; {name!r}, a "
+            f"annealing follows gradients in the latent variables, so they must be real; {name!r}, a "
             f"{site_family(site)}, has the support {support}. Transform it in the model, or use evaluate"
         )

@@ -1,6 +1,6 @@
-"""What this library needs of ArviZ, whose generations 0.x and 1.x name it differently.
+"""Differences between ArviZ 0.x and 1.x, behind one interface.
 
-ArviZ takes seconds to import, so it is imported where it is first used.
+ArviZ takes seconds to import, so it is imported at first use.
 """
 
 import importlib
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["MIN_DRAWS", "arviz_version", "forest", "inference_data", "pareto_smooth", "write_netcdf"]
 
-MIN_DRAWS = 30  # a fifth make the tail that a Pareto distribution is fitted to: ArviZ 1.x wants six
+MIN_DRAWS = 30  # the Pareto fit uses the largest fifth, and ArviZ 1.x requires six weights for it
 
 
 def pareto_smooth(log_weight: npt.NDArray[np.float64]) -> tuple[npt.NDArray, npt.NDArray]:
-    """Smooth the largest importance weights by ArviZ, and say how heavy their tail is.
+    """Smooth the largest importance weights and estimate the shape of their tail.
 
     Args:
-        log_weight: Logarithms of S importance weights of N data, (N, S), S ≥ `MIN_DRAWS`. The largest fifth
-            of a datum's may not all be equal.
+        log_weight: Log importance weights, (N, S), S ≥ `MIN_DRAWS`. The largest fifth of an example's weights
+            must not all be equal.
 
     Returns:
-        The smoothed log weights, (N, S), normalised so that the weights of a datum add up to one; and the
-        shape k̂ of the generalised Pareto distribution fitted to each tail, (N,), +∞ where so few weights
-        are not negligible that none can be fitted.
+        The smoothed log weights, (N, S), whose weights sum to one per example, and the shape k̂ of the
+        generalised Pareto distribution fitted to each tail, (N,): +∞ where too few weights are
+        non-negligible for a fit.
 
     Source: A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024), Pareto smoothed importance sampling,
     arXiv:1507.02646.
@@ -40,13 +40,13 @@ def pareto_smooth(log_weight: npt.NDArray[np.float64]) -> tuple[npt.NDArray, npt
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if _is_generation_0():
             smoothed, k = _arviz().psislw(log_weight)
-        else:  # takes log-likelihoods, and weighs by their inverses
+        else:  # takes log-likelihoods, whose inverses are the weights
             smoothed, k = importlib.import_module("arviz_stats.base").array_stats.psislw(-log_weight)
     return smoothed, np.where(np.isnan(k), np.inf, k)
 
 
 def inference_data(groups: "Mapping[str, xarray.Dataset]", attrs: Mapping[str, Any]) -> Any:
-    """Put groups together in what ArviZ works on: an `InferenceData` (0.x) or an `xarray.DataTree` (1.x)."""
+    """Combine groups in an `arviz.InferenceData` (ArviZ 0.x) or an `xarray.DataTree` (1.x)."""
     if _is_generation_0():
         return _arviz().InferenceData(attrs=dict(attrs), **groups)
     tree = importlib.import_module("xarray").DataTree.from_dict(dict(groups))
@@ -55,7 +55,7 @@ def inference_data(groups: "Mapping[str, xarray.Dataset]", attrs: Mapping[str, A
 
 
 def write_netcdf(data: Any, path: Path) -> None:
-    """Write what `inference_data` gave to a netCDF file, compressed."""
+    """Write the result of `inference_data` to a compressed netCDF file."""
     if _is_generation_0():
         data.to_netcdf(str(path), engine="h5netcdf")
         return
@@ -68,15 +68,15 @@ def write_netcdf(data: Any, path: Path) -> None:
 
 
 def forest(data: Any, variable: str, dimension: str) -> "Axes":
-    """Draw the means of a posterior variable along a dimension, a row each, and their 94 % intervals.
+    """Draw a forest plot of a posterior variable: mean and 94 % interval, a row per index of a dimension.
 
     Args:
-        data: What `inference_data` gave, with a group "posterior".
-        variable: Its variable, of the dimensions chain, draw and `dimension`.
-        dimension: What the rows are.
+        data: Result of `inference_data`, with a group "posterior".
+        variable: A variable of this group with the dimensions chain, draw and `dimension`.
+        dimension: Dimension of the rows.
 
     Returns:
-        The Axes of a new figure, which pyplot does not know.
+        The Axes of a new figure that pyplot does not manage.
     """
     arviz = _arviz()
     size = (8.0, 1.2 + 0.3 * data["posterior"].sizes[dimension])
@@ -107,12 +107,12 @@ def _is_generation_0() -> bool:
 
 
 def arviz_version() -> str:
-    """The version of ArviZ that is installed."""
+    """Return the version of the installed ArviZ."""
     return _arviz().__version__
 
 
 def _arviz() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # 0.23 announces 1.0 once a day
+        warnings.filterwarnings("ignore", category=FutureWarning)  # 0.23 announces 1.0 daily
         import arviz  # noqa: PLC0415 (slow)
     return arviz

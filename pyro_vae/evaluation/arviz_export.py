@@ -1,12 +1,11 @@
-"""A VAE and its data in the form that ArviZ works on, and its netCDF file.
+"""Export of a VAE's posterior, predictive draws and evidence to ArviZ and netCDF.
 
-Notation: N data, S samples z_s for each; P ≥ S draws of the guide, from which they are taken.
+Notation: N examples, S samples z_s per example, taken from P ≥ S draws of the guide.
 """
 
 import importlib.metadata
 import math
 import os
-from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,14 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Images
 from pyro_vae.evaluation.arviz_compat import arviz_version, inference_data, write_netcdf
-from pyro_vae.evaluation.draws import Pair, chunk_sizes, observe, parts, require_finite
+from pyro_vae.evaluation.draws import Chunk, Pair, by_example, chunk_lengths, chunks, prepare_data
 from pyro_vae.evaluation.importance_weights import pareto_smoothed, summarise_weights
-from pyro_vae.evaluation.latents import by_datum
-from pyro_vae.objectives.log_terms import PairSites, terms
+from pyro_vae.objectives.log_terms import PairSites
 from pyro_vae.objectives.sites import Site, run, sample_sites
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.serialization import replacing
-from pyro_vae.utils.validation import require_count
+from pyro_vae.utils.validation import elementwise_support, require_count
 
 if TYPE_CHECKING:
     import xarray
@@ -53,43 +51,41 @@ def to_inference_data(
     max_plate_nesting: int = 1,
     progress: bool = True,
 ) -> Any:
-    r"""Put what a VAE says of data in the form that ArviZ works on.
+    r"""Convert a VAE's draws, predictions and log-evidence for some data to ArviZ's inference data.
 
     Groups, with the dimensions chain (of size 1), draw, datum and the sites' own, such as z_dim:
 
-    - posterior: z ~ q(z|x); or, with `oversample` above 1, draws resampled by their importance weights,
-      which come near p(z|x) where k̂ allows;
+    - posterior: z ~ q(z|x); with `oversample` above 1, draws resampled by their importance weights, which
+      approximate p(z|x) where k̂ is low;
     - posterior_predictive: x ~ p(x|z) for these z; prior, prior_predictive: z ~ p(z), x ~ p(x|z);
     - observed_data: the data;
-    - sample_stats: log_weight = log w of each draw, log_conditional = log p(x|z), lp = log p(x, z); and for
-      each datum, of all draws, pareto_k and effective_sample_size;
-    - log_likelihood: for each draw the log-evidence of each datum estimated from all *other* draws,
+    - sample_stats: log_weight = log w, log_conditional = log p(x|z) and lp = log p(x, z) of each draw;
+      pareto_k and effective_sample_size of each datum, from all P draws;
+    - log_likelihood: per draw, the log-evidence of each datum estimated from all *other* draws,
 
     .. math:: \log \frac1{S-1} \sum_{r \ne s} w_r, \qquad w_r = p(x, z_r) / q(z_r|x).
 
-    By this choice ArviZ's `loo` gives the importance-weighted log-evidence, as `evaluate` does, with its
+    With this choice ArviZ's `loo` gives the importance-weighted log-evidence, as `evaluate` does, with its
     standard error over the data and the k̂ of the importance weights, and `compare` compares the evidence of
-    two VAEs datum by datum. The conditional log p(x|z) would not do: z belongs to the datum that is left out,
-    so that `loo` would weigh by 1 / p(x|z), whose mean seldom exists, and overrate the model.
+    two VAEs datum by datum. The conditional log p(x|z) is unsuitable: z belongs to the datum that is left
+    out, so that `loo` would weight by 1 / p(x|z), whose mean seldom exists, and overrate the model.
 
     Args:
         vae: A `VAE`, or any object with Pyro functions `model` and `guide` of a batch x (N, *event_shape).
-        data: N data, (N, *event_shape), in the support of the likelihood. The predictive groups hold
-            `num_samples` times as many numbers.
-        num_samples: S, draws of z kept for each datum.
-        oversample: Draws of the guide made for each one that is kept.
+        data: N examples, (N, *event_shape), in the support of the likelihood. Each predictive group holds
+            `num_samples` times as many values.
+        num_samples: S, draws of z kept per example.
+        oversample: P / S, guide draws per kept draw.
         binarize: As in `evaluate`.
         seed: As in `evaluate`.
         max_plate_nesting: As in `evaluate`.
-        progress: Show a progress bar, in a terminal or a notebook.
+        progress: Show a progress bar in a terminal or notebook.
 
     Returns:
-        What the installed ArviZ works on: an `arviz.InferenceData` (0.x) or an `xarray.DataTree` (1.x).
+        An `arviz.InferenceData` (ArviZ 0.x) or an `xarray.DataTree` (1.x).
 
     Raises:
-        TypeError: If the data are no floating-point tensor or `Images`, or a number is no integer.
-        ValueError: If `num_samples` is below 2 or `oversample` below 1, or the data are unfit.
-        NonFiniteError: If an importance weight is infinite or NaN; names the data and how many.
+        ValueError: If `num_samples` is below 2. Other invalid arguments raise as in `evaluate`.
 
     Source: A. Vehtari, A. Gelman, J. Gabry (2017), Practical Bayesian model evaluation using leave-one-out
     cross-validation and WAIC, arXiv:1507.04544; E. Merkle, D. Furr, S. Rabe-Hesketh (2019), Bayesian
@@ -108,19 +104,16 @@ def to_inference_data(
     """
     require_count("num_samples", num_samples, minimum=2)
     require_count("oversample", oversample)
-    batches = observe(vae, data, binarize=binarize, seed=seed)
+    batches = prepare_data(vae, data, binarize=binarize, seed=seed)
     num_draws = num_samples * oversample
-    data_at_once, draws_at_once = chunk_sizes(batches, num_draws)
-    chunks: list[Groups] = []
+    parts: list[Groups] = []
     with (
         evaluating(vae, batches.device, seed),
         progress_bar(len(batches), shown=progress, unit=" data") as bar,
     ):
-        for number, x in enumerate(batches.in_order(data_at_once)):
-            proposals = _propose(vae, x, parts(num_draws, draws_at_once), max_plate_nesting)
-            require_finite(proposals.log_weight, first=number * data_at_once)
-            chunks.append(_groups(vae, x, proposals, oversample, draws_at_once))
-            bar.update(len(x))
+        for chunk in chunks(vae, batches, num_draws, max_plate_nesting=max_plate_nesting, keep_draws=True):
+            parts.append(_groups(vae, chunk, oversample))
+            bar.update(len(chunk.x))
     attrs = {
         "inference_library": "pyro_vae",
         "inference_library_version": importlib.metadata.version("pyro_vae"),
@@ -133,15 +126,15 @@ def to_inference_data(
         "binarize": str(binarize or getattr(data, "binarize", None)),
         "seed": seed,
     }
-    groups = {group: _dataset([chunk[group] for chunk in chunks], attrs) for group in chunks[0]}
+    groups = {group: _dataset([part[group] for part in parts], attrs) for group in parts[0]}
     return inference_data(groups, attrs)
 
 
 def save_netcdf(idata: Any, path: str | os.PathLike[str]) -> None:
-    """Write what `to_inference_data` gave to a netCDF file, whole or not at all, for `arviz.from_netcdf`.
+    """Write the result of `to_inference_data` atomically to a netCDF file, for `arviz.from_netcdf`.
 
     Raises:
-        OSError: If the file cannot be written; an earlier file of that name stays as it was.
+        OSError: If the file cannot be written; an existing file of that name is unchanged.
     """
     try:
         with replacing(path) as partial:
@@ -152,44 +145,17 @@ def save_netcdf(idata: Any, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Proposals:
-    """P draws of the guide for each of n data: their terms, (P, n), and the model's latent values."""
-
-    log_likelihood: Tensor
-    log_prior: Tensor
-    log_guide: Tensor
-    z: dict[str, Tensor]  # (P, n, *others, *event), as `by_datum` arranges them
-    sites: PairSites
-
-    @property
-    def log_weight(self) -> Tensor:
-        return self.log_likelihood + self.log_prior - self.log_guide
-
-
-def _propose(pair: Pair, x: Tensor, counts: list[int], max_plate_nesting: int) -> _Proposals:
-    log_terms = []
-    z: dict[str, list[Tensor]] = defaultdict(list)
-    for count in counts:
-        t = terms(pair.model, pair.guide, x, num_particles=count, max_plate_nesting=max_plate_nesting)
-        log_terms.append(torch.stack([t.log_likelihood, t.log_prior, t.log_guide]))
-        for name in t.sites.latent:
-            z[name].append(by_datum(t.sites, t.sites.guide[name], t.sites.draws[name]))
-    log_likelihood, log_prior, log_guide = torch.cat(log_terms, dim=1)
-    together = {name: torch.cat(values) for name, values in z.items()}
-    return _Proposals(log_likelihood, log_prior, log_guide, together, t.sites)
-
-
-def _groups(pair: Pair, x: Tensor, proposals: _Proposals, oversample: int, at_once: int) -> Groups:
-    """All groups, for n data."""
-    log_weight = proposals.log_weight
+def _groups(pair: Pair, chunk: Chunk, oversample: int) -> Groups:
+    """Compute all groups for one chunk of n examples."""
+    log_weight, sites = chunk.log_weight, chunk.first_terms.sites
     kept = _resample(log_weight, oversample)
-    z = {name: _take(values, kept) for name, values in proposals.z.items()}
-    posterior = _simulate(pair, x, z, parts(len(kept), at_once), proposals.sites)
-    prior = _simulate(pair, x, {}, parts(len(kept), at_once), proposals.sites)
+    z = {name: _take(values, kept) for name, values in chunk.draws.items()}
+    counts = chunk_lengths(len(kept), sites.num_particles)  # as many at once as in the chunk's first run
+    posterior = _simulate(pair, chunk.x, z, counts, sites)
+    prior = _simulate(pair, chunk.x, {}, counts, sites)
     observed = [name for name in posterior if name not in z]
     summary = summarise_weights(log_weight)
-    log_conditional = _take(proposals.log_likelihood, kept)
+    log_conditional = _take(chunk.log_likelihood, kept)
 
     def per_draw(values: Tensor) -> Variable:
         return _DRAWS, values.cpu().numpy()[None]
@@ -207,7 +173,7 @@ def _groups(pair: Pair, x: Tensor, proposals: _Proposals, oversample: int, at_on
         "sample_stats": {
             "log_weight": per_draw(_take(log_weight, kept)),
             "log_conditional": per_draw(log_conditional),
-            "lp": per_draw(log_conditional + _take(proposals.log_prior, kept)),
+            "lp": per_draw(log_conditional + _take(chunk.log_prior, kept)),
             "pareto_k": per_datum(summary.pareto_k),
             "effective_sample_size": per_datum(summary.effective_sample_size),
         },
@@ -215,7 +181,7 @@ def _groups(pair: Pair, x: Tensor, proposals: _Proposals, oversample: int, at_on
 
 
 def _resample(log_weight: Tensor, oversample: int) -> Tensor:
-    """Numbers of the draws to keep, (S, n), out of P = S · oversample: all, or by their smoothed weights."""
+    """Return indices of the draws to keep, (S, n), out of P = S · oversample: all, or by smoothed weights."""
     num_draws, num_data = log_weight.shape
     if oversample == 1:
         return torch.arange(num_draws, device=log_weight.device)[:, None].expand(-1, num_data)
@@ -225,43 +191,42 @@ def _resample(log_weight: Tensor, oversample: int) -> Tensor:
 
 
 def _take(values: Tensor, kept: Tensor) -> Tensor:
-    """Of values (P, n, ...) those of the draws (S, n): (S, n, ...)."""
+    """Select draws `kept` (S, n) from values (P, n, ...): (S, n, ...)."""
     return values.take_along_dim(kept.reshape(*kept.shape, *[1] * (values.dim() - 2)), dim=0)
 
 
 def _log_mean_of_others(log_weight: Tensor, block: int) -> Tensor:
-    """Log mean weight without each block of draws: (P, n) to (P / block, n)."""
+    """Return the log mean weight with each block of draws left out: (P, n) to (P / block, n)."""
     blocks = log_weight.double().unflatten(0, (-1, block)).logsumexp(1)
     total, largest = blocks.logsumexp(0), blocks.argmax(0, keepdim=True)
-    others = total + torch.log1p(-(blocks - total).exp())  # cancels for a block that outweighs all others
+    others = total + torch.log1p(-(blocks - total).exp())  # cancels for the largest block
     others.scatter_(0, largest, blocks.scatter(0, largest, -math.inf).logsumexp(0, keepdim=True))
     return others - math.log(len(log_weight) - block)
 
 
 @dataclass
 class _Simulated:
-    """A site's values in simulations of n data."""
+    """Values of one site in simulations of n examples."""
 
     name: str
     site: Site
     sites: PairSites
-    values: list[Tensor]  # as `by_datum` arranges them
+    values: list[Tensor]  # each (S, n, *others, *event), as in `by_example`
 
     def variable(self) -> Variable:
-        """All draws."""
+        """Return all draws."""
         others, own = self._dims()
         values = torch.cat(self.values)
         return (*_DRAWS, *own), self._array(values.expand(-1, self.sites.num_data, *values.shape[2:]), others)
 
     def observation(self) -> Variable:
-        """What the simulation took the place of."""
+        """Return the observed value that the simulation replaced."""
         others, own = self._dims()
-        values = by_datum(self.sites, self.site, self.site["infer"]["obs"])[:1]
-        dims, array = (*_DRAWS, *own), self._array(values, others)
-        return dims[2:], array[0, 0]
+        values = by_example(self.sites, self.site, self.site["infer"]["obs"])[:1]
+        return (*_DRAWS[2:], *own), self._array(values, others)[0, 0]
 
     def _dims(self) -> tuple[list[bool], list[str]]:
-        """Which of the batch's other dimensions are plates', and the names of these and of the event's."""
+        """Flag which other batch dimensions are plates; name these and the event dimensions."""
         plates = {frame.dim: frame.name for frame in self.site["cond_indep_stack"] if frame.vectorized}
         others = self.sites.other_dims
         match self.site["fn"].event_dim:
@@ -275,32 +240,22 @@ class _Simulated:
         return [dim in plates for dim in others], names + [f"{self.name}_{name}" for name in event]
 
     def _array(self, values: Tensor, others: list[bool]) -> npt.NDArray:
-        """Values (S, n, *others, *event) with a dimension for the chain, and without those of no plate."""
+        """Add the chain dimension to values (S, n, *others, *event); drop dimensions that are not plates."""
         without = [axis + 2 for axis, is_plate in enumerate(others) if not is_plate]
         array = values.cpu().numpy()
-        if isinstance(_support(self.site), _INTEGERS):
-            array = array.astype(np.int8 if _support(self.site) is constraints.boolean else np.int32)
+        support = elementwise_support(self.site["fn"].support)
+        if isinstance(support, _INTEGERS):
+            array = array.astype(np.int8 if support is constraints.boolean else np.int32)
         return array.squeeze(tuple(without))[None]
 
 
-_INTEGERS = (
-    type(constraints.boolean),
-    type(constraints.nonnegative_integer),
-    type(constraints.integer_interval(0, 1)),
-)
-
-
-def _support(site: Site) -> Any:
-    support = site["fn"].support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
+_INTEGERS = (type(constraints.boolean), type(constraints.nonnegative_integer), constraints.integer_interval)
 
 
 def _simulate(
     pair: Pair, x: Tensor, z: dict[str, Tensor], counts: list[int], sites: PairSites
 ) -> dict[str, _Simulated]:
-    """Run the model on n data, x not observed, with the latent values z (S, n, ...), or draws of its own."""
+    """Run the model on n examples with x unobserved, at latent values z (S, n, ...) or at its own draws."""
     simulated: dict[str, _Simulated] = {}
     model, start = poutine.uncondition(pair.model), 0
     for count in counts:
@@ -309,14 +264,14 @@ def _simulate(
         with pyro.plate("samples", count, dim=-sites.rank):
             trace = run(poutine.condition(model, data=part), (x,), {})
         for name, site in sample_sites(trace).items():
-            if site["value"].numel():  # not a factor's
+            if site["value"].numel():  # a factor has no value
                 record = simulated.setdefault(name, _Simulated(name, site, sites, []))
-                record.values.append(by_datum(sites, site, site["value"]))
+                record.values.append(by_example(sites, site, site["value"]))
     return simulated
 
 
 def _dataset(chunks: list[dict[str, Variable]], attrs: dict[str, Any]) -> "xarray.Dataset":
-    """Put chunks of the data together."""
+    """Concatenate chunks along the datum dimension."""
     import xarray  # noqa: PLC0415 (slow)
 
     variables = {}

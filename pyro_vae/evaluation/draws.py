@@ -1,12 +1,15 @@
-"""Data under evaluation: checked, binarised once, and given out in chunks of bounded size.
+"""Evaluation data: validated, binarised once, iterated with guide draws in memory-bounded chunks.
 
-What is evaluated is a *pair*: any object with a generative model and a guide. It is run as it is used, in
-evaluation mode and without gradients, and with random numbers of its own, so that evaluating a model changes
-nothing about its training.
+A *pair* is any object with a generative model and a guide. It runs inside `isolation.evaluating`: in
+evaluation mode, without gradients and with a separate random stream, so that evaluation does not change
+training. Notation: N examples, n of them in a chunk, S particles z_s ~ q(z|x) per example.
 """
 
 import dataclasses
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +17,28 @@ from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.datasets import Images
+from pyro_vae.inference.guide_check import require_fit
+from pyro_vae.objectives.log_terms import PairSites, Terms, terms
+from pyro_vae.objectives.sites import Site
 from pyro_vae.utils.validation import NonFiniteError, require_floating
 
-__all__ = ["Pair", "chunk_sizes", "head", "observe", "parts", "require_finite"]
+__all__ = [
+    "Chunk",
+    "Pair",
+    "by_example",
+    "chunk_lengths",
+    "chunk_sizes",
+    "chunks",
+    "first",
+    "in_chunks",
+    "prepare_data",
+    "require_finite",
+]
 
-# draws decoded at a time, and the numbers that they decode to: four arrays of them are kept when freed
+# Largest number of draws decoded at once, and of values in them: freed memory that the process keeps for
+# reuse holds four such arrays.
 _ROWS, _VALUES = 2**13, 3 * 2**20
-_PARTICLES = 250  # of a datum at a time, so that encoding it costs little beside decoding them
+_PARTICLES = 250  # per example at once, so that encoding an example is cheap compared with decoding its draws
 
 
 class Pair(Protocol):
@@ -33,23 +51,51 @@ class Pair(Protocol):
         """q(z|x)."""
 
 
-def observe(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: int) -> Batches:
-    """Check data and parameters, and binarise the data once and for all, so that every pass sees the same.
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Guide draws for n consecutive examples: log-densities (S, n), in nats.
+
+    Attributes:
+        first_index: Index of the first example.
+        x: The examples, (n, *event_shape).
+        first_terms: Terms of the chunk's first run, of at most S particles, for closed forms and sites.
+        log_likelihood: log p(x|z).
+        log_prior: log p(z).
+        log_guide: log q(z|x).
+        draws: Latent values by site, (S, n, *others, *event) as in `by_example`; empty unless kept.
+    """
+
+    first_index: int
+    x: Tensor
+    first_terms: Terms
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_guide: Tensor
+    draws: dict[str, Tensor]
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Log importance weights log p(x, z) − log q(z|x), (S, n)."""
+        return self.log_likelihood + self.log_prior - self.log_guide
+
+
+def prepare_data(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: int) -> Batches:
+    """Validate data and parameters, and binarise the data once, so that every pass sees the same values.
 
     Args:
-        pair: Whose data they are; they go to the device of its parameters.
+        pair: A model and a guide; batches go to the device of its parameters.
         data: (N, *event_shape).
-        binarize: None, "dynamic", "fixed" (these two alike: one draw from `seed`) or "threshold".
-        seed: Of the binarisation.
+        binarize: None, "dynamic" or "fixed" (the same here: one draw from `seed`), or "threshold".
+        seed: Seed of the binarisation.
 
     Raises:
-        TypeError: If the data are no floating-point tensor or `Images`, or the pair is none.
-        ValueError: If the data are empty, have another shape than the likelihood, or lie outside its support.
+        TypeError: If the data are not a floating-point tensor or `Images`, or `pair` has no model.
+        ValueError: If the data are empty, have the wrong shape, or lie outside the likelihood's support.
         NonFiniteError: If a parameter is infinite or NaN.
     """
     if not callable(getattr(pair, "model", None)):
         raise TypeError(
-            "what is evaluated must have Pyro functions model and guide, as a VAE has; "
+            "expected an object with Pyro functions model and guide, such as a VAE; "
             f"got {type(pair).__name__}"
         )
     if isinstance(data, Images) and data.binarize == "dynamic":
@@ -57,9 +103,7 @@ def observe(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: in
     parameters = dict(pair.named_parameters()) if isinstance(pair, nn.Module) else {}
     for name, parameter in parameters.items():
         if not torch.isfinite(parameter).all():
-            raise NonFiniteError(
-                f"parameter {name!r} is not finite: load a checkpoint from before it went wrong"
-            )
+            raise NonFiniteError(f"parameter {name!r} is not finite: load an earlier checkpoint")
     device = next((parameter.device for parameter in parameters.values()), getattr(data, "device", "cpu"))
     binarize = "fixed" if binarize == "dynamic" else binarize
     batches = Batches(data, binarize=binarize, seed=seed, device=device)
@@ -70,42 +114,106 @@ def observe(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: in
 def _require_data(x: Tensor) -> None:
     require_floating("the data", x)
     if len(x) == 0:
-        raise ValueError("the data are empty: there must be at least one datum")
+        raise ValueError("the data are empty: pass at least one example")
 
 
-def chunk_sizes(batches: Batches, num_particles: int) -> tuple[int, int]:
-    """How many data to take at once, and how many particles of each."""
-    rows = max(1, min(_ROWS, _VALUES // math.prod(batches.data.shape[1:])))
-    particles = min(num_particles, _PARTICLES, rows)
-    return max(1, rows // particles), particles
-
-
-def parts(total: int, size: int) -> list[int]:
-    """Divide a total into parts of that size; the last may be smaller.
-
-    Example:
-        >>> parts(7, 3)
-        [3, 3, 1]
-    """
-    return [min(size, total - start) for start in range(0, total, size)]
-
-
-def head(batches: Batches, count: int) -> Batches:
-    """Give the first data, or all where there are no more."""
+def first(batches: Batches, count: int) -> Batches:
+    """Return the first `count` examples, or all if there are fewer."""
     data = batches.data
     part = data.subset(slice(count)) if isinstance(data, Images) else data[:count]
     return Batches(part, seed=batches.seed, device=batches.device)
 
 
-def require_finite(log_weight: Tensor, *, first: int) -> None:
-    """Refuse log weights (S, n), of the data from the one numbered `first` on, that are not all finite."""
+def chunk_sizes(batches: Batches, num_particles: int) -> tuple[int, int]:
+    """Return the number of examples per chunk, and of their particles that are run at once.
+
+    Both depend on the shape of the data and the number of particles alone.
+    """
+    rows = max(1, min(_ROWS, _VALUES // math.prod(batches.data.shape[1:])))
+    particles = min(num_particles, _PARTICLES, rows)
+    return max(1, rows // particles), particles
+
+
+def chunk_lengths(total: int, size: int) -> list[int]:
+    """Divide a total into chunks of length `size`; the last may be shorter.
+
+    Example:
+        >>> chunk_lengths(7, 3)
+        [3, 3, 1]
+    """
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def in_chunks(batches: Batches, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the examples (n, *event_shape) in order, `size` at a time, each with the index of its first.
+
+    Every evaluation iterates its data here and makes the draws for a chunk before it takes the next.
+    """
+    for number, x in enumerate(batches.in_order(size)):
+        yield number * size, x
+
+
+def chunks(
+    pair: Pair,
+    batches: Batches,
+    num_particles: int,
+    *,
+    max_plate_nesting: int,
+    keep_draws: bool = False,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Iterator[Chunk]:
+    """Draw S particles per example from the guide and yield their terms, a few examples at a time.
+
+    Args:
+        pair: A model and a guide.
+        batches: The N examples.
+        num_particles: S.
+        max_plate_nesting: See `terms`.
+        keep_draws: Fill `Chunk.draws`.
+        advance: Called with the number of draws made since the last call.
+
+    Raises:
+        GuideError: If the guide does not fit the model on the first chunk.
+        NonFiniteError: If an importance weight is infinite or NaN.
+    """
+    size, particles = chunk_sizes(batches, num_particles)
+    for first_index, x in in_chunks(batches, size):
+        if first_index == 0:
+            require_fit(pair.model, pair.guide, x)
+        log_terms: list[Tensor] = []
+        draws: dict[str, list[Tensor]] = defaultdict(list)
+        for count in chunk_lengths(num_particles, particles):
+            t = terms(pair.model, pair.guide, x, num_particles=count, max_plate_nesting=max_plate_nesting)
+            if not log_terms:
+                first_terms = t
+            log_terms.append(torch.stack([t.log_likelihood, t.log_prior, t.log_guide]))
+            for name in t.sites.latent if keep_draws else ():
+                draws[name].append(by_example(t.sites, t.sites.guide[name], t.sites.draws[name]))
+            advance(count * len(x))
+        joined = {name: torch.cat(values) for name, values in draws.items()}
+        log_likelihood, log_prior, log_guide = torch.cat(log_terms, dim=1)
+        chunk = Chunk(first_index, x, first_terms, log_likelihood, log_prior, log_guide, joined)
+        require_finite(chunk.log_weight, first_index=first_index)
+        yield chunk
+
+
+def by_example(sites: PairSites, site: Site, values: Tensor) -> Tensor:
+    """Move the data dimension of a site's values second: (*batch, *event) to (S, N, *others, *event).
+
+    S and the other plates' dimensions *others have size 1 where the values do not depend on them.
+    """
+    return sites.in_full(values, site["fn"].event_dim).movedim(sites.data_axis, 1)
+
+
+def require_finite(log_weight: Tensor, *, first_index: int) -> None:
+    """Raise unless all log weights (S, n) are finite; `first_index` is the index of the first example."""
     wrong = (~log_weight.isfinite()).sum(0)
     if not wrong.any():
         return
-    data = wrong.nonzero().flatten().tolist()
-    shown = ", ".join(str(first + index) for index in data[:5]) + (", …" if len(data) > 5 else "")
+    indices = wrong.nonzero().flatten().tolist()
+    shown = ", ".join(str(first_index + index) for index in indices[:5]) + (", …" if len(indices) > 5 else "")
     raise NonFiniteError(
-        f"the log importance weight is infinite or NaN for {len(data)} of the data {first} to "
-        f"{first + log_weight.shape[1] - 1}: number {shown}; number {first + data[0]} has "
-        f"{int(wrong[data[0]])} such weights of {len(log_weight)}. Check the parameters and these data"
+        f"log importance weights are infinite or NaN for {len(indices)} of the examples {first_index} to "
+        f"{first_index + log_weight.shape[1] - 1}: index {shown}; example {first_index + indices[0]} has "
+        f"{int(wrong[indices[0]])} such weights of {len(log_weight)}. Check the parameters and these examples"
     )

@@ -1,6 +1,6 @@
-"""Judging a trained VAE: how likely it finds data, whether its guide can be trusted, which latents it uses.
+"""Evaluate a trained VAE: log-likelihood, guide diagnostics (Pareto k̂, ESS), KL per latent dimension.
 
-Notation: N data, S particles z_s ~ q(z|x) for each; w_s = p(x, z_s) / q(z_s|x) is an importance weight.
+Notation: N examples, S particles z_s ~ q(z|x) per example, importance weights w_s = p(x, z_s) / q(z_s|x).
 """
 
 import math
@@ -11,13 +11,11 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.data.datasets import Images
-from pyro_vae.evaluation.aggregate import AggregatePosterior, aggregate_posterior
-from pyro_vae.evaluation.draws import Pair, chunk_sizes, head, observe, parts, require_finite
+from pyro_vae.evaluation.draws import Chunk, Pair, chunks, first, prepare_data
 from pyro_vae.evaluation.importance_weights import bound_by_particles, summarise_weights
-from pyro_vae.evaluation.latents import units
+from pyro_vae.evaluation.latents import AggregatePosterior, aggregate_posterior, summarise_latents
 from pyro_vae.evaluation.result import Evaluation, PerDatum, standard_error
-from pyro_vae.inference.guide_check import require_fit
-from pyro_vae.objectives.log_terms import PairSites, Terms, terms
+from pyro_vae.objectives.log_terms import PairSites
 from pyro_vae.utils.display import Estimate, progress_bar
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_count
@@ -36,31 +34,31 @@ def evaluate(
     max_plate_nesting: int = 1,
     progress: bool = True,
 ) -> Evaluation:
-    r"""Estimate the log-evidence and the ELBO of data, and diagnose the guide and the latent units.
+    r"""Estimate the log-evidence and the ELBO of data, and diagnose the guide and the latent dimensions.
 
     .. math:: \log p(x) \approx \log \frac1S \sum_{s=1}^S \frac{p(x, z_s)}{q(z_s|x)}, \qquad z_s \sim q(z|x)
 
-    Memory is bounded: the weights of a few data are held at a time, and a few thousand draws decoded at a
-    time. The VAE runs in evaluation mode and is left in the mode it was in; random numbers come from `seed`
-    alone, and torch's generators are left as they were, so that evaluating does not change training.
+    Memory is bounded: a few thousand draws are decoded at once. The VAE runs in evaluation mode, and its mode
+    is restored. Random numbers come from `seed` alone, and torch's generators are restored, so that
+    evaluation does not change training.
 
     Args:
         vae: A `VAE`, or any object with Pyro functions `model` and `guide` of a batch x (N, *event_shape).
-        data: N data, (N, *event_shape), in the support of the likelihood.
-        num_particles: S, draws of z for each datum.
-        binarize: "dynamic", "fixed" (these two alike: one Bernoulli draw, from `seed`) or "threshold" (at ½),
-            for grey levels under a Bernoulli likelihood.
+        data: N examples, (N, *event_shape), in the support of the likelihood.
+        num_particles: S, draws of z per example.
+        binarize: "dynamic" or "fixed" (the same here: one Bernoulli draw, from `seed`), or "threshold" (at
+            ½), for grey levels under a Bernoulli likelihood.
         seed: Non-negative integer from which every random number is derived.
-        aggregate_size: How many of the data, the first, make up the aggregate posterior for the mutual
-            information; the cost is its square. 0 leaves it out.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
-        progress: Show a progress bar, in a terminal or a notebook.
+        aggregate_size: Number of examples, the first ones, whose aggregate posterior gives the mutual
+            information; the cost grows with its square. 0 omits it.
+        max_plate_nesting: Number of dimensions that the pair's own plates take; see `terms`.
+        progress: Show a progress bar in a terminal or notebook.
 
     Raises:
-        TypeError: If the data are no floating-point tensor or `Images`, or a number is no integer.
-        ValueError: If `num_particles` is below 1, or the data are empty, have another shape than the
-            likelihood, or lie outside its support; or the guide does not fit (a `GuideError`).
-        NonFiniteError: If an importance weight is infinite or NaN; names the data and how many.
+        TypeError: If the data are not a floating-point tensor or `Images`, or a number is not an integer.
+        ValueError: If `num_particles` is below 1; the data are empty, have the wrong shape, or lie outside
+            the likelihood's support; or the guide does not fit the model (`GuideError`).
+        NonFiniteError: If a parameter or an importance weight is infinite or NaN; names it or its example.
 
     Source: Y. Burda, R. Grosse, R. Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519;
     M. Hoffman, M. Johnson (2016), ELBO surgery; Y. Yao, A. Vehtari, D. Simpson, A. Gelman (2018), Yes, but
@@ -79,29 +77,16 @@ def evaluate(
     """
     require_count("num_particles", num_particles)
     require_count("aggregate_size", aggregate_size, minimum=0)
-    batches = observe(vae, data, binarize=binarize, seed=seed)
-    chunks: list[_Chunk] = []
+    batches = prepare_data(vae, data, binarize=binarize, seed=seed)
     with (
         evaluating(vae, batches.device, seed),
         progress_bar(len(batches) * num_particles, shown=progress, unit=" draws", unit_scale=True) as bar,
     ):
-        data_at_once, particles_at_once = chunk_sizes(batches, num_particles)
-        for number, x in enumerate(batches.in_order(data_at_once)):
-            if number == 0:
-                require_fit(vae.model, vae.guide, x)
-            log_terms: list[Tensor] = []
-            for count in parts(num_particles, particles_at_once):
-                t = terms(vae.model, vae.guide, x, num_particles=count, max_plate_nesting=max_plate_nesting)
-                if not log_terms:
-                    first = t
-                log_terms.append(torch.stack([t.log_likelihood, t.log_prior, t.log_guide]))
-                bar.update(count * len(x))
-            log_likelihood, log_prior, log_guide = torch.cat(log_terms, dim=1).cpu()
-            require_finite(log_likelihood + log_prior - log_guide, first=number * data_at_once)
-            chunks.append(_reduce(first, log_likelihood, log_prior, log_guide))
+        drawn = chunks(vae, batches, num_particles, max_plate_nesting=max_plate_nesting, advance=bar.update)
+        reduced = [_reduce(chunk) for chunk in drawn]
     aggregate = None
     if aggregate_size:
-        part = head(batches, aggregate_size)
+        part = first(batches, aggregate_size)
         with (
             evaluating(vae, batches.device, seed),
             progress_bar(len(part) ** 2, shown=progress, unit=" densities", unit_scale=True) as bar,
@@ -109,18 +94,13 @@ def evaluate(
             aggregate = aggregate_posterior(
                 vae, part, max_plate_nesting=max_plate_nesting, advance=bar.update
             )
-    return _evaluation(
-        chunks,
-        aggregate=aggregate,
-        num_particles=num_particles,
-        num_dimensions=math.prod(batches.data.shape[1:]),
-        seed=seed,
-    )
+    size = math.prod(batches.data.shape[1:])
+    return _evaluation(reduced, aggregate, num_particles=num_particles, num_dimensions=size, seed=seed)
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """What is kept of a few data."""
+class _Reduced:
+    """Estimates for the examples of one chunk."""
 
     per_datum: PerDatum
     unit_mean_variance: Tensor
@@ -130,16 +110,18 @@ class _Chunk:
     has_analytic_entropy: bool
 
 
-def _reduce(first: Terms, log_likelihood: Tensor, log_prior: Tensor, log_guide: Tensor) -> _Chunk:
-    """Reduce the terms of S particles, (S, n); what has a closed form is taken from the first of them."""
-    log_weight = log_likelihood + log_prior - log_guide
-    weights = summarise_weights(log_weight)
-    kl, entropy, latent = first.kl, _entropy(first.sites), units(first.sites)
+def _reduce(chunk: Chunk) -> _Reduced:
+    """Average over the particles; closed forms come from the first run of the pair."""
+    log_likelihood, log_prior, log_guide, log_weight = (
+        values.cpu() for values in (chunk.log_likelihood, chunk.log_prior, chunk.log_guide, chunk.log_weight)
+    )
+    weights, sites = summarise_weights(log_weight), chunk.first_terms.sites
+    kl, entropy, latent = chunk.first_terms.kl, _entropy(sites), summarise_latents(sites)
 
     def mean(values: Tensor) -> Tensor:
         return values.double().mean(0)
 
-    return _Chunk(
+    return _Reduced(
         per_datum=PerDatum(
             expected_log_likelihood=mean(log_likelihood),
             expected_log_joint=mean(log_likelihood + log_prior),
@@ -162,7 +144,7 @@ def _reduce(first: Terms, log_likelihood: Tensor, log_prior: Tensor, log_guide: 
 
 
 def _entropy(sites: PairSites) -> Tensor | None:
-    """H[q(z|x)] in closed form, (N,): the mean over the particles, where a site depends on others' draws."""
+    """Return H[q(z|x)] in closed form, (N,), averaged over the particles where sites depend on draws."""
     try:
         entropies = [scale_and_mask(site["fn"].entropy(), 1.0, site["mask"]) for site in sites.guide.values()]
     except NotImplementedError:
@@ -170,21 +152,14 @@ def _entropy(sites: PairSites) -> Tensor | None:
     return sites.sum(entropies).mean(0)
 
 
-def _evaluation(
-    chunks: list[_Chunk],
-    *,
-    aggregate: AggregatePosterior | None,
-    num_particles: int,
-    num_dimensions: int,
-    seed: int,
-) -> Evaluation:
-    """Put the chunks together."""
-    columns = zip(*(vars(chunk.per_datum).values() for chunk in chunks), strict=True)
+def _evaluation(reduced: list[_Reduced], aggregate: AggregatePosterior | None, **settings: int) -> Evaluation:
+    """Concatenate the chunks' estimates and average them."""
+    columns = zip(*(vars(chunk.per_datum).values() for chunk in reduced), strict=True)
     per_datum = PerDatum(*map(torch.cat, columns))
-    noise = torch.cat([chunk.unit_mean_variance for chunk in chunks]).mean(0)
+    noise = torch.cat([chunk.unit_mean_variance for chunk in reduced]).mean(0)
     bounds = {
-        size: [torch.cat(column) for column in zip(*(chunk.bounds[size] for chunk in chunks), strict=True)]
-        for size in chunks[0].bounds
+        size: [torch.cat(column) for column in zip(*(chunk.bounds[size] for chunk in reduced), strict=True)]
+        for size in reduced[0].bounds
     }
     num_data = len(per_datum.log_evidence)
     return Evaluation(
@@ -193,13 +168,11 @@ def _evaluation(
             size: Estimate(float(bound.mean()), float(mc_se.square().sum().sqrt()) / num_data)
             for size, (bound, mc_se) in bounds.items()
         },
-        unit_names=chunks[0].unit_names,
+        unit_names=reduced[0].unit_names,
         activity=standard_error(per_datum.unit_mean).square() * num_data - noise,
         aggregate=aggregate,
-        has_analytic_kl=chunks[0].has_analytic_kl,
-        has_analytic_entropy=chunks[0].has_analytic_entropy,
+        has_analytic_kl=reduced[0].has_analytic_kl,
+        has_analytic_entropy=reduced[0].has_analytic_entropy,
         num_data=num_data,
-        num_particles=num_particles,
-        num_dimensions=num_dimensions,
-        seed=seed,
+        **settings,
     )

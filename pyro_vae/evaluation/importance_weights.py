@@ -1,6 +1,6 @@
-"""What importance weights tell: their mean, its error, and whether either can be trusted.
+"""Importance-weight estimates: log-mean, standard error, effective sample size, Pareto k̂.
 
-Notation: S weights w of each of N data, as logarithms (S, N).
+Notation: S weights w per example for N examples, as logarithms (S, N).
 """
 
 import math
@@ -16,13 +16,13 @@ __all__ = ["WeightSummary", "bound_by_particles", "pareto_smoothed", "summarise_
 
 @dataclass(frozen=True, eq=False)
 class WeightSummary:
-    """What the weights of each datum tell; float64 on the CPU, each (N,).
+    """Estimates per example from its importance weights; float64 on the CPU, each (N,).
 
     Attributes:
-        log_mean: log (1/S) Σ w_s, in nats. By Jensen's inequality no more than the logarithm of the mean
-            weight on average, and below it by about half the square of `standard_error`.
-        standard_error: Of `log_mean`, by the delta method: the standard deviation of w over √S times its
-            mean. Too small where `pareto_k` is above 0.7; NaN for S = 1.
+        log_mean: log (1/S) Σ w_s, in nats. By Jensen's inequality at most log E[w] on average, and below it
+            by about half the square of `standard_error`.
+        standard_error: Standard error of `log_mean` by the delta method: the standard deviation of w divided
+            by √S times its mean. Too small where `pareto_k` is above 0.7; NaN for S = 1.
         effective_sample_size: (Σ w_s)² / Σ w_s², from 1 to S.
         pareto_k: Shape k̂ of the weights' tail; see `pareto_smoothed`.
     """
@@ -34,7 +34,7 @@ class WeightSummary:
 
 
 def summarise_weights(log_weight: Tensor) -> WeightSummary:
-    """Summarise the log weights of each datum, (S, N), all finite.
+    """Summarise finite log weights (S, N) per example.
 
     Example:
         >>> summary = summarise_weights(torch.tensor([[1.0, 1.0], [1.0, 5.0]]).log())
@@ -57,15 +57,15 @@ def summarise_weights(log_weight: Tensor) -> WeightSummary:
 
 
 def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Smooth the largest weights of each datum, (S, N) as logarithms, by a Pareto distribution of shape k̂.
+    """Smooth the largest of each example's weights, given as log weights (S, N), by a Pareto fit of shape k̂.
 
-    k̂ below 0.5 is good, up to 0.7 usable; above it the draws miss much of what the weights are to make up
-    for, and neither their mean nor its error can be trusted.
+    k̂ is good below 0.5 and usable up to 0.7. Above 0.7 the draws miss much of the target, and neither the
+    mean weight nor its error is reliable.
 
     Returns:
-        The smoothed log weights, (S, N), normalised; and k̂, (N,): 0 where the largest weights are equal up
-        to rounding, +∞ where a few outweigh all others beyond measure, NaN for fewer than 30 draws. Float64
-        on the CPU.
+        The smoothed log weights, (S, N), normalised, and k̂, (N,): 0 where the largest weights are equal up
+        to rounding, +∞ where too few are non-negligible for a fit, NaN for fewer than 30 draws. Float64 on
+        the CPU.
 
     Source: Y. Yao, A. Vehtari, D. Simpson, A. Gelman (2018), Yes, but did it work?: evaluating variational
     inference, arXiv:1802.02538.
@@ -87,12 +87,13 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bound_by_particles(log_weight: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Estimate the importance-weighted bounds L_1, L_10, L_100, …, L_S from S log weights, (S, N).
+    """Estimate the importance-weighted bounds L_1, L_10, L_100, …, L_S from log weights (S, N).
 
-    L_s is averaged over the S // s groups of s weights.
+    The estimate of L_s is the mean over S // s groups of s weights.
 
     Returns:
-        For each s, the estimate and its Monte Carlo error, (N,) both: over the groups, if there are several.
+        For each s the estimate and its Monte Carlo error, both (N,). The error is that of a mean over the
+        groups, or the delta method's for a single group.
     """
     log_weight = log_weight.cpu().double()
     total = len(log_weight)

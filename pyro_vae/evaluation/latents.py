@@ -1,14 +1,20 @@
-"""The latent units of a pair: how many nats each carries, and where its posterior lies.
+"""KL per latent dimension, active units, aggregate posterior, mutual information.
 
-A unit is one number of a latent vector z. Those of all latent sites are put side by side, U in all; of a
-site with plates of its own besides the data's, those of each position in the plates.
+A latent dimension is one component of the latent vectors: those of all latent sites concatenated, U in total.
+A site with plates other than the data's counts once per position in the plates. The aggregate posterior over
+N examples is q(z) = (1/N) Σ q(z|x_n). Divergences and log-densities are in nats.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import (
+    Categorical,
     Distribution,
     Independent,
     LowRankMultivariateNormal,
@@ -18,22 +24,27 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from pyro_vae.objectives.log_terms import PairSites
-from pyro_vae.objectives.sites import Site
+from pyro_vae.data.batches import Batches
+from pyro_vae.evaluation.draws import Pair, by_example, chunk_sizes, in_chunks
+from pyro_vae.objectives.log_terms import PairSites, terms
+from pyro_vae.objectives.sites import Site, masked_log_prob, run, sample_sites
 
-__all__ = ["Units", "by_datum", "marginals", "units"]
+__all__ = ["AggregatePosterior", "LatentSummary", "aggregate_posterior", "marginals", "summarise_latents"]
+
+_NUMBERS = 2**21  # largest number of latent values scored at once
 
 
 @dataclass(frozen=True)
-class Units:
-    """What one run of a pair tells of its latent units.
+class LatentSummary:
+    """Latent dimensions of N examples, estimated from one run of a pair.
 
     Attributes:
-        names: Of the units, as in "z[3]".
-        kl: KL of the marginal q(z_u|x) from the marginal p(z_u), (N, U), in nats: in closed form where torch
-            knows it, else sampled; NaN where a distribution has no marginals in closed form, as a flow.
-        mean: E_q[z_u|x], (N, U), through the means of the sites' distributions where they have some.
-        mean_variance: Variance of `mean` over repeated draws, (N, U): 0 where no draw enters it.
+        names: Names of the dimensions, such as "z[3]".
+        kl: KL of the marginal q(z_u|x) from the marginal p(z_u), (N, U): in closed form where torch has one,
+            else sampled; NaN where a distribution, such as a flow, has no marginals in closed form.
+        mean: E_q[z_u|x], (N, U): averaged over the means of the sites' distributions, or over the draws where
+            a distribution has no mean in closed form.
+        mean_variance: Monte Carlo variance of `mean`, (N, U): 0 where it depends on no draw.
     """
 
     names: list[str]
@@ -42,8 +53,8 @@ class Units:
     mean_variance: Tensor
 
 
-def units(sites: PairSites) -> Units:
-    """Look at the latent units in one run of a pair on N data with S particles; see `Units`.
+def summarise_latents(sites: PairSites) -> LatentSummary:
+    """Summarise the latent dimensions in one run of a pair on N examples with S particles.
 
     Example:
         >>> from pyro_vae import VAE, guides, likelihoods, priors, terms
@@ -53,20 +64,20 @@ def units(sites: PairSites) -> Units:
         ...     guide=guides.DiagonalNormal((6,), 2),
         ... )
         >>> t = terms(vae.model, vae.guide, torch.randn(9, 6))
-        >>> torch.allclose(units(t.sites).kl.sum(1), t.kl)
+        >>> torch.allclose(summarise_latents(t.sites).kl.sum(1), t.kl)
         True
     """
     names: list[str] = []
     kl, mean = [], []
     for name, latent in sites.latent.items():
         guide = sites.guide[name]
-        values = _side_by_side(sites, guide, guide["value"])
+        values = _by_dimension(sites, guide, guide["value"])
         count = values.shape[-1]
         names += [name] if count == 1 else [f"{name}[{number}]" for number in range(count)]
-        kl.append(_side_by_side(sites, guide, _kl(guide, latent)).mean(0).expand(values.shape[1:]))
-        mean.append(_side_by_side(sites, guide, _mean(guide)).expand(values.shape))
+        kl.append(_by_dimension(sites, guide, _kl(guide, latent)).mean(0).expand(values.shape[1:]))
+        mean.append(_by_dimension(sites, guide, _mean(guide)).expand(values.shape))
     means = torch.cat(mean, dim=-1)
-    return Units(
+    return LatentSummary(
         names=names,
         kl=torch.cat(kl, dim=-1),
         mean=means.mean(0),
@@ -75,7 +86,7 @@ def units(sites: PairSites) -> Units:
 
 
 def marginals(distribution: Distribution) -> Distribution | None:
-    """The distribution of each number of a vector, whatever the others are; None where it is not known."""
+    """Return the marginal distribution of each component of a vector, or None where it is not known."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     if isinstance(distribution, MultivariateNormal | LowRankMultivariateNormal):
@@ -86,7 +97,7 @@ def marginals(distribution: Distribution) -> Distribution | None:
             return None
         weights = distribution.mixture_distribution.logits.unsqueeze(-2)
         each = Normal(components.loc.mT, components.scale.mT)  # (*, K, C)
-        return MixtureSameFamily(torch.distributions.Categorical(logits=weights), each)
+        return MixtureSameFamily(Categorical(logits=weights), each)
     return None if distribution.event_shape else distribution
 
 
@@ -107,15 +118,109 @@ def _mean(guide: Site) -> Tensor:
         return guide["value"]
 
 
-def by_datum(sites: PairSites, site: Site, values: Tensor) -> Tensor:
-    """Arrange numbers of a site, (*batch, *event), as (S, N, *others, *event), with the batch's other dims.
-
-    S or another dimension of the batch may be 1 where the numbers do not depend on it.
-    """
-    return sites.in_full(values, site["fn"].event_dim).movedim(sites.data_axis, 1)
-
-
-def _side_by_side(sites: PairSites, site: Site, values: Tensor) -> Tensor:
-    """Arrange numbers of a site as (S, N, units)."""
-    values = by_datum(sites, site, values)
+def _by_dimension(sites: PairSites, site: Site, values: Tensor) -> Tensor:
+    """Flatten a site's values, (*batch, *event), to (S, N, dimensions)."""
+    values = by_example(sites, site, values)
     return values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class AggregatePosterior:
+    """Log-densities at one draw z_n ~ q(z|x_n) for each of N examples, float64 (N,).
+
+    Attributes:
+        log_guide: log q(z_n|x_n).
+        log_aggregate: log q(z_n), the aggregate posterior over these examples.
+        log_prior: log p(z_n).
+    """
+
+    log_guide: Tensor
+    log_aggregate: Tensor
+    log_prior: Tensor
+
+    @property
+    def information(self) -> Tensor:
+        """Log q(z_n|x_n) − log q(z_n), (N,): its mean estimates the mutual information of x and z."""
+        return self.log_guide - self.log_aggregate
+
+    @property
+    def marginal_kl(self) -> Tensor:
+        """Log q(z_n) − log p(z_n), (N,): its mean estimates KL(q(z) ‖ p(z))."""
+        return self.log_aggregate - self.log_prior
+
+
+def aggregate_posterior(
+    pair: Pair,
+    batches: Batches,
+    *,
+    max_plate_nesting: int = 1,
+    advance: Callable[[int], object] = lambda count: None,
+) -> AggregatePosterior:
+    r"""Score one draw per example under the guide of every example: N² densities, in bounded memory.
+
+    .. math:: \frac1N \sum_n \mathrm{KL}(q(z|x_n) \,\|\, p(z)) = I(x; z) + \mathrm{KL}(q(z) \,\|\, p(z))
+
+    I is the mutual information of z and the *index* n of an example among these N. It is at most log N,
+    even if z determines x. Draws from torch's global generators.
+
+    Args:
+        pair: A model and a guide.
+        batches: The N examples.
+        max_plate_nesting: See `terms`.
+        advance: Called with the number of densities computed since the last call.
+
+    Raises:
+        ValueError: If the guide can score only values that it has just drawn.
+
+    Source: M. Hoffman, M. Johnson (2016), ELBO surgery: yet another way to carve up the variational evidence
+    lower bound, NeurIPS workshop on advances in approximate Bayesian inference.
+    """
+    draws: list[dict[str, Tensor]] = []
+    log_guide, log_prior = [], []
+    for _, x in in_chunks(batches, chunk_sizes(batches, 1)[0]):
+        t = terms(pair.model, pair.guide, x, max_plate_nesting=max_plate_nesting)
+        draws.append({name: _as_particles(t.sites, name) for name in t.sites.draws})
+        log_guide.append(t.log_guide[0])
+        log_prior.append(t.log_prior[0])
+    joined = {name: torch.cat([drawn[name] for drawn in draws]) for name in draws[0]}
+    numbers = sum(values[0].numel() for values in joined.values())
+    at_once = max(1, math.isqrt(_NUMBERS // numbers))
+
+    log_sum = torch.full((len(batches),), -math.inf, dtype=torch.float64, device=batches.device)
+    for _, x in in_chunks(batches, at_once):
+        for start in range(0, len(batches), at_once):
+            part = slice(start, start + at_once)
+            values = {name: z[part] for name, z in joined.items()}
+            scores = _log_guide(pair, x, values, t.sites).double().logsumexp(1)
+            log_sum[part] = torch.logaddexp(log_sum[part], scores)
+            advance(len(x) * len(scores))
+    return AggregatePosterior(
+        log_guide=torch.cat(log_guide).double().cpu(),
+        log_aggregate=log_sum.cpu() - math.log(len(batches)),
+        log_prior=torch.cat(log_prior).double().cpu(),
+    )
+
+
+def _as_particles(sites: PairSites, name: str) -> Tensor:
+    """Turn the draws of n examples into n particles: (…, n, …, *event) to (n, …, 1, …, *event)."""
+    values = sites.in_full(sites.draws[name], sites.guide[name]["fn"].event_dim)
+    return values.transpose(0, sites.data_axis)
+
+
+def _log_guide(pair: Pair, x: Tensor, values: dict[str, Tensor], sites: PairSites) -> Tensor:
+    """Score B draws under the guide of each of n examples, (B, n)."""
+    count = len(next(iter(values.values())))
+    axis = sites.data_axis
+    spread = {name: z.expand(*z.shape[:axis], len(x), *z.shape[axis + 1 :]) for name, z in values.items()}
+    with pyro.plate("draws", count, dim=-sites.rank):
+        guide_sites = sample_sites(run(poutine.condition(pair.guide, data=spread), (x,), {}))
+    total = x.new_zeros(count, len(x))
+    for name, site in guide_sites.items():
+        try:
+            log_prob = masked_log_prob(site, site["value"])
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"the guide's site {name!r} can score only values that it has just drawn"
+            ) from error
+        total = total + (log_prob.sum(sites.other_dims) if sites.other_dims else log_prob)
+    return total

@@ -1,7 +1,7 @@
-"""What is reported of a model that has been judged: estimates for each datum, means with errors, a table.
+"""Evaluation results: per-example estimates, means with standard errors, summary table.
 
-Notation: N data, S particles z_s ~ q(z|x) for each; w_s = p(x, z_s) / q(z_s|x) is an importance weight; U
-latent units. Values are in nats per datum, higher is better.
+Notation: N examples, S particles z_s ~ q(z|x) per example, importance weights w_s = p(x, z_s) / q(z_s|x), U
+latent dimensions ("units", as in active units). Values are in nats per datum, higher is better.
 """
 
 import dataclasses
@@ -13,33 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.evaluation.aggregate import AggregatePosterior
 from pyro_vae.evaluation.arviz_compat import MIN_DRAWS
+from pyro_vae.evaluation.latents import AggregatePosterior
 from pyro_vae.utils.display import Estimate
 from pyro_vae.utils.serialization import to_plain
 
 __all__ = ["Evaluation", "PerDatum", "standard_error"]
 
-_ACTIVE = 0.01  # least variance over the data of an active unit's posterior mean (Burda et al. 2016)
+_ACTIVE = 0.01  # minimum variance of an active unit's posterior mean over the data (Burda et al. 2016)
 
 
 @dataclass(frozen=True, eq=False)
 class PerDatum:
-    """Estimates for each datum, float64 on the CPU; (N,) in nats where nothing else is said.
+    """Estimates per example: float64 on the CPU, (N,) and in nats unless stated otherwise.
 
     Attributes:
         expected_log_likelihood: E_q[log p(x|z)].
         expected_log_joint: E_q[log p(x, z)].
         kl: KL(q(z|x) ‖ p(z)), in closed form if `Evaluation.has_analytic_kl`, else sampled.
         entropy: H[q(z|x)], in closed form if `Evaluation.has_analytic_entropy`, else sampled.
-        elbo_sampled_kl: E_q[log w], the ELBO with nothing in closed form, as `pyro.infer.Trace_ELBO` has it.
-        log_evidence: log (1/S) Σ w_s. On average no more than log p(x), and below it by about half the square
-            of its Monte Carlo error.
-        log_evidence_mc_se: Its Monte Carlo error, by the delta method; see `weights.WeightSummary`.
+        elbo_sampled_kl: E_q[log w], the ELBO with every term sampled, as in `pyro.infer.Trace_ELBO`.
+        log_evidence: log (1/S) Σ w_s. At most log p(x) on average, and below it by about half the square of
+            its Monte Carlo error.
+        log_evidence_mc_se: Monte Carlo error of `log_evidence`; see `importance_weights.WeightSummary`.
         effective_sample_size: (Σ w_s)² / Σ w_s², from 1 to S.
-        pareto_k: Shape k̂ of the tail of w; see `weights.pareto_smoothed`.
-        unit_kl: KL of each latent unit, (N, U); see `units.Units`.
-        unit_mean: Posterior mean of each latent unit, (N, U).
+        pareto_k: Shape k̂ of the tail of w; see `importance_weights.pareto_smoothed`.
+        unit_kl: KL of each latent dimension, (N, U); see `latents.LatentSummary`.
+        unit_mean: Posterior mean of each latent dimension, (N, U).
     """
 
     expected_log_likelihood: Tensor
@@ -56,40 +56,39 @@ class PerDatum:
 
     @property
     def elbo(self) -> Tensor:
-        """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), as `pyro.infer.TraceMeanField_ELBO` has it."""
+        """E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)), as in `pyro.infer.TraceMeanField_ELBO`."""
         return self.expected_log_likelihood - self.kl
 
     @property
     def elbo_by_entropy(self) -> Tensor:
-        """E_q[log p(x, z)] + H[q(z|x)]: the ELBO again."""
+        """ELBO from the entropy, E_q[log p(x, z)] + H[q(z|x)]."""
         return self.expected_log_joint + self.entropy
 
     @property
     def gap(self) -> Tensor:
-        """The gap log p(x) − ELBO = KL(q(z|x) ‖ p(z|x)), estimated by what `log_evidence` is above `elbo`."""
+        """Gap log p(x) − ELBO = KL(q(z|x) ‖ p(z|x)), estimated by `log_evidence` − `elbo`."""
         return self.log_evidence - self.elbo
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What `evaluate` reports; shown as a table.
+    """Result of `evaluate`; its repr is a table.
 
-    A standard error `…_se` is that of a mean over the data, as a sample of their source: their standard
-    deviation over √N, which the Monte Carlo noise of each datum's estimate enters. `…_mc_se` is the Monte
-    Carlo error alone, for these very data.
+    `…_se` is the standard error of a mean over the data as a sample, their standard deviation over √N, Monte
+    Carlo noise included; `…_mc_se` is the Monte Carlo error alone, the data held fixed.
 
     Attributes:
-        per_datum: The estimates for each datum.
+        per_datum: Estimates per example.
         convergence: For S = 1, 10, 100, … the mean bound L_S and its Monte Carlo error.
-        unit_names: Of the U latent units, as in "z[3]".
-        activity: Variance over the data of the units' posterior means, Var_x(E_q[z_u]), (U,).
-        aggregate: Densities of the aggregate posterior over the first data; None if not asked for.
-        has_analytic_kl: Whether the KL is in closed form.
-        has_analytic_entropy: Whether the entropy is in closed form.
+        unit_names: Names of the U latent dimensions, such as "z[3]".
+        activity: Variance of the posterior means over the data, Var_x(E_q[z_u]), (U,).
+        aggregate: Log-densities under the aggregate posterior of the first examples; None if not requested.
+        has_analytic_kl: True if the KL is in closed form.
+        has_analytic_entropy: True if the entropy is in closed form.
         num_data: N.
         num_particles: S.
-        num_dimensions: Numbers that make up one datum.
-        seed: The seed of the draws.
+        num_dimensions: Number of values per example.
+        seed: Seed of the draws.
     """
 
     per_datum: PerDatum
@@ -105,7 +104,7 @@ class Evaluation:
     seed: int
 
     def mean(self, name: str) -> Estimate:
-        """Mean over the data of a field or property of `per_datum`, with its standard error.
+        """Return the mean of a field or property of `per_datum` and its standard error over the data.
 
         Example: `report.mean("gap")`.
         """
@@ -113,7 +112,7 @@ class Evaluation:
 
     @property
     def elbo(self) -> float:
-        """Mean ELBO, with the KL in closed form where it has one."""
+        """Mean ELBO, with the KL in closed form where there is one."""
         return self.mean("elbo").value
 
     @property
@@ -133,32 +132,29 @@ class Evaluation:
 
     @property
     def log_evidence_mc_se(self) -> float:
-        """Monte Carlo error of `log_evidence` for these very data, by the delta method."""
+        """Monte Carlo error of `log_evidence` by the delta method, the data held fixed."""
         return float(self.per_datum.log_evidence_mc_se.square().sum().sqrt() / self.num_data)
 
     @property
     def bits_per_dimension(self) -> Estimate:
-        """−log₂ p(x) over the number of dimensions: lower is better; a code length for discrete data."""
+        """−log₂ p(x) per data dimension: lower is better; a code length for discrete data."""
         nats, se = self.mean("log_evidence")
         scale = math.log(2) * self.num_dimensions
         return Estimate(-nats / scale, se / scale)
 
     @property
     def pareto_k(self) -> Tensor:
-        """Pareto shape k̂ of each datum's importance weights, (N,)."""
+        """Pareto shape k̂ of the importance weights per example, (N,)."""
         return self.per_datum.pareto_k
 
     @property
     def unreliable(self) -> float:
-        """Fraction of the data whose k̂ is above 0.7, so that `log_evidence` is likely too low for them.
-
-        0 where k̂ is not known, for want of particles.
-        """
+        """Fraction of examples with k̂ > 0.7, whose `log_evidence` is likely too low; 0 if k̂ is unknown."""
         return float((self.pareto_k > 0.7).double().mean())
 
     @property
     def kl_per_dimension(self) -> Tensor:
-        """Mean KL of each latent unit, (U,)."""
+        """Mean KL of each latent dimension, (U,)."""
         return self.per_datum.unit_kl.mean(0)
 
     @property
@@ -168,29 +164,26 @@ class Evaluation:
 
     @property
     def active(self) -> Tensor:
-        """Which latent units are active, Var_x(E_q[z_u]) > 0.01, (U,)."""
+        """True for each active latent dimension, Var_x(E_q[z_u]) > 0.01, (U,)."""
         return self.activity > _ACTIVE
 
     @property
     def active_units(self) -> int:
-        """How many latent units are active."""
+        """Number of active latent dimensions."""
         return int(self.active.sum())
 
     @property
     def mutual_information(self) -> Estimate | None:
-        """I(x; z) under the guide and the first data, at most the logarithm of their number."""
+        """I(x; z) under the guide and the first examples, at most the logarithm of their number."""
         return None if self.aggregate is None else _mean(self.aggregate.information)
 
     @property
     def marginal_kl(self) -> Estimate | None:
-        """KL of the aggregate posterior over the first data from the prior."""
+        """KL of the aggregate posterior over the first examples from the prior."""
         return None if self.aggregate is None else _mean(self.aggregate.marginal_kl)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but what is kept of each datum, as plain values, for a JSON file; None where undefined.
-
-        Estimates are pairs: a value and its standard error.
-        """
+        """Return all but per-example values for JSON: numbers, (value, error) pairs, None if undefined."""
         fields = [field.name for field in dataclasses.fields(PerDatum) if not field.name.startswith("unit")]
         means = {name: self.mean(name) for name in [*fields, "elbo", "elbo_by_entropy", "gap"]}
         k = self.pareto_k
@@ -220,14 +213,14 @@ class Evaluation:
 
 
 def _for_json(value: Any) -> Any:
-    """Turn tensors into lists, and NaN and infinities, which JSON lacks, into None."""
+    """Convert tensors to lists, and NaN and infinities, which JSON lacks, to None."""
     if isinstance(value, Tensor):
         return to_plain(value.tolist(), _for_json)
     return None if isinstance(value, float) and not math.isfinite(value) else NotImplemented
 
 
 def standard_error(values: Tensor) -> Tensor:
-    """Standard error of the mean over the first dimension."""
+    """Return the standard error of the mean over the first dimension."""
     if len(values) == 1:
         return torch.full_like(values[0], math.nan)
     return values.std(0) / math.sqrt(len(values))
@@ -238,56 +231,63 @@ def _mean(values: Tensor) -> Estimate:
 
 
 def _table(report: Evaluation) -> Iterator[str]:
-    """Lines that say what was found, how sure it is, and what of it cannot be trusted."""
-    S, k = report.num_particles, report.pareto_k
-    most = report.unreliable > 0.5
-
-    def line(name: str, value: object, note: str = "") -> str:
-        return f"{name:<32}{value!s:>20}  {note}".rstrip()
-
+    """Yield the lines of the summary table; estimates are marked where k̂ makes them unreliable."""
     yield (
-        f"{report.num_data:,} data, S = {S:,} particles, seed {report.seed}; "
+        f"{report.num_data:,} data, S = {report.num_particles:,} particles, seed {report.seed}; "
         "nats per datum ± standard error over the data"
     )
-    monte_carlo = f"Monte Carlo error {report.log_evidence_mc_se:.2g}" if S > 1 else ""
-    doubt = f"UNRELIABLE, likely too low: Pareto k > 0.7 for {report.unreliable:.0%} of the data; "
-    yield line(
-        "log p(x), importance-weighted", report.mean("log_evidence"), (doubt if most else "") + monte_carlo
+    yield from _bound_lines(report)
+    yield from _latent_lines(report)
+    yield from _weight_lines(report)
+    yield "bound by particles ± Monte Carlo error"
+    for size, bound in report.convergence.items():
+        yield _line(f"  S = {size:,}", bound)
+
+
+def _line(name: str, value: object, note: str = "") -> str:
+    return f"{name:<32}{value!s:>20}  {note}".rstrip()
+
+
+def _bound_lines(report: Evaluation) -> Iterator[str]:
+    evidence_note = f"Monte Carlo error {report.log_evidence_mc_se:.2g}" if report.num_particles > 1 else ""
+    bits_note, gap_note = "lower is better", "log p(x) − ELBO"
+    if report.unreliable > 0.5:
+        reason = f"Pareto k > 0.7 for {report.unreliable:.0%} of the data"
+        evidence_note = f"UNRELIABLE, likely too low: {reason}; {evidence_note}"
+        bits_note = f"UNRELIABLE, likely too high; {bits_note}"
+        gap_note = f"UNRELIABLE, likely too low; {gap_note}"
+    kl = "KL in closed form" if report.has_analytic_kl else "KL sampled"
+    entropy = "entropy in closed form" if report.has_analytic_entropy else "entropy sampled"
+    yield _line("log p(x), importance-weighted", report.mean("log_evidence"), evidence_note)
+    yield _line("  bits per dimension", report.bits_per_dimension, bits_note)
+    yield _line("ELBO", report.mean("elbo"), f"E[log p(x|z)] − KL(q‖p(z)), {kl}")
+    yield _line(
+        "  the same by the entropy", report.mean("elbo_by_entropy"), f"E[log p(x,z)] + H[q], {entropy}"
     )
-    doubt = "UNRELIABLE, likely too high; " if most else ""
-    yield line("  bits per dimension", report.bits_per_dimension, doubt + "lower is better")
-    exact_kl = "KL in closed form" if report.has_analytic_kl else "KL sampled"
-    exact_entropy = "entropy in closed form" if report.has_analytic_entropy else "entropy sampled"
-    yield line("ELBO", report.mean("elbo"), f"E[log p(x|z)] − KL(q‖p(z)), {exact_kl}")
-    yield line(
-        "  the same by the entropy", report.mean("elbo_by_entropy"), f"E[log p(x,z)] + H[q], {exact_entropy}"
-    )
-    yield line("  the same, all sampled", report.mean("elbo_sampled_kl"), "log p(x) − KL(q‖p(z|x))")
-    doubt = "UNRELIABLE, likely too low; " if most else ""
-    yield line("gap, KL(q‖p(z|x))", report.mean("gap"), doubt + "log p(x) − ELBO")
-    yield line("E[log p(x|z)]", report.mean("expected_log_likelihood"))
-    yield line("KL to the prior", report.mean("kl"))
+    yield _line("  the same, all sampled", report.mean("elbo_sampled_kl"), "log p(x) − KL(q‖p(z|x))")
+    yield _line("gap, KL(q‖p(z|x))", report.mean("gap"), gap_note)
+    yield _line("E[log p(x|z)]", report.mean("expected_log_likelihood"))
+
+
+def _latent_lines(report: Evaluation) -> Iterator[str]:
+    yield _line("KL to the prior", report.mean("kl"))
     if report.aggregate is not None:
         count = len(report.aggregate.log_prior)
         limit = f"of the first {count:,} data; at most log {count:,} = {math.log(count):.2f}"
-        yield line("  mutual information of x and z", report.mutual_information, limit)
-        yield line("  KL of the aggregate to prior", report.marginal_kl)
-    yield line(
-        "active units", f"{report.active_units} of {len(report.unit_names)}", f"Var(E[z|x]) > {_ACTIVE}"
-    )
+        yield _line("  mutual information of x and z", report.mutual_information, limit)
+        yield _line("  KL of the aggregate to prior", report.marginal_kl)
+    active = f"{report.active_units} of {len(report.unit_names)}"
+    yield _line("active units", active, f"Var(E[z|x]) > {_ACTIVE}")
+
+
+def _weight_lines(report: Evaluation) -> Iterator[str]:
+    S, k, ess = report.num_particles, report.pareto_k, report.per_datum.effective_sample_size
     if S < MIN_DRAWS:
-        yield line("Pareto k", "-", f"needs {MIN_DRAWS} particles")
+        yield _line("Pareto k", "-", f"needs {MIN_DRAWS} particles")
     else:
         good, bad = int((k < 0.5).sum()), int((k > 0.7).sum())
-        yield line(
-            "Pareto k, median",
-            f"{k.median():.2f}",
-            f"< 0.5: {good:,}, to 0.7: {len(k) - good - bad:,}, above: {bad:,}",
-        )
+        counts = f"< 0.5: {good:,}, to 0.7: {len(k) - good - bad:,}, above: {bad:,}"
+        yield _line("Pareto k, median", f"{k.median():.2f}", counts)
         if bad:
             yield "  k > 0.7: there the guide misses much of the posterior, and log p(x) is likely higher"
-    ess = report.per_datum.effective_sample_size
-    yield line("effective sample size, median", f"{ess.median():.1f}", f"of {S:,}; least {ess.min():.1f}")
-    yield "bound by particles ± Monte Carlo error"
-    for size, bound in report.convergence.items():
-        yield line(f"  S = {size:,}", bound)
+    yield _line("effective sample size, median", f"{ess.median():.1f}", f"of {S:,}; least {ess.min():.1f}")

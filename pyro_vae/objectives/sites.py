@@ -25,6 +25,7 @@ __all__ = [
     "data_plate",
     "kl_by_table",
     "kl_fault",
+    "masked_log_prob",
     "require_programs",
     "run",
     "same_scale",
@@ -212,3 +213,8 @@ def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
 def vectorized_plates(site: Site) -> list[Any]:
     """The plates that a site lies in, as Pyro's frames, the outermost first."""
     return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda frame: frame.dim)
+
+
+def masked_log_prob(site: Site, value: Tensor) -> Tensor:
+    """Return the log-density of a value under a site's distribution: masked, not scaled."""
+    return scale_and_mask(site["fn"].log_prob(value), 1.0, site["mask"])

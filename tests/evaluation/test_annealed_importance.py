@@ -10,7 +10,7 @@ import torch
 from solved import D, data, linear_gaussian, within
 
 import pyro_vae as pv
-from pyro_vae.evaluation import draws as streaming
+from pyro_vae.evaluation import draws
 
 N, C, T = 3, 12, 40
 
@@ -27,7 +27,7 @@ def test_the_estimate_is_the_evidence_within_its_error():
     truth = exact.log_evidence(x)
     within(report.weights.log_mean, truth, report.weights.standard_error)
     within(report.log_evidence, truth.mean(), report.log_evidence_mc_se)
-    assert report.log_evidence_mc_se < 0.05  # the chains follow: the prior alone gives 0.5 nats
+    assert report.log_evidence_mc_se < 0.05  # the prior alone has an error of 0.5 nats
     within(report.acceptance, 0.65, 0.1, count=1)
     assert (report.num_chains, report.num_temperatures, report.seed) == (30, 80, 0)
 
@@ -49,7 +49,7 @@ def test_it_agrees_with_importance_sampling():
     within(annealed.log_evidence, weighted.log_evidence, error)
 
 
-def test_a_pair_of_two_layers_and_a_plate_of_its_own_is_annealed():
+def test_a_pair_of_two_layers_and_a_further_plate_is_annealed():
     def model(x):  # x (n, D); z1 (n,), each of D copies z2 with its own noise
         with pyro.plate("data", len(x), dim=-2):
             z1 = pyro.sample("z1", dist.Normal(torch.zeros(1, dtype=x.dtype), 1.0))
@@ -68,14 +68,14 @@ def test_a_pair_of_two_layers_and_a_plate_of_its_own_is_annealed():
 def test_chunks_and_single_chains(monkeypatch):
     exact, vae = linear_gaussian()
     x = data(exact, 5)
-    monkeypatch.setattr("pyro_vae.evaluation.draws._ROWS", 2)  # two data at a time
+    monkeypatch.setattr("pyro_vae.evaluation.draws._ROWS", 2)  # two examples at a time
     report = anneal(vae, x, num_chains=1, num_temperatures=60)
     assert report.weights.log_mean.shape == report.acceptance.shape == (5,)
     within(report.weights.log_mean, exact.log_evidence(x), 0.6)  # the spread of single chains
     assert math.isnan(report.log_evidence_mc_se)
 
 
-def test_it_leaves_generators_modes_and_gradients_alone():
+def test_generators_modes_and_gradients_are_unchanged():
     exact, vae = linear_gaussian()
     vae.train()
     state = torch.get_rng_state()
@@ -86,7 +86,7 @@ def test_it_leaves_generators_modes_and_gradients_alone():
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
-def test_what_cannot_be_moved_along_gradients_is_refused():
+def test_latents_that_are_not_real_raise():
     def model(x, latent):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", latent)
@@ -98,14 +98,16 @@ def test_what_cannot_be_moved_along_gradients_is_refused():
             anneal(pair, torch.zeros(N))
 
 
-def test_weights_that_are_not_finite_name_the_data(monkeypatch):
+def test_weights_that_are_not_finite_name_the_examples(monkeypatch):
     exact, vae = linear_gaussian()
     x = data(exact, 5)
     x[3] = 1e200
-    with pytest.raises(pv.NonFiniteError, match=rf"of the data 0 to 4: number 3; .* {C} such weights of {C}"):
+    with pytest.raises(
+        pv.NonFiniteError, match=rf"of the examples 0 to 4: index 3; .* {C} such weights of {C}"
+    ):
         anneal(vae, x, num_temperatures=2)
-    monkeypatch.setattr(streaming, "_ROWS", 2 * C)  # two data at a time
-    with pytest.raises(pv.NonFiniteError, match="of the data 2 to 3: number 3; "):
+    monkeypatch.setattr(draws, "_ROWS", 2 * C)  # two examples at a time
+    with pytest.raises(pv.NonFiniteError, match="of the examples 2 to 3: index 3; "):
         anneal(vae, x, num_temperatures=2)
 
 
@@ -117,7 +119,7 @@ def test_weights_that_are_not_finite_name_the_data(monkeypatch):
         ({"num_leapfrog": 0}, "num_leapfrog must be at least 1"),
     ],
 )
-def test_numbers_below_one_are_refused(options, message):
+def test_numbers_below_one_raise(options, message):
     exact, vae = linear_gaussian()
     with pytest.raises(ValueError, match=message):
         anneal(vae, data(exact, N), **options)

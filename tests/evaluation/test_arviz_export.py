@@ -1,4 +1,4 @@
-"""What ArviZ is given: draws, weights and evidence that agree with the model, and files that hold them."""
+"""Export to ArviZ: draws, weights and evidence that agree with the model, and netCDF files."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import torch
 from solved import D, K, N, data, linear_gaussian, within
 
 import pyro_vae as pv
-from pyro_vae.evaluation import draws as streaming
+from pyro_vae.evaluation import draws
 from pyro_vae.evaluation.arviz_compat import arviz_version
 from pyro_vae.evaluation.arviz_export import _log_mean_of_others
 from pyro_vae.evaluation.importance_weights import summarise_weights
@@ -20,7 +20,7 @@ from pyro_vae.evaluation.importance_weights import summarise_weights
 S = 300
 GENERATION_0 = arviz_version().startswith("0.")
 
-import arviz as az  # noqa: E402 (after the library, which keeps the announcement of its 1.0 quiet)
+import arviz as az  # noqa: E402 (after the library, which silences the announcement of ArviZ 1.0)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values"),  # by ArviZ 0.23
@@ -59,17 +59,17 @@ def test_the_groups_have_named_dimensions_coordinates_and_settings():
     )
     x = torch.bernoulli(torch.full((N, 1, 2, 3), 0.4))
     idata = convert(vae, x, seed=3)
-    draws, pixels = ("chain", "draw", "datum"), ("x_channel", "x_row", "x_column")
+    per_draw, pixels = ("chain", "draw", "datum"), ("x_channel", "x_row", "x_column")
     dims = {
-        ("posterior", "z"): (*draws, "z_dim"),
-        ("prior", "z"): (*draws, "z_dim"),
-        ("posterior_predictive", "x"): (*draws, *pixels),
-        ("prior_predictive", "x"): (*draws, *pixels),
+        ("posterior", "z"): (*per_draw, "z_dim"),
+        ("prior", "z"): (*per_draw, "z_dim"),
+        ("posterior_predictive", "x"): (*per_draw, *pixels),
+        ("prior_predictive", "x"): (*per_draw, *pixels),
         ("observed_data", "x"): ("datum", *pixels),
-        ("log_likelihood", "x"): draws,
-        ("sample_stats", "log_weight"): draws,
-        ("sample_stats", "log_conditional"): draws,
-        ("sample_stats", "lp"): draws,
+        ("log_likelihood", "x"): per_draw,
+        ("sample_stats", "log_weight"): per_draw,
+        ("sample_stats", "log_conditional"): per_draw,
+        ("sample_stats", "lp"): per_draw,
         ("sample_stats", "pareto_k"): ("datum",),
         ("sample_stats", "effective_sample_size"): ("datum",),
     }
@@ -82,17 +82,17 @@ def test_the_groups_have_named_dimensions_coordinates_and_settings():
         )
     found = {(group, name) for group in {group for group, _ in dims} for name in idata[group].data_vars}
     assert found == set(dims)
-    assert idata["posterior_predictive"]["x"].dtype == np.int8  # so that ArviZ knows that they are discrete
+    assert idata["posterior_predictive"]["x"].dtype == np.int8  # so that ArviZ treats them as discrete
     np.testing.assert_array_equal(idata["observed_data"]["x"].values, x.numpy())
     assert idata.attrs["inference_library"] == "pyro_vae"
     assert (idata.attrs["num_samples"], idata.attrs["seed"]) == (S, 3)
     assert idata.attrs["torch_version"] == torch.__version__
 
 
-@pytest.mark.parametrize(("rows", "oversample"), [(streaming._ROWS, 1), (2 * S, 1), (100, 1), (7 * S, 3)])
+@pytest.mark.parametrize(("rows", "oversample"), [(draws._ROWS, 1), (2 * S, 1), (100, 1), (7 * S, 3)])
 def test_draws_data_and_weights_belong_together(monkeypatch, rows, oversample):
-    monkeypatch.setattr(streaming, "_ROWS", rows)
-    monkeypatch.setattr(streaming, "_PARTICLES", rows)
+    monkeypatch.setattr(draws, "_ROWS", rows)
+    monkeypatch.setattr(draws, "_PARTICLES", rows)
     exact, vae = linear_gaussian(scale=1.3)
     x = data(exact)
     idata = convert(vae, x, oversample=oversample)
@@ -135,7 +135,7 @@ def test_posterior_prior_and_predictive_draws_have_their_distributions():
     check(tensor(idata, "posterior_predictive", "x"), *predictive)
     check(tensor(idata, "prior", "z"), *standard)
     check(tensor(idata, "prior_predictive", "x"), *predicted(*standard))
-    # resampled with replacement, and from weights of limited number: the errors are some 1.5 times as large
+    # resampled with replacement from finitely many weights: the errors are about 1.5 times as large
     z = tensor(resampled, "posterior", "z")
     variance = p.covariance_matrix.diagonal(dim1=-2, dim2=-1)
     within(z.mean(0), p.mean, 1.5 * (variance / count).sqrt())
@@ -159,7 +159,7 @@ def test_loo_is_the_importance_weighted_evidence_with_the_tail_of_its_weights():
             np.testing.assert_allclose(loo.pareto_k.values, summary.pareto_k, atol=2e-3)
 
 
-def test_loo_finds_a_narrow_guide_out():
+def test_loo_warns_of_a_narrow_guide():
     exact, vae = linear_gaussian(scale=0.3)
     idata = convert(vae, data(exact), num_samples=2000)
     with pytest.warns(UserWarning, match="Pareto"):
@@ -241,14 +241,14 @@ def two_layers_with_rows():
 def test_plates_and_several_sites_are_named():
     x = torch.randn(N, 3)
     idata = convert(two_layers_with_rows(), x, max_plate_nesting=2)
-    draws = ("chain", "draw", "datum")
-    assert idata["posterior"]["b"].dims == draws
-    assert idata["posterior"]["a"].dims == (*draws, "rows", "a_dim")
+    per_draw = ("chain", "draw", "datum")
+    assert idata["posterior"]["b"].dims == per_draw
+    assert idata["posterior"]["a"].dims == (*per_draw, "rows", "a_dim")
     assert idata["posterior_predictive"]["x"].shape == (1, S, N, 3)
     assert idata["posterior_predictive"]["count"].dtype == np.int32
     np.testing.assert_array_equal(idata["observed_data"]["x"].values, x.numpy())
     np.testing.assert_array_equal(idata["observed_data"]["count"].values, np.arange(N))
-    assert idata["log_likelihood"]["count_x"].dims == draws
+    assert idata["log_likelihood"]["count_x"].dims == per_draw
     within(tensor(idata, "posterior", "b").mean(0), x[:, 0], 1 / math.sqrt(S))
     within(tensor(idata, "prior", "b").mean(0), 0.0, 1 / math.sqrt(S))
 
@@ -256,7 +256,7 @@ def test_plates_and_several_sites_are_named():
 # Files ------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_gives_back_what_was_written(tmp_path):
+def test_a_file_is_read_back_unchanged(tmp_path):
     exact, vae = linear_gaussian(scale=1.2)
     idata = convert(vae, data(exact))
     pv.save_netcdf(idata, tmp_path / "vae.nc")
@@ -293,7 +293,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
-# Bad input, and what is left alone --------------------------------------------------------------------------
+# Invalid input and side effects -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,21 +307,28 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
         (lambda x: x, {"num_samples": "9"}, TypeError, "num_samples must be an integer"),
     ],
 )
-def test_bad_input_is_refused(spoil, options, error, message):
+def test_invalid_input_raises(spoil, options, error, message):
     exact, vae = linear_gaussian()
     with pytest.raises(error, match=message):
         convert(vae, spoil(data(exact)), **options)
 
 
-def test_weights_that_are_not_finite_name_the_data():
+def test_a_guide_that_does_not_fit_raises():
+    pair = SimpleNamespace(model=two_layers_with_rows().model, guide=lambda x: None)
+    for convert_or_evaluate in (convert, pv.evaluate):
+        with pytest.raises(pv.GuideError, match="the guide has no site"):
+            convert_or_evaluate(pair, torch.randn(N, 3), max_plate_nesting=2)
+
+
+def test_weights_that_are_not_finite_name_the_examples():
     pair = two_layers_with_rows()
     x = torch.randn(N, 3)
     x[5] = 1e30
-    with pytest.raises(pv.NonFiniteError, match="infinite or NaN for 1 of the data 0 to 6: number 5; "):
+    with pytest.raises(pv.NonFiniteError, match="infinite or NaN for 1 of the examples 0 to 6: index 5; "):
         convert(pair, x, max_plate_nesting=2)
 
 
-def test_generators_and_modes_are_left_alone():
+def test_generators_and_modes_are_unchanged():
     exact, vae = linear_gaussian()
     vae.train()
     state = torch.get_rng_state()

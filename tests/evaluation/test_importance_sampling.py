@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import closed_form
-from pyro_vae.evaluation import draws as streaming
+from pyro_vae.evaluation import draws
 
 S = 400
 
@@ -39,14 +39,14 @@ def test_with_the_exact_posterior_every_estimate_is_the_evidence():
     assert all(abs(bound.value - report.log_evidence) < 1e-10 for bound in report.convergence.values())
 
 
-def test_chunks_of_data_and_particles_are_put_together_in_order(monkeypatch):
+def test_chunks_of_examples_and_particles_are_concatenated_in_order(monkeypatch):
     exact, vae = linear_gaussian()
     x = data(exact)
     whole = evaluate(vae, x)
-    monkeypatch.setattr(streaming, "_ROWS", 300)  # particles in parts of 250 and 150
+    monkeypatch.setattr(draws, "_ROWS", 300)  # particles in chunks of 250 and 150
     split = evaluate(vae, x)
-    monkeypatch.setattr(streaming, "_ROWS", 3 * S)
-    monkeypatch.setattr(streaming, "_PARTICLES", 2 * S)  # data in parts of 3, 3 and 1
+    monkeypatch.setattr(draws, "_ROWS", 3 * S)
+    monkeypatch.setattr(draws, "_PARTICLES", 2 * S)  # examples in chunks of 3, 3 and 1
     for report in (split, evaluate(vae, x)):
         for name in ("log_evidence", "kl", "entropy", "unit_kl", "unit_mean"):
             found, expected = getattr(report.per_datum, name), getattr(whole.per_datum, name)
@@ -110,7 +110,7 @@ def test_the_monte_carlo_errors_are_those_of_repeated_estimates():
         within(spread / stated, 1.0, 1.2 / math.sqrt(2 * 59))
 
 
-def test_a_narrow_guide_is_found_out():
+def test_a_narrow_guide_has_a_high_pareto_k():
     exact, vae = linear_gaussian(scale=0.3)
     report = evaluate(vae, data(exact), num_particles=2000)
     assert (report.pareto_k > 0.7).all()
@@ -130,7 +130,9 @@ def test_the_log_evidence_is_marked_unreliable_where_it_is_for_most_data():
         assert doubtful.unreliable == pytest.approx(bad / N)
         assert str(doubtful).count("UNRELIABLE") == marks
     assert "for 57% of the data" in str(doubtful).splitlines()[1]
-    assert "UNRELIABLE" not in str(evaluate(vae, data(exact), num_particles=10))  # too few draws to tell
+    assert "UNRELIABLE" not in str(
+        evaluate(vae, data(exact), num_particles=10)
+    )  # too few draws to estimate it
 
 
 def test_the_estimates_are_those_written_out():
@@ -145,14 +147,14 @@ def test_the_estimates_are_those_written_out():
     torch.testing.assert_close(per_datum.log_evidence, w.mean(0).log())
     errors = w.std(0) / w.mean(0) / 3
     torch.testing.assert_close(per_datum.log_evidence_mc_se, errors)
-    assert errors.max() > 1.5 * errors.min()  # so that the error of the mean is of no other form
+    assert errors.max() > 1.5 * errors.min()  # so that no other formula gives the same error
     of_the_mean = math.sqrt(sum(error**2 for error in errors.tolist())) / N
     assert report.log_evidence_mc_se == pytest.approx(of_the_mean, rel=1e-10)
     assert report.convergence[9].standard_error == pytest.approx(of_the_mean, rel=1e-10)
     torch.testing.assert_close(per_datum.effective_sample_size, w.sum(0) ** 2 / w.square().sum(0))
     torch.testing.assert_close(per_datum.elbo, t.elbo.detach().mean(0))
     torch.testing.assert_close(per_datum.elbo_sampled_kl, w.log().mean(0))
-    assert report.pareto_k.isnan().all()  # too few draws to tell
+    assert report.pareto_k.isnan().all()  # too few draws to estimate it
     bits = -report.log_evidence / D / math.log(2)
     assert report.bits_per_dimension.value == pytest.approx(bits)
     assert report.bits_per_dimension.standard_error == pytest.approx(report.log_evidence_se / D / math.log(2))
@@ -176,11 +178,11 @@ def test_the_numbers_go_into_json():
     assert numbers["kl_per_dimension"] == report.kl_per_dimension.tolist()
     assert list(numbers["bound_by_particles"]) == ["1", "10"]
     assert numbers["mutual_information"] == list(report.mutual_information)
-    assert numbers["pareto_k"] == {"good": 0, "bad": 0}  # too few draws to tell
+    assert numbers["pareto_k"] == {"good": 0, "bad": 0}  # too few draws to estimate it
     assert (numbers["num_data"], numbers["num_particles"], numbers["seed"]) == (N, 10, 0)
 
 
-def test_one_datum_and_one_particle_have_no_errors_to_state():
+def test_one_datum_and_one_particle_have_no_standard_errors():
     exact, vae = linear_gaussian(scale=1.3)
     report = evaluate(vae, data(exact)[:1], num_particles=1)
     assert report.log_evidence == pytest.approx(report.mean("elbo_sampled_kl").value)
@@ -189,7 +191,7 @@ def test_one_datum_and_one_particle_have_no_errors_to_state():
     assert "nan" in str(report)
 
 
-# Latent units -----------------------------------------------------------------------------------------------
+# Latent dimensions ------------------------------------------------------------------------------------------
 
 
 def diagonal_vae(offset=0.0):
@@ -204,7 +206,7 @@ def diagonal_vae(offset=0.0):
     return pv.VAE(prior=pv.priors.StandardNormal(3), likelihood=likelihood, guide=Guide()).double()
 
 
-def test_units_are_told_apart():
+def test_latent_dimensions_are_distinguished():
     vae, x = diagonal_vae(), torch.randn(N, D).double()
     report = evaluate(vae, x)
     q = vae.encode(x)
@@ -247,14 +249,14 @@ def test_a_pair_of_two_layers_is_evaluated():
     assert not report.has_analytic_kl  # the orders differ
     torch.testing.assert_close(report.per_datum.elbo, report.per_datum.elbo_sampled_kl)
     assert report.unit_names == ["z2[0]", "z2[1]", "z1"]
-    # E[z2|x] = (E[z1|x] / 3, 0): the draws of z1 add no activity to what has none
+    # E[z2|x] = (E[z1|x] / 3, 0): the draws of z1 do not make an inactive dimension active
     expected = torch.stack([x.mean(1) / 3, torch.zeros(N), x.mean(1)], -1)
     noise = torch.tensor([0.4 / 3, 0.0, 0.0]).double() / math.sqrt(250)
     within(report.per_datum.unit_mean, expected, noise + 1e-12)
     within(report.activity[0], expected[:, 0].var(), 2 * expected[:, 0].std() * noise[0] * 1.5)
 
 
-def test_draws_of_an_inactive_unit_do_not_make_it_active():
+def test_draws_of_an_inactive_dimension_do_not_make_it_active():
     def model(x):
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
@@ -303,7 +305,7 @@ def test_the_mutual_information_is_that_found_by_quadrature():
 
 
 def test_the_aggregate_of_a_pair_of_two_layers_in_small_chunks(monkeypatch):
-    monkeypatch.setattr("pyro_vae.evaluation.aggregate._NUMBERS", 3 * 3**2)  # three by three at a time
+    monkeypatch.setattr("pyro_vae.evaluation.latents._NUMBERS", 3 * 3**2)  # three by three at a time
     x = torch.linspace(-1e4, 1e4, N).double()[:, None].expand(N, D)
     report = evaluate(two_layers(), x, num_particles=3)
     expected = torch.full((N,), math.log(N), dtype=torch.float64)
@@ -318,7 +320,7 @@ def test_the_aggregate_of_a_pair_of_two_layers_in_small_chunks(monkeypatch):
     assert evaluate(two_layers(), x, num_particles=3, aggregate_size=0).mutual_information is None
 
 
-# What evaluating leaves as it was ---------------------------------------------------------------------------
+# Evaluation has no side effects -----------------------------------------------------------------------------
 
 
 def vae_with_modes():
@@ -332,7 +334,7 @@ def vae_with_modes():
     )
 
 
-def test_the_modes_and_statistics_of_modules_are_left_alone():
+def test_modes_and_statistics_of_modules_are_unchanged():
     torch.manual_seed(1)
     vae, x = vae_with_modes(), torch.bernoulli(torch.full((N, 1, 2, 2), 0.4))
     vae.train()
@@ -369,16 +371,16 @@ def test_data_are_binarised_once_from_the_seed():
     assert torch.equal(elbos[0], elbos[1])
     assert not torch.equal(elbos[0], elbos[2])
     images = pv.data.from_array(grey.numpy())
-    pictures = [
+    from_images = [
         evaluate(vae, images, binarize="fixed", num_particles=3),
         evaluate(vae, images, binarize="dynamic", num_particles=3),
         evaluate(vae, images.binarized("dynamic"), num_particles=3),
         evaluate(vae, images.binarized("fixed")[:], num_particles=3),
     ]
-    assert all(torch.equal(report.per_datum.elbo, pictures[0].per_datum.elbo) for report in pictures)
+    assert all(torch.equal(report.per_datum.elbo, from_images[0].per_datum.elbo) for report in from_images)
 
 
-# Bad input --------------------------------------------------------------------------------------------------
+# Invalid input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -394,22 +396,22 @@ def test_data_are_binarised_once_from_the_seed():
         (lambda x: x / 0, {}, ValueError, "inf lies outside"),
     ],
 )
-def test_bad_input_is_refused(spoil, options, error, message):
+def test_invalid_input_raises(spoil, options, error, message):
     exact, vae = linear_gaussian()
     with pytest.raises(error, match=message):
         evaluate(vae, spoil(data(exact)), **options)
 
 
-def test_a_plain_pair_is_checked_as_far_as_it_can_be():
+def test_data_of_a_pair_without_check_data_are_validated():
     with pytest.raises(ValueError, match="the data are empty"):
         evaluate(two_layers(), torch.zeros(0, D))
     with pytest.raises(TypeError, match="the data must be floating point; got torch.int64"):
         evaluate(two_layers(), torch.arange(N))
-    with pytest.raises(TypeError, match="functions model and guide, as a VAE has; got Linear"):
+    with pytest.raises(TypeError, match="functions model and guide, such as a VAE; got Linear"):
         evaluate(nn.Linear(D, K), torch.zeros(N, D))
 
 
-def test_weights_that_are_not_finite_name_the_data(monkeypatch):
+def test_weights_that_are_not_finite_name_the_examples(monkeypatch):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
@@ -423,11 +425,11 @@ def test_weights_that_are_not_finite_name_the_data(monkeypatch):
     x = torch.linspace(-1, 1, N)
     x[4], x[6] = 100.0, 200.0
     pair = SimpleNamespace(model=model, guide=guide)
-    message = "for 2 of the data 0 to 6: number 4, 6; number 4 has 30 such weights of 30"
+    message = "for 2 of the examples 0 to 6: index 4, 6; example 4 has 30 such weights of 30"
     with pytest.raises(pv.NonFiniteError, match=message):
         evaluate(pair, x, num_particles=30)
-    monkeypatch.setattr(streaming, "_ROWS", 60)  # two data at a time
-    with pytest.raises(pv.NonFiniteError, match="for 1 of the data 4 to 5: number 4; "):
+    monkeypatch.setattr(draws, "_ROWS", 60)  # two examples at a time
+    with pytest.raises(pv.NonFiniteError, match="for 1 of the examples 4 to 5: index 4; "):
         evaluate(pair, x, num_particles=30)
 
 

@@ -1,4 +1,4 @@
-"""What importance weights tell, against distributions of weights that are known."""
+"""Importance-weight estimates against known distributions of weights."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ def pareto_k(log_weight):
 
 
 def pareto_weights(shape):
-    """Log weights (S, N) whose tail has that shape."""
+    """Draw log weights (S, N) whose tail has the given shape."""
     u = torch.rand(S, N, dtype=torch.float64)
     return torch.log1p(shape * (u.pow(-shape) - 1) / shape)
 
@@ -37,7 +37,7 @@ def test_the_shape_is_that_of_another_implementation():
     assert float(pareto_k(log_weight)) == pytest.approx(float(expected), abs=0.03)
 
 
-def test_the_shape_ignores_order_and_scale_and_tells_data_apart():
+def test_the_shape_ignores_order_and_scale_and_differs_between_examples():
     log_weight = torch.cat([pareto_weights(0.1)[:, :1], pareto_weights(1.5)[:, :1]], dim=1)
     k = pareto_k(log_weight)
     assert k[0] < 0.5
@@ -86,7 +86,7 @@ def test_smoothing_keeps_the_body_and_the_order_and_adds_up_to_one():
     torch.testing.assert_close(pareto_smoothed(few)[0], few.log_softmax(0))
 
 
-def test_the_summary_survives_weights_beyond_the_range_of_numbers():
+def test_the_summary_is_finite_for_weights_beyond_the_range_of_floats():
     log_weight = torch.tensor([[-1e5], [-1e5 + math.log(3.0)]], dtype=torch.float64)
     summary = summarise_weights(log_weight)
     assert float(summary.log_mean) == pytest.approx(-1e5 + math.log(2))

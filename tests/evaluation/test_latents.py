@@ -1,4 +1,4 @@
-"""The latent units of guides and priors that do not factorise, and of sites with plates of their own."""
+"""Latent dimensions of guides and priors that do not factorise, and of sites with further plates."""
 
 import math
 
@@ -9,7 +9,7 @@ from solved import within
 
 from pyro_vae import terms
 from pyro_vae.distributions import NormalMixture
-from pyro_vae.evaluation.latents import marginals, units
+from pyro_vae.evaluation.latents import marginals, summarise_latents
 
 N, K, S = 4, 3, 6
 
@@ -24,7 +24,7 @@ def run(q, p, *, num_particles=S):
         with pyro.plate("data", len(x)):
             pyro.sample("z", q)
 
-    return units(terms(model, guide, torch.zeros(N).double(), num_particles=num_particles).sites)
+    return summarise_latents(terms(model, guide, torch.zeros(N).double(), num_particles=num_particles).sites)
 
 
 def normal(loc=0.0, scale=1.0):
@@ -36,7 +36,7 @@ def covariance():
     return A @ A.mT + torch.eye(K).double()
 
 
-def test_correlated_units_have_the_kl_of_their_marginals():
+def test_correlated_dimensions_have_the_kl_of_their_marginals():
     loc, sigma = torch.randn(N, K).double(), covariance()
     q = dist.MultivariateNormal(loc, sigma)
     found = run(q, normal(0.3, 2.0))
@@ -66,7 +66,7 @@ def test_mixtures_have_the_kl_of_their_marginals():
     torch.testing.assert_close(found.mean, (logits.softmax(-1)[..., None] * loc).sum(1))
 
 
-def test_no_kl_is_made_up_where_the_marginals_are_unknown():
+def test_the_kl_is_nan_where_the_marginals_are_unknown():
     flow = dist.TransformedDistribution(normal().expand([N]), [dist.transforms.Planar(K).double()])
     found = run(flow, normal())
     assert found.kl.isnan().all()
@@ -74,7 +74,7 @@ def test_no_kl_is_made_up_where_the_marginals_are_unknown():
     assert (found.mean_variance > 0).all()
 
 
-def test_sites_and_plates_are_laid_side_by_side():
+def test_sites_and_plates_are_concatenated():
     loc = torch.randn(2, N, 1).double()
 
     def model(x):
@@ -92,7 +92,7 @@ def test_sites_and_plates_are_laid_side_by_side():
 
     x = torch.randn(N).double()
     t = terms(model, guide, x, num_particles=S, max_plate_nesting=2)
-    found = units(t.sites)
+    found = summarise_latents(t.sites)
     assert found.names == ["b", "a[0]", "a[1]"]
     torch.testing.assert_close(found.mean, torch.stack([x, loc[0, :, 0], loc[1, :, 0]], dim=1))
     torch.testing.assert_close(found.kl.sum(1), t.kl)
