@@ -26,6 +26,7 @@ from pyro_vae.utils.validation import elementwise_support, require_count
 
 __all__ = ["AnnealedEvidence", "annealed_importance_sampling"]
 
+_CHAINS = 51  # a stream of random numbers
 _ACCEPTANCE = 0.65  # target probability of accepting a move
 _PILOT_CHAINS = 4
 Draws = dict[str, Tensor]
@@ -127,7 +128,7 @@ def annealed_importance_sampling(
         progress_bar(total, shown=progress, unit=" steps", unit_scale=True, desc="annealing") as bar,
     ):
         options["advance"] = bar.update
-        for first_index, x in in_chunks(batches, at_once):
+        for first_index, x in in_chunks(batches, at_once, _CHAINS):
             pilot = _run_chains(vae, x, betas, num_chains=_PILOT_CHAINS, steps=None, **options)
             chains = _run_chains(vae, x, betas, num_chains=num_chains, steps=pilot.steps, **options)
             require_finite(chains.log_weight, first_index=first_index)

@@ -20,6 +20,7 @@ from pyro_vae.data.datasets import Images
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
 from pyro_vae.objectives.sites import Site
+from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
 from pyro_vae.utils.validation import NonFiniteError, require_floating
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 # Largest number of draws decoded at once, and of values in them: freed memory that the process keeps for
 # reuse holds four such arrays.
 _ROWS, _VALUES = 2**13, 3 * 2**20
+_DRAWS = 50  # a stream of random numbers
 _PARTICLES = 250  # per example at once, so that encoding an example is cheap compared with decoding its draws
 
 
@@ -144,12 +146,15 @@ def chunk_lengths(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def in_chunks(batches: Batches, size: int) -> Iterator[tuple[int, Tensor]]:
+def in_chunks(batches: Batches, size: int, stream: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the examples (n, *event_shape) in order, `size` at a time, each with the index of its first.
 
-    Every evaluation iterates its data here and makes the draws for a chunk before it takes the next.
+    Every evaluation iterates its data here. Torch's generators are seeded for each chunk, so that its draws
+    are a function of the seed, the stream and the number of the chunk, and of no earlier chunk.
     """
+    seed = derived_seed(batches.seed, stream)
     for number, x in enumerate(batches.in_order(size)):
+        seed_generators(batches.device, seed_at(seed, number))
         yield number * size, x
 
 
@@ -177,7 +182,7 @@ def chunks(
         NonFiniteError: If an importance weight is infinite or NaN.
     """
     size, particles = chunk_sizes(batches, num_particles)
-    for first_index, x in in_chunks(batches, size):
+    for first_index, x in in_chunks(batches, size, _DRAWS):
         if first_index == 0:
             require_fit(pair.model, pair.guide, x)
         log_terms: list[Tensor] = []

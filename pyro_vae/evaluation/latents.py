@@ -31,6 +31,7 @@ from pyro_vae.objectives.sites import Site, masked_log_prob, run, sample_sites
 
 __all__ = ["AggregatePosterior", "LatentSummary", "aggregate_posterior", "marginals", "summarise_latents"]
 
+_AGGREGATE = 52  # a stream of random numbers
 _NUMBERS = 2**21  # largest number of latent values scored at once
 
 
@@ -177,7 +178,7 @@ def aggregate_posterior(
     """
     draws: list[dict[str, Tensor]] = []
     log_guide, log_prior = [], []
-    for _, x in in_chunks(batches, chunk_sizes(batches, 1)[0]):
+    for _, x in in_chunks(batches, chunk_sizes(batches, 1)[0], _AGGREGATE):
         t = terms(pair.model, pair.guide, x, max_plate_nesting=max_plate_nesting)
         draws.append({name: _as_particles(t.sites, name) for name in t.sites.draws})
         log_guide.append(t.log_guide[0])
@@ -187,7 +188,7 @@ def aggregate_posterior(
     at_once = max(1, math.isqrt(_NUMBERS // numbers))
 
     log_sum = torch.full((len(batches),), -math.inf, dtype=torch.float64, device=batches.device)
-    for _, x in in_chunks(batches, at_once):
+    for _, x in in_chunks(batches, at_once, _AGGREGATE):
         for start in range(0, len(batches), at_once):
             part = slice(start, start + at_once)
             values = {name: z[part] for name, z in joined.items()}
