@@ -1,6 +1,6 @@
 """Variational autoencoders as probabilistic programs in Pyro.
 
-The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
+A VAE is two Pyro functions, the generative model p(z) p(x|z) and the guide q(z|x):
 
     import pyro_vae as pv
 
@@ -10,6 +10,9 @@ The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
         guide=pv.guides.DiagonalNormal((1, 28, 28), 20),
     )
     history = pv.fit(vae, pv.data.load("mnist"), binarize="dynamic", epochs=10)
+
+`pv.SVI` and `pyro.infer.SVI` train any Pyro model and guide with Pyro's estimators of the ELBO or those of this
+package, such as `pv.IWAE`. `pv.evaluate` estimates the log-evidence of data under a trained VAE.
 """
 
 from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors
@@ -69,5 +72,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names alone: tab completion shows no file that was imported on the way."""
+    """Return the public names, so that tab completion omits imported submodules."""
     return __all__
