@@ -10,9 +10,6 @@ A VAE is two Pyro functions, the generative model p(z) p(x|z) and the guide q(z|
         guide=pv.guides.DiagonalNormal((1, 28, 28), 20),
     )
     history = pv.fit(vae, pv.data.load("mnist"), binarize="dynamic", epochs=10)
-
-`pv.SVI` and `pyro.infer.SVI` train any Pyro model and guide with Pyro's estimators of the ELBO or those of this
-package, such as `pv.IWAE`. `pv.evaluate` estimates the log-evidence of data under a trained VAE.
 """
 
 from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors

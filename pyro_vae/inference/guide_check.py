@@ -1,8 +1,4 @@
-"""Check before training that a guide fits a model, and which estimators are valid for the pair.
-
-No check has side effects: random generators, parameters, gradients, buffers, attributes of modules and Pyro's
-parameter store are restored.
-"""
+"""Check before training that a guide fits a model, and which estimators are valid for the pair."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -17,17 +13,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceM
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-from pyro_vae.objectives.estimators import (
-    CIWAE,
-    IWAE,
-    PIWAE,
-    STL,
-    VIMCO,
-    DReG,
-    Estimator,
-    Renyi,
-    label,
-)
+from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi, label
 from pyro_vae.objectives.guide_problems import (
     explain_failure,
     non_finite_inputs,
@@ -186,6 +172,9 @@ def check_guide(
     Subsampled plates must draw the same data in both, which Pyro ensures for plates of the same name. An
     estimator that is wrong for plates of different names is reported as not valid.
 
+    The check has no side effects: random generators, parameters, gradients, buffers and attributes of modules,
+    and Pyro's parameter store are restored.
+
     Args:
         model: A Pyro model; for a VAE, `vae.model`.
         guide: A Pyro guide; for a VAE, `vae.guide`.
@@ -240,6 +229,8 @@ def check_training(
     model: Program, guide: Program, estimator: ELBO, trained: Iterable[Tensor], *data: Any, **kwargs: Any
 ) -> None:
     """Raise if an estimator is not valid for a pair, or a part of the guide would not be trained.
+
+    The check has no side effects, as in `check_guide`.
 
     Args:
         model: A Pyro model.
@@ -443,8 +434,8 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
     the guide is reparameterised. Pyro only warns of the first condition, with its validation enabled.
 
     Sites drawn in the same order in both need no further check. Otherwise dependencies are tracked in one
-    more run of each; writing draws into a tensor in place (`buffer[..., 0] = z`) is not tracked. Arguments
-    are those of `terms`.
+    more run of each; writing draws into a tensor in place (`buffer[..., 0] = z`) is not tracked. Random
+    generators are restored. Arguments are those of `terms`.
 
     Raises:
         ValueError: If the estimator is wrong for the pair; names the sites and an alternative.

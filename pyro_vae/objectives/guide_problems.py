@@ -14,14 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.objectives.sites import (
-    Site,
-    Sites,
-    latent_sites,
-    same_scale,
-    site_family,
-    vectorized_plates,
-)
+from pyro_vae.objectives.sites import Site, Sites, latent_sites, same_scale, site_family, vectorized_plates
 from pyro_vae.utils.validation import elementwise_support
 
 __all__ = [

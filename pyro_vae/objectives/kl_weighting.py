@@ -207,7 +207,7 @@ def _weight_scales(
         objective = estimator.differentiable_loss(*pair, *args, **kwargs)
     runs = [run for run in scaling.runs if run.guide]
     if not runs:
-        raise ValueError("the guide has no sample site, so that there is no KL to weight")
+        raise ValueError("the guide has no sample site and therefore no KL to weight")
     # The objective is −E_q[log p(x|z)] + β KL. Adding (1 − β) KL of the same draws gives the loss with β = 1.
     kl = _sum_of_kls(runs, analytic=isinstance(estimator, TraceMeanField_ELBO))
     value = objective.detach() + (1 - beta) * kl / estimator.num_particles
@@ -259,7 +259,7 @@ class _ScaleLatentSites(Messenger):
 
 @torch.no_grad()
 def _sum_of_kls(runs: list[_Run], *, analytic: bool) -> Tensor:
-    """Sum the unweighted KL over sites, batch and particles, analytic where Pyro's estimator has it so."""
+    """Sum the unweighted KL over sites, batch and particles: sampled, or `analytic` for sites that allow it."""
     total = torch.zeros(())
     for guide, latent in runs:
         for name, q in guide.items():

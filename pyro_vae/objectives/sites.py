@@ -130,7 +130,7 @@ def check_plates(guide_sites: Sites, model_sites: Sites) -> None:
             if guide.dim == model.dim and guide.name != model.name:
                 raise ValueError(
                     f"the guide's site {name!r} lies in the plate {guide.name!r}, the model's in "
-                    f"{model.name!r}, two plates for Pyro: rename the guide's to {model.name!r}"
+                    f"{model.name!r}: rename the guide's to {model.name!r}, as Pyro matches plates by name"
                 )
 
 
