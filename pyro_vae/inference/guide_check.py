@@ -172,8 +172,8 @@ def check_guide(
     Subsampled plates must draw the same data in both, which Pyro ensures for plates of the same name. An
     estimator that is wrong for plates of different names is reported as not valid.
 
-    The check has no side effects: random generators, parameters, gradients, buffers and attributes of modules,
-    and Pyro's parameter store are restored.
+    The check has no side effects: it restores random generators, Pyro's parameter store, and parameters,
+    gradients, buffers and attributes of modules.
 
     Args:
         model: A Pyro model; for a VAE, `vae.model`.
@@ -378,8 +378,8 @@ def _untrained_problem(
                     f"the parameter {registered[leaf]!r} of Pyro's global store (pyro.param or pyro.module)"
                 )
                 fix = (
-                    "if the first run of the guide creates its parameters, as in an autoguide, run the guide "
-                    f"once before building the optimiser; {fix}; train by pyro.infer.SVI"
+                    "run the guide once before you make the optimiser, if its first run creates its "
+                    f"parameters, as in an autoguide; {fix}; train by pyro.infer.SVI"
                 )
             return (
                 f"the guide depends on {what}, but the optimiser does not hold it, so that it would not be "

@@ -28,7 +28,9 @@ __all__ = [
     "support",
 ]
 
-_FIXED_SET = "(train a guide with parameters per example by SVI on the whole data set: fit shuffles)"
+_FIXED_SET = (
+    "(train a guide with parameters per example by SVI on the whole data set, not with fit, which shuffles)"
+)
 _PLATE_MISMATCH = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"
 
 
@@ -65,11 +67,7 @@ def explain_failure(error: Exception, trace: poutine.Trace, waiting: list[str], 
                     f"{message}\nIts parameter {name!r} is {parameter.dtype}: convert it, guide.to({x.dtype})"
                 )
     about_shapes = isinstance(error, RuntimeError) and re.search(r"shape|size|dim", str(error))  # torch's
-    return (
-        f"{message}\nReshape or flatten the data to the shape its network expects"
-        if about_shapes
-        else message
-    )
+    return message + "\nReshape or flatten the data to the shape its network expects" * bool(about_shapes)
 
 
 def problems(model_sites: Sites, guide_sites: Sites, returned: Any = None) -> Iterator[str]:

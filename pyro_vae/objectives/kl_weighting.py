@@ -259,7 +259,7 @@ class _ScaleLatentSites(Messenger):
 
 @torch.no_grad()
 def _sum_of_kls(runs: list[_Run], *, analytic: bool) -> Tensor:
-    """Sum the unweighted KL over sites, batch and particles: sampled, or `analytic` for sites that allow it."""
+    """Sum the unweighted KL over sites, batch and particles, sampled or (if known) analytic."""
     total = torch.zeros(())
     for guide, latent in runs:
         for name, q in guide.items():
