@@ -1,6 +1,6 @@
 """Variational autoencoders as probabilistic programs in Pyro.
 
-The generative model p(z) p(x|z) and the guide q(z|x) are plain Pyro functions:
+A VAE is two Pyro functions, the generative model p(z) p(x|z) and the guide q(z|x):
 
     import pyro_vae as pv
 
@@ -69,5 +69,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names alone: tab completion shows no file that was imported on the way."""
+    """Return the public names, so that tab completion omits imported submodules."""
     return __all__

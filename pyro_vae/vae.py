@@ -1,11 +1,9 @@
-"""The variational autoencoder, as two Pyro functions.
-
-The generative model p(z) p(x|z) and the guide q(z|x) in full:
+"""Variational autoencoder as two Pyro functions, the generative model p(z) p(x|z) and the guide q(z|x).
 
     model(x):  plate("data") → z ~ prior() → x ~ likelihood(z), observed
     guide(x):  plate("data") → z ~ posterior(x)
 
-Notation: x (N, *event_shape), z (N, K), N data in a batch, K latent dimensions.
+Notation: x (N, *event_shape), z (N, K), N examples per batch, K latent dimensions.
 """
 
 import os
@@ -29,28 +27,29 @@ __all__ = ["VAE"]
 
 @rebuildable
 class VAE(nn.Module):
-    """Variational autoencoder: a model p(z) p(x|z) and a guide q(z|x) for `pyro.infer.SVI` or `pyro_vae.SVI`.
+    r"""Variational autoencoder: model p(z) p(x|z) and guide q(z|x) for `pyro.infer.SVI` or `pyro_vae.SVI`.
 
-    The ELBO of a datum, in nats: E_q[log p(x|z)] − KL(q(z|x) ‖ p(z)) ≤ log p(x).
+    .. math:: \mathrm{ELBO}(x) = E_q[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, p(z)) \le \log p(x)
 
-    Sites: latent "z", observed "x", plate "data" over the batch. The parameters belong to the
-    modules; Pyro's global parameter store is not used, so any number of VAEs, copies and pickles
-    train independently, one at a time. (A `PyroModule` as a part keeps Pyro's own rules, by which it
-    shares parameters with others of the same names; `fit` keeps it apart while it trains.)
+    in nats per datum. Sites: latent "z", observed "x", plate "data" over the batch. The parameters belong to
+    the modules; Pyro's global parameter store is not used, so that VAEs, copies and pickles train
+    independently, one at a time. (A `PyroModule` shares parameters with others of the same names, by Pyro's
+    rules; `fit` isolates it during training.)
+
+    `fit` and `pyro_vae.SVI` check with `check_guide` that the guide fits.
 
     Args:
-        prior: Called with nothing, returns p(z) with event shape (K,). See `priors`.
-        likelihood: Called with z (*, K), returns p(x|z) with batch shape (*,). See `likelihoods`.
-        guide: Either a module called with x (N, *event_shape) that returns q(z|x) with batch
-            shape (N,) and event shape (K,), see `guides`; or a Pyro guide function of x with its
-            own plate and the sample site "z".
+        prior: Module that returns p(z) with event shape (K,), called without arguments. See `priors`.
+        likelihood: Module from z (*, K) to p(x|z) with batch shape (*,). See `likelihoods`.
+        guide: Module from x (N, *event_shape) to q(z|x) with batch shape (N,) and event shape (K,), see
+            `guides`; or a Pyro guide function of x with its own plate and the sample site "z".
 
     Raises:
-        TypeError: If a part cannot be called for a distribution.
-        ValueError: If prior and likelihood have unlike latent dimensions. Whether the guide fits is told by
-            `check_guide`, which `fit` and `pyro_vae.SVI` ask.
+        TypeError: If a part is not callable, or is a class or a distribution.
+        ValueError: If prior and likelihood have different numbers of latent dimensions.
 
-    Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114.
+    Source:
+        D. P. Kingma, M. Welling (2014), Auto-encoding variational Bayes, arXiv:1312.6114.
 
     Example:
         >>> from pyro_vae import guides, likelihoods, priors
@@ -74,36 +73,36 @@ class VAE(nn.Module):
         self.posterior = guide  # q(z|x), which approximates p(z|x)
 
     def model(self, x: Tensor) -> Tensor:
-        """p(z) p(x|z): the generative model, with x (N, *event_shape) observed."""
-        _show_parameters(prior=self.prior, likelihood=self.likelihood)
+        """Run the generative model p(z) p(x|z) with x (N, *event_shape) observed."""
+        _emit_param_sites(prior=self.prior, likelihood=self.likelihood)
         with _data_plate(x):
             z = pyro.sample("z", self.prior())
-            return pyro.sample("x", _covering(self.likelihood(z), x), obs=x)
+            return pyro.sample("x", _check_event_shape(self.likelihood(z), x), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
-        """q(z|x): the guide, the variational family for the latent vectors of x (N, *event_shape)."""
-        _show_parameters(posterior=self.posterior)
+        """Run the guide q(z|x) for x (N, *event_shape)."""
+        _emit_param_sites(posterior=self.posterior)
         q = self._call_posterior(x)
         if not isinstance(q, dist.Distribution):
-            return q  # a Pyro guide function: it has sampled its own sites
+            return q  # of a Pyro guide function, which samples its own sites
         with _data_plate(x):
             return pyro.sample("z", q)
 
     def _call_posterior(self, x: Tensor) -> Any:
         posterior: Callable[..., Any] = self.posterior
-        if getattr(posterior, "needs_log_joint", False):  # it refines q for this very model
+        if getattr(posterior, "needs_log_joint", False):  # it optimises q under this model
             return posterior(x, self.log_joint)
         return posterior(x)
 
     def encode(self, x: Tensor) -> dist.Distribution:
-        """Return q(z|x), of batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
+        """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
         with poutine.block():
             trace = poutine.trace(self._call_posterior).get_trace(x)
         q = trace.nodes["_RETURN"]["value"]
         return q if isinstance(q, dist.Distribution) else trace.nodes["z"]["fn"]
 
     def decode(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`, for z (*, K)."""
+        """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""
         return self.likelihood(z)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
@@ -112,17 +111,11 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
-        """Draw new data from the model: z ~ p(z), then x ~ p(x|z).
+        """Draw examples, (N, *event_shape), from the model: z ~ p(z), then x ~ p(x|z).
 
         Args:
-            num_samples: How many, N.
-            mean: Return E[x|z] in place of the draw of x, as pictures usually show.
-
-        Returns:
-            Tensor (N, *event_shape).
-
-        Raises:
-            ValueError: If `num_samples` is below 1.
+            num_samples: Number of examples, N.
+            mean: Return E[x|z] instead of a draw of x, as is common for images.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1; got {num_samples}")
@@ -131,11 +124,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return E[x|z] at the mean z of q(z|x), or at one draw where q has no mean in closed form.
-
-        Args:
-            x: Data (N, *event_shape).
-        """
+        """Return E[x|z], (N, *event_shape), at the mean of q(z|x), or at a draw if q has no analytic mean."""
         q = self.encode(x)
         try:
             z = q.mean
@@ -144,33 +133,32 @@ class VAE(nn.Module):
         return self.decode(z).mean
 
     def with_guide(self, guide: nn.Module | Callable[[Tensor], Any]) -> "VAE":
-        """Return a VAE with another q(z|x) that shares this one's prior and likelihood, not copies."""
+        """Return a VAE with another q(z|x) that shares (does not copy) the prior and likelihood."""
         return VAE(prior=self.prior, likelihood=self.likelihood, guide=guide)
 
     def check_data(self, x: Tensor) -> None:
-        """Refuse data that the likelihood cannot have produced.
+        """Raise if data have the wrong shape or lie outside the likelihood's support.
 
         Raises:
-            TypeError: If x is no floating-point tensor.
-            ValueError: If x is empty, has another event shape, or holds a value outside the
-                support; the message names the first such value and its index.
+            TypeError: If x is not a floating-point tensor.
+            ValueError: If x is empty, has another event shape, or contains a value outside the support; the
+                message names the first such value and its index.
         """
         require_floating("x", x)
         with evaluation_mode(self), torch.no_grad(), isolated_generators(x.device, seed=0):
             p = self.decode(self.prior().sample((1,)))
-        support = _covering(p, x).support
+        support = _check_event_shape(p, x).support
         message = outside_support("x", x, type(self.likelihood).__name__, support)
         if message:
             raise ValueError(message)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the parameters, and what is needed to rebuild the VAE, to a file.
+        """Write the parameters and constructor arguments of the VAE to a file.
 
-        A VAE made of this library's parts is rebuilt by `VAE.load(path)`; one with modules of your
-        own by `VAE.load(path, into=vae)`, which fills a VAE that you have built.
+        Load it with `VAE.load(path)`, or with `VAE.load(path, into=vae)` if it has user-defined modules.
 
         Raises:
-            OSError: If the file cannot be written; an earlier file of that name stays whole.
+            OSError: If the file cannot be written; an existing file is then unchanged.
         """
         serialization.write(path, "VAE", {"spec": spec(self), "state": self.state_dict()})
 
@@ -178,24 +166,24 @@ class VAE(nn.Module):
     def load(
         cls, path: str | os.PathLike[str], *, into: "VAE | None" = None, device: str | torch.device = "cpu"
     ) -> "VAE":
-        """Read a VAE that `save` wrote. Never executes code from the file.
+        """Read a VAE written by `save`, without executing code from the file.
 
         Args:
             path: The file.
-            into: A VAE of the same architecture to fill and return, where modules of your own are
-                part of it.
-            device: Where the VAE is put when it is rebuilt.
+            into: A VAE of the same architecture to load the parameters into and return; required if the VAE
+                has user-defined modules.
+            device: Device of the VAE if it is rebuilt.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            CheckpointError: If the file is damaged or foreign, needs `into`, or does not fit it.
+            FileNotFoundError: If the file does not exist.
+            CheckpointError: If the file is damaged, is not a saved VAE, needs `into`, or does not match it.
         """
         content = serialization.read(path, "VAE", device=device)
         state = content["state"]
         if into is None and content["spec"] is None:
             raise serialization.CheckpointError(
-                f"{path} holds a VAE with modules of your own, which a file cannot rebuild: "
-                "build it as before and call VAE.load(path, into=vae)"
+                f"{path} holds a VAE with user-defined modules, which cannot be rebuilt from a file: build "
+                "the VAE as before and call VAE.load(path, into=vae)"
             )
 
         def restore() -> VAE:
@@ -213,47 +201,47 @@ class VAE(nn.Module):
 
 def _data_plate(x: Tensor) -> pyro.plate:
     if len(x) == 0:
-        raise ValueError("x is empty: there must be at least one datum")
+        raise ValueError("x is empty: the batch must hold at least one example")
     return pyro.plate("data", len(x))
 
 
-def _covering(p: dist.Distribution, x: Tensor) -> dist.Distribution:
-    """Return p unchanged if it is a distribution of data shaped like x; else raise."""
+def _check_event_shape(p: dist.Distribution, x: Tensor) -> dist.Distribution:
+    """Return p, or raise if it is not a distribution with the event shape of x."""
     if not isinstance(p, dist.Distribution):
         raise TypeError(f"the likelihood must return a Pyro distribution; got {type(p).__name__}")
     require_floating("x", x)
     if x.shape[1:] != p.event_shape:
         raise ValueError(
-            f"x must have shape (N, {', '.join(map(str, p.event_shape))}), as the likelihood has; "
+            f"x must have shape (N, {', '.join(map(str, p.event_shape))}), as in the likelihood; "
             f"got {tuple(x.shape)}: {to_shape('x', x.shape, p.event_shape, 'the VAE')}"
         )
     if len(x) == 0:
-        raise ValueError("x is empty: there must be at least one datum")
+        raise ValueError("x is empty: the batch must hold at least one example")
     return p
 
 
 def _require_parts(**parts: Any) -> None:
-    """Refuse what cannot be called for a distribution, and parts that were built for other latent vectors."""
+    """Raise if a part does not return distributions, or prior and likelihood differ in latent dimensions."""
     for name, part in parts.items():
         if isinstance(part, type) or not callable(part) or isinstance(part, dist.Distribution):
             got = f"the class {part.__name__} itself: build one" if isinstance(part, type) else repr(part)
             raise TypeError(
-                f"{name} must be a module that returns a distribution when it is called, such as those of "
+                f"{name} must be a module that returns a distribution when called, such as those of "
                 f"pyro_vae.priors, likelihoods and guides; got {got}"
             )
     prior, likelihood = (getattr(parts[name], "latent_dim", None) for name in ("prior", "likelihood"))
     if prior != likelihood and None not in (prior, likelihood):
         raise ValueError(
-            f"the prior has {prior} latent dimensions, the likelihood expects {likelihood}: give both the "
-            "same latent_dim"
+            f"the prior has {prior} latent dimensions, the likelihood expects {likelihood}: use the same "
+            "latent_dim for both"
         )
 
 
-def _show_parameters(**modules: Any) -> None:
-    """Emit a Pyro "param" site for each parameter, so that Pyro's SVI finds what it trains.
+def _emit_param_sites(**modules: Any) -> None:
+    """Emit a Pyro "param" site for each parameter, so that Pyro's SVI trains it.
 
-    `pyro.module` would enter them in the global store by name, where a second VAE or a copy would
-    be given the first one's parameters and never train. A PyroModule shows its own parameters.
+    `pyro.module` would register parameters by name in the global store, so that a second VAE or a copy would
+    use the first one's parameters and not be trained. A PyroModule emits its own sites.
     """
     for prefix, module in modules.items():
         if isinstance(module, nn.Module) and not isinstance(module, PyroModule):
@@ -263,8 +251,8 @@ def _show_parameters(**modules: Any) -> None:
 
 
 def _alias(parameter: nn.Parameter) -> Tensor:
-    # Pyro asks the site's value for its `unconstrained` tensor. The attribute goes on an alias,
-    # because on the parameter itself it would break copying and pickling.
+    # Pyro reads the attribute `unconstrained` of a site's value. It is set on an alias, because on the
+    # parameter itself it would break copying and pickling.
     alias = parameter.detach()
     alias.unconstrained = lambda: parameter  # type: ignore[attr-defined]
     return alias

@@ -1,9 +1,9 @@
-"""Pyro's ELBO of every likelihood and guide of the package against the loss derived by hand.
+"""Agreement of Pyro's ELBO with the analytic loss, for every likelihood and guide of the package.
 
     uv run python tests/test_agreement.py
 
-prints the table: case, library value, hand value, and the relative differences of value and gradient.
-A new likelihood or guide costs one line in `LIKELIHOODS` or `GUIDES`; without it a test fails.
+prints a table: case, library value, analytic value, and the relative differences of value and gradient. A new
+likelihood or guide needs one line in `LIKELIHOODS` or `GUIDES`; a test fails without it.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from pyro_vae.networks import positive
 PARTICLES, DATA, LATENT, EVENT = 2, 5, 3, (2, 4)
 
 
-# What is judged: densities and divergences by hand, of what the networks return
+# Analytic densities and divergences, from the outputs of the networks
 
 
 class LikelihoodCase(NamedTuple):
@@ -101,7 +101,7 @@ LIKELIHOODS = {
 
 
 class Draw(NamedTuple):
-    """A draw of z (N, K) from q(z|x), log q(z|x) there (N,), and KL(q ‖ N(0, I)) (N,) where it is known."""
+    """A draw z (N, K) from q(z|x), its log q(z|x), (N,), and KL(q ‖ N(0, I)), (N,), or None if unknown."""
 
     z: Tensor
     log_q: Tensor
@@ -153,7 +153,7 @@ def mixture(vae: VAE, x: Tensor) -> Draw:
 def flow(vae: VAE, x: Tensor) -> Draw:
     q = vae.posterior(x)
     z = q.rsample()
-    return Draw(z, q.log_prob(z), None)  # its density is judged where flows are tested
+    return Draw(z, q.log_prob(z), None)  # tests of flows check its density
 
 
 def semi_amortised(vae: VAE, x: Tensor) -> Draw:
@@ -161,8 +161,8 @@ def semi_amortised(vae: VAE, x: Tensor) -> Draw:
     return draw_diagonal(q.mean, q.stddev)
 
 
-class UsersOwn(nn.Module):
-    """A guide of a user's own: no class of the library."""
+class UserDefined(nn.Module):
+    """A user-defined guide."""
 
     def __init__(self, event_shape, latent_dim, *, hidden_features=()):
         super().__init__()
@@ -172,7 +172,7 @@ class UsersOwn(nn.Module):
         return dist.Normal(self.loc(x.flatten(1)), 0.5).to_event(1)
 
 
-def users_own(vae: VAE, x: Tensor) -> Draw:
+def user_defined(vae: VAE, x: Tensor) -> Draw:
     loc = vae.posterior.loc(x.flatten(1))
     return draw_diagonal(loc, torch.full_like(loc, 0.5))
 
@@ -190,7 +190,7 @@ GUIDES: dict[str, tuple[Callable[..., nn.Module], Callable[[VAE, Tensor], Draw]]
     "Flow, maf": (partial(guides.Flow, flow="maf"), flow),
     "Flow, nsf": (partial(guides.Flow, flow="nsf"), flow),
     "SemiAmortised": (refined, semi_amortised),
-    "a user's own": (UsersOwn, users_own),
+    "user-defined": (UserDefined, user_defined),
 }
 
 
@@ -200,7 +200,7 @@ GUIDES: dict[str, tuple[Callable[..., nn.Module], Callable[[VAE, Tensor], Draw]]
 class Row(NamedTuple):
     case: str
     library: float
-    hand: float
+    analytic: float
     value_difference: float
     gradient_difference: float
 
@@ -215,14 +215,14 @@ def build(likelihood: str, guide: str) -> tuple[VAE, Tensor]:
     return vae, case.data(torch.rand(DATA, *EVENT, dtype=torch.float64))
 
 
-def hand_loss(vae: VAE, x: Tensor, likelihood: str, guide: str, *, analytic: bool) -> Tensor:
-    """The negative ELBO, summed over data, by hand; each particle draws its noise in the order Pyro does."""
+def analytic_loss(vae: VAE, x: Tensor, likelihood: str, guide: str, *, analytic_kl: bool) -> Tensor:
+    """The analytic negative ELBO, summed over the batch, with noise drawn per particle in Pyro's order."""
 
     def one_particle() -> Tensor:
         z, log_q, kl = GUIDES[guide][1](vae, x)
         outputs = [output.flatten(1) for output in vae.likelihood.outputs(z)]
         nll = LIKELIHOODS[likelihood].nll(vae.likelihood, x.flatten(1), *outputs)
-        if analytic and kl is not None:
+        if analytic_kl and kl is not None:
             return (nll + kl).sum()
         log_prior = -closed_form.gaussian_nll(z, torch.zeros_like(z), 1.0)
         return (nll - log_prior + log_q).sum()
@@ -243,20 +243,20 @@ ESTIMATORS: dict[str, tuple[type[ELBO], bool]] = {
 def compare(likelihood: str, guide: str, estimator: str) -> Row:
     torch.manual_seed(0)
     vae, x = build(likelihood, guide)
-    make, analytic = ESTIMATORS[estimator]
+    make, analytic_kl = ESTIMATORS[estimator]
     torch.manual_seed(1)
     library = make(num_particles=PARTICLES).differentiable_loss(vae.model, vae.guide, x)
     torch.manual_seed(1)
-    hand = hand_loss(vae, x, likelihood, guide, analytic=analytic)
+    analytic = analytic_loss(vae, x, likelihood, guide, analytic_kl=analytic_kl)
     gradient_difference = max(
         ((found - expected).norm() / expected.norm()).item()
-        for found, expected in zip(gradients(library, vae), gradients(hand, vae), strict=True)
+        for found, expected in zip(gradients(library, vae), gradients(analytic, vae), strict=True)
     )
     return Row(
         f"{likelihood} · {guide} · {estimator}",
         library.item(),
-        hand.item(),
-        abs(library.item() - hand.item()) / abs(hand.item()),
+        analytic.item(),
+        abs(library.item() - analytic.item()) / abs(analytic.item()),
         gradient_difference,
     )
 
@@ -265,7 +265,7 @@ CASES = list(itertools.product(LIKELIHOODS, GUIDES, ESTIMATORS))
 
 
 @pytest.mark.parametrize(("likelihood", "guide", "estimator"), CASES)
-def test_library_and_hand_agree_on_the_same_noise(likelihood, guide, estimator):
+def test_library_and_analytic_loss_agree_on_the_same_noise(likelihood, guide, estimator):
     row = compare(likelihood, guide, estimator)
     assert row.value_difference < 1e-10
     assert row.gradient_difference < 1e-10
@@ -300,11 +300,11 @@ def test_the_usual_vae_loss_is_the_library_loss_without_its_constant():
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-# In expectation, where the ELBO is known exactly
+# Expectations, for models with an exact ELBO
 
 
 def linear_vae(guide: type[guides.Guide], seed: int) -> tuple[VAE, Tensor]:
-    """A VAE with a linear-Gaussian likelihood, with random W, b, c and guide; and data of its own."""
+    """A VAE with a linear-Gaussian likelihood and random W, b, c and guide, and data drawn from it."""
     torch.manual_seed(seed)
     D = 4
     vae = VAE(
@@ -343,7 +343,7 @@ def test_loss_and_gradient_are_right_in_expectation(estimator, guide, seed):
     found = torch.stack(draws)
     error = found.std(0) / math.sqrt(len(found))
     assert ((found.mean(0) - expected).abs() <= 5 * error + 1e-10).all()
-    assert error[0] < 0.05 * exact.abs()  # so that the bound above means something
+    assert error[0] < 0.05 * exact.abs()  # so that the check above is strict
 
 
 def test_at_the_exact_posterior_every_draw_of_the_sampled_form_is_the_evidence():
@@ -359,14 +359,14 @@ def test_at_the_exact_posterior_every_draw_of_the_sampled_form_is_the_evidence()
 
 
 def main() -> None:
-    """Prints the table."""
-    print(f"{'case':66} {'library':>14} {'hand':>14} {'value':>9} {'gradient':>9}")
+    """Print the table."""
+    print(f"{'case':66} {'library':>14} {'analytic':>14} {'value':>9} {'gradient':>9}")
     rows = []
     for case in CASES:
         row = compare(*case)
         rows.append(row)
         differences = f"{row.value_difference:9.1e} {row.gradient_difference:9.1e}"
-        print(f"{row.case:66} {row.library:14.8f} {row.hand:14.8f} {differences}", flush=True)
+        print(f"{row.case:66} {row.library:14.8f} {row.analytic:14.8f} {differences}", flush=True)
     value, gradient = max(r.value_difference for r in rows), max(r.gradient_difference for r in rows)
     print(
         f"{len(rows)} cases; largest relative difference of a value {value:.1e}, of a gradient {gradient:.1e}"

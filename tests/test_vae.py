@@ -29,7 +29,7 @@ def data(name="Bernoulli"):
     return LIKELIHOODS[name].data(torch.rand(N, *EVENT))
 
 
-def upstream(vae, estimator=None):
+def pyros_svi(vae, estimator=None):
     return SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), estimator or Trace_ELBO())
 
 
@@ -47,9 +47,9 @@ def parameters(vae):
     ],
     ids=lambda estimator: type(estimator).__name__,
 )
-def test_every_likelihood_trains_under_upstream_svi(name, estimator):
+def test_every_likelihood_trains_under_pyros_svi(name, estimator):
     vae, x = make(name), data(name)
-    svi = upstream(vae, estimator)
+    svi = pyros_svi(vae, estimator)
     torch.manual_seed(3)
     before = sum(svi.evaluate_loss(x) for _ in range(20))
     old = [p.detach().clone() for p in vae.parameters()]
@@ -85,7 +85,7 @@ def test_the_loss_is_the_negative_elbo_of_the_two_functions():
     assert loss == pytest.approx(-elbo.sum().item(), rel=1e-10)
 
 
-def test_encoding_draws_nothing():
+def test_encoding_uses_no_random_numbers():
     vae, x = make(), data()
     before = torch.get_rng_state()
     vae.encode(x)
@@ -100,7 +100,7 @@ def test_a_fixed_variance_is_exact_in_double_precision():
 def test_two_vaes_and_their_copies_train_independently():
     first, second = make(), make()
     x = data()
-    svi = upstream(first)
+    svi = pyros_svi(first)
     svi.step(x)
     twin, pickled = copy.deepcopy(first), pickle.loads(pickle.dumps(first))
     models = [first, second, twin, pickled]
@@ -110,17 +110,17 @@ def test_two_vaes_and_their_copies_train_independently():
     for trained in models:
         others = [(vae, parameters(vae)) for vae in models if vae is not trained]
         old = parameters(trained)
-        upstream(trained).step(x)
+        pyros_svi(trained).step(x)
         assert not torch.equal(parameters(trained), old)
         assert all(torch.equal(parameters(vae), kept) for vae, kept in others)
     assert len(pyro.get_param_store()) == 0
 
 
-def test_frozen_parameters_stay():
+def test_frozen_parameters_are_unchanged():
     vae, x = make(), data()
     vae.likelihood.requires_grad_(False)
     frozen = parameters(vae.likelihood)
-    svi = upstream(vae)
+    svi = pyros_svi(vae)
     for _ in range(3):
         svi.step(x)
     assert torch.equal(parameters(vae.likelihood), frozen)
@@ -134,7 +134,7 @@ def test_double_precision_and_state_dict():
     assert torch.equal(parameters(vae), parameters(other))
 
 
-def test_with_guide_shares_model_and_leaves_the_first_guide():
+def test_with_guide_shares_the_model_and_keeps_the_first_guide():
     vae, x = make(), data()
 
     def guide(batch):
@@ -147,12 +147,12 @@ def test_with_guide_shares_model_and_leaves_the_first_guide():
     assert swapped.encode(x).mean.shape == (N, K)
     assert vae.encode(x).stddev[0, 0] != 0.5
     before = parameters(vae.likelihood)
-    upstream(swapped).step(x)
+    pyros_svi(swapped).step(x)
     assert not torch.equal(parameters(vae.likelihood), before)
 
 
 class OwnGuide(nn.Module):
-    """A user's module that samples its own site and knows nothing of this library."""
+    """A user-defined guide module that samples its own site."""
 
     def __init__(self):
         super().__init__()
@@ -164,10 +164,10 @@ class OwnGuide(nn.Module):
             return pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-def test_a_users_guide_module_trains_under_upstream_svi():
+def test_a_user_defined_guide_module_trains_under_pyros_svi():
     vae, x = make().with_guide(OwnGuide()), data()
     old = vae.posterior.linear.bias.detach().clone()
-    upstream(vae, TraceMeanField_ELBO()).step(x)
+    pyros_svi(vae, TraceMeanField_ELBO()).step(x)
     assert (vae.posterior.linear.bias != old).all()
 
 
@@ -198,7 +198,7 @@ def test_convolutional_networks_are_rebuilt_too(tmp_path):
     assert torch.equal(pv.VAE.load(tmp_path / "vae.pt").reconstruct(x), vae.reconstruct(x))
 
 
-def test_a_vae_with_a_users_module_is_loaded_into_a_built_one(tmp_path):
+def test_a_vae_with_a_user_defined_module_is_loaded_into_an_existing_one(tmp_path):
     vae = make().with_guide(OwnGuide())
     vae.save(tmp_path / "vae.pt")
     with pytest.raises(pv.CheckpointError, match=r"VAE.load\(path, into=vae\)"):
@@ -210,13 +210,13 @@ def test_a_vae_with_a_users_module_is_loaded_into_a_built_one(tmp_path):
         pv.VAE.load(tmp_path / "vae.pt", into=make())
 
 
-def test_a_vae_with_an_exchanged_part_is_not_saved_as_what_it_was(tmp_path):
-    for exchange in (
+def test_a_vae_with_a_replaced_part_is_not_saved_as_the_original(tmp_path):
+    for replace in (
         lambda vae: vae.likelihood.network.__setitem__(2, nn.Tanh()),
         lambda vae: setattr(vae, "likelihood", pv.likelihoods.Bernoulli(K, EVENT, hidden_features=(6,))),
     ):
         vae = make()
-        exchange(vae)
+        replace(vae)
         vae.save(tmp_path / "vae.pt")
         with pytest.raises(pv.CheckpointError, match=r"into=vae"):
             pv.VAE.load(tmp_path / "vae.pt")
@@ -225,7 +225,7 @@ def test_a_vae_with_an_exchanged_part_is_not_saved_as_what_it_was(tmp_path):
         pv.VAE.load(tmp_path / "vae.pt", into=make("Poisson"))
 
 
-def test_numpy_arguments_and_an_empty_network_are_taken_as_given(tmp_path):
+def test_numpy_arguments_and_an_empty_network_are_accepted(tmp_path):
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(np.int64(6)),
         likelihood=pv.likelihoods.Normal(6, (6,), variance=np.float64(0.5), network=nn.Sequential()),
@@ -273,7 +273,7 @@ def test_numpy_arguments_and_an_empty_network_are_taken_as_given(tmp_path):
         ("Normal", lambda x: x.tolist(), TypeError, "must be a tensor; got list"),
     ],
 )
-def test_unfit_data_are_refused_by_name_and_index(name, spoil, error, message):
+def test_invalid_data_raise_with_name_and_index(name, spoil, error, message):
     with pytest.raises(error, match=message):
         make(name).check_data(spoil(data(name)))
 
@@ -292,14 +292,14 @@ def test_unfit_data_are_refused_by_name_and_index(name, spoil, error, message):
         (lambda x: x[:0], ValueError, "empty"),
     ],
 )
-def test_a_batch_that_the_networks_cannot_take_is_refused(spoil, error, message):
+def test_a_batch_that_does_not_suit_the_networks_raises(spoil, error, message):
     vae = make()
     with pytest.raises(error, match=message):
-        upstream(vae).step(spoil(data()))
+        pyros_svi(vae).step(spoil(data()))
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "cure"),
+    ("name", "spoil", "fix"),
     [
         ("Bernoulli", lambda x: x * 0.5, "binarize="),
         ("Bernoulli", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
@@ -307,30 +307,30 @@ def test_a_batch_that_the_networks_cannot_take_is_refused(spoil, error, message)
         ("DiscretizedLogistic", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
     ],
 )
-def test_a_step_of_upstream_tells_of_values_outside_the_support_in_a_sentence(name, spoil, cure):
+def test_a_step_of_pyros_svi_reports_values_outside_the_support(name, spoil, fix):
     vae, x = make(name), spoil(data("Bernoulli"))
     with pytest.raises(
         ValueError, match=r"value\[\d, \d, \d\] = [\d.]+ lies outside the support of"
     ) as caught:
-        upstream(vae).step(x)
+        pyros_svi(vae).step(x)
     sentence = str(caught.value).splitlines()[1]  # the first is Pyro's, and names the site
-    assert cure in sentence
+    assert fix in sentence
     assert "tensor(" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["Bernoulli", "DiscretizedLogistic"])
-def test_the_model_refuses_bytes_whose_arithmetic_wraps(name):
+def test_the_model_raises_for_bytes_whose_arithmetic_wraps(name):
     with pytest.raises(TypeError, match="x must be floating point; got torch.uint8"):
         make(name).model(data("Bernoulli").byte())
 
 
-def test_a_shape_of_the_value_that_does_not_fit_is_torchs_to_tell():
+def test_a_value_of_another_shape_raises_torchs_error():
     p = Bernoulli(logits=torch.zeros(3))
     with pytest.raises(ValueError, match="not broadcastable"):
         p.log_prob(torch.zeros(5))
 
 
-def test_wrong_networks_and_arguments_are_refused():
+def test_wrong_networks_and_arguments_raise():
     with pytest.raises(
         ValueError, match=r"the network must return shape \(5, 8\).*got \(5, 7\): .* 8 outputs"
     ):
@@ -367,7 +367,7 @@ def test_wrong_networks_and_arguments_are_refused():
     ],
     ids=["a distribution", "a class", "None", "sizes"],
 )
-def test_parts_that_make_no_vae_are_refused(parts, error, message):
+def test_parts_of_the_wrong_kind_raise(parts, error, message):
     fitting = {
         "prior": pv.priors.StandardNormal(3),
         "likelihood": pv.likelihoods.Normal(3, (4,)),

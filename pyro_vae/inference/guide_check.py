@@ -1,4 +1,4 @@
-"""Whether a guide fits a model, told before training, and which estimators are valid for the two."""
+"""Check before training that a guide fits a model, and which estimators are valid for the pair."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -13,28 +13,15 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceM
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-from pyro_vae.objectives.estimators import (
-    CIWAE,
-    IWAE,
-    PIWAE,
-    STL,
-    VIMCO,
-    DReG,
-    Estimator,
-    Renyi,
-    label,
-)
+from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi, label
 from pyro_vae.objectives.guide_problems import (
     explain_failure,
-    latent_sites,
-    not_finite,
+    non_finite_inputs,
     parameters,
     plates,
-    separate_subsamples,
+    problems,
+    subsample_problems,
     support,
-)
-from pyro_vae.objectives.guide_problems import (
-    problems as problems_of,
 )
 from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.sites import (
@@ -42,13 +29,15 @@ from pyro_vae.objectives.sites import (
     Sites,
     analytic_kl,
     check_plates,
-    kl_by_table,
-    kl_fault,
+    kl_invalid_reason,
+    latent_sites,
+    registered_kl,
     require_programs,
     run,
     sample_sites,
     site_family,
 )
+from pyro_vae.utils.display import aligned
 from pyro_vae.utils.isolation import isolated
 
 __all__ = [
@@ -64,7 +53,7 @@ __all__ = [
 
 
 class DistributionReport(NamedTuple):
-    """A site's distribution: its family and shapes."""
+    """Family and shapes of a site's distribution."""
 
     family: str
     batch_shape: tuple[int, ...]
@@ -73,18 +62,18 @@ class DistributionReport(NamedTuple):
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What is known of one latent site of a pair.
+    """Report on one latent site of a pair.
 
     Args:
-        name: The site's.
-        status: "match", "missing" in the guide, "extra" in the guide, "auxiliary" to the guide, or "observed"
-            by the model though the guide draws it.
+        name: Name of the site.
+        status: "match", "missing" (from the guide), "extra" (in the guide), "auxiliary" (in the guide), or
+            "observed" (by the model, though the guide draws it).
         guide: The guide's distribution, or None.
         model: The model's distribution, or None.
-        plates: Names of the guide's plates, the outermost first.
-        support: What each element of the guide's draws satisfies.
+        plates: Names of the guide's plates, outermost first.
+        support: Constraint on each element of the guide's draws.
         reparameterised: Whether the guide's draws carry gradients.
-        analytic_kl: Whether the KL of the two distributions is known in closed form.
+        analytic_kl: Whether the KL of the two distributions has a closed form.
     """
 
     name: str
@@ -99,15 +88,15 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class GuideReport:
-    """What `check_guide` found; printed, a table.
+    """Result of `check_guide`, printed as a table.
 
     Args:
         sites: The latent sites of both.
-        problems: Why the guide does not fit: empty if it does.
-        estimators: From each estimator's name to why it is not valid for the pair; None if it is.
+        problems: Reasons why the guide does not fit, empty if it does.
+        estimators: The reason why each estimator is not valid for the pair, by name, or None if it is valid.
         without_gradient: Names of parameters that the ELBO does not depend on.
-        unregistered: Shapes of parameters that the ELBO depends on but that no Pyro statement shows, as when
-            `pyro.module` is forgotten: Pyro's SVI and `fit` do not train them.
+        unregistered: Shapes of parameters that the ELBO depends on but that have no Pyro "param" site, for
+            instance without `pyro.module`: Pyro's SVI and `fit` do not train them.
     """
 
     sites: tuple[SiteReport, ...]
@@ -118,7 +107,7 @@ class GuideReport:
 
     @property
     def mean_field(self) -> bool:
-        """Whether the KL is the sum of the sites' KLs, as `TraceMeanField_ELBO` takes it to be."""
+        """Whether the KL is the sum of the KLs of the sites, as `TraceMeanField_ELBO` assumes."""
         return self.estimators.get("TraceMeanField_ELBO", "not tried") is None
 
     def __str__(self) -> str:
@@ -135,49 +124,37 @@ class GuideReport:
             lines.append(f"parameters without gradient: {', '.join(self.without_gradient)}")
         if self.unregistered:
             lines.append(
-                "parameters that no Pyro statement shows, so that Pyro does not train them: of shapes "
-                f"{', '.join(map(str, self.unregistered))}; call pyro.module, or make their module the guide"
+                "parameters without a Pyro statement, which Pyro does not train, have the shapes "
+                f"{', '.join(map(str, self.unregistered))}: call pyro.module, or make their module the guide"
             )
         return "\n".join(lines)
 
 
-def _table(sites: tuple[SiteReport, ...]) -> list[str]:
-    def cells(part: DistributionReport | None) -> list[str]:
-        return [str(cell) for cell in part] if part else ["-"] * 3
+_COLUMNS = [
+    *("site", "status", "guide", "batch", "event", "model", "batch", "event"),
+    *("plates", "support", "path", "KL"),
+]
 
-    rows = [
-        [
-            "site",
-            "status",
-            "guide",
-            "batch",
-            "event",
-            "model",
-            "batch",
-            "event",
-            "plates",
-            "support",
-            "path",
-            "KL",
-        ]
-    ]
+
+def _table(sites: tuple[SiteReport, ...]) -> Iterator[str]:
+    rows = []
     for site in sites:
-        path, kl = (
+        gradient, kl = (
             ("reparameterised" if site.reparameterised else "score function") if site.guide else "-",
             ("closed form" if site.analytic_kl else "sampled") if site.status == "match" else "-",
         )
-        about_guide = [", ".join(site.plates) or "-", site.support or "-", path, kl]
-        rows.append([site.name, site.status, *cells(site.guide), *cells(site.model), *about_guide])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        distributions = [str(cell) for part in (site.guide, site.model) for cell in part or ("-", "-", "-")]
+        about_guide = [", ".join(site.plates) or "-", site.support or "-", gradient, kl]
+        rows.append([site.name, site.status, *distributions, *about_guide])
+    return aligned(_COLUMNS, rows, left=len(_COLUMNS))
 
 
 class GuideError(ValueError):
-    """A guide that does not fit its model.
+    """Error of a guide that does not fit its model.
 
     Args:
-        message: What is wrong, and what to change.
-        report: What was found; None if the guide did not run.
+        message: The problems and how to fix them.
+        report: The report with these problems, or None if the guide raised an error.
     """
 
     def __init__(self, message: str, report: GuideReport | None = None):
@@ -188,30 +165,30 @@ class GuideError(ValueError):
 def check_guide(
     model: Program, guide: Program, *data: Any, max_plate_nesting: int = 1, **kwargs: Any
 ) -> GuideReport:
-    """Run a model and a guide on some data and tell whether, and under which estimators, they go together.
+    """Check a model and a guide on some data, and which estimators are valid for them.
 
-    A guide fits if it draws the model's latent sites, each in plates and of an event shape as in the model,
-    from a distribution with valid parameters, of which the model's covers the support. Plates that are
-    subsampled must draw the same data in both; Pyro shares them by the plates' name. An estimator that
-    is wrong for plates of other names than the model's is reported as not valid.
+    A guide fits if it draws the latent sites of the model, each in the same plates and with the same event
+    shape as in the model, from a distribution with valid parameters whose support the model's covers.
+    Subsampled plates must draw the same data in both, which Pyro ensures for plates of the same name. An
+    estimator that is wrong for plates of different names is reported as not valid.
 
-    Random numbers, parameters, gradients, buffers such as running means, attributes of the modules that run,
-    and Pyro's parameter store are left as they were.
+    The check has no side effects: it restores random generators, Pyro's parameter store, and parameters,
+    gradients, buffers and attributes of modules.
 
     Args:
         model: A Pyro model; for a VAE, `vae.model`.
         guide: A Pyro guide; for a VAE, `vae.guide`.
         *data: Arguments of both; a small batch is enough.
-        max_plate_nesting: How many dimensions the pair's own plates take: 1 if it has a data plate alone.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
 
     Returns:
-        The report: read it by `print(report)`, or by its fields.
+        The report, which can be printed.
 
     Raises:
-        TypeError: If the model or the guide cannot be called.
-        GuideError: If the guide does not fit. The message names each site that is wrong, what was expected,
-            what was found, and what to change; the report is the error's `report`.
+        TypeError: If the model or the guide is not callable.
+        GuideError: If the guide does not fit. The message names each wrong site, what was expected, what was
+            found and how to fix it.
 
     Example:
         >>> from pyro_vae import VAE, guides, likelihoods, priors
@@ -228,77 +205,68 @@ def check_guide(
     """
     require_programs("check_guide(vae.model, vae.guide, x)", model, guide)
     with isolated(model, guide):
-        model_trace, guide_trace, sites = _fitting(model, guide, data, kwargs)
-        shown = parameters(guide_trace, model_trace)
+        model_trace, guide_trace, sites = _run_fitting_pair(model, guide, data, kwargs)
+        registered = parameters(guide_trace, model_trace)
         loss = Trace_ELBO().differentiable_loss(model, guide, *data, **kwargs)
         return GuideReport(
             sites,
             estimators={
-                type(estimator).__name__: _reason_against(estimator, model, guide, data, kwargs)
+                type(estimator).__name__: _invalid_reason(estimator, model, guide, data, kwargs)
                 for estimator in _every_estimator(max_plate_nesting)
             },
-            without_gradient=_without_gradient(loss, shown),
-            unregistered=tuple(tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in shown),
+            without_gradient=_without_gradient(loss, registered),
+            unregistered=tuple(tuple(leaf.shape) for leaf in _leaves(loss) if leaf not in registered),
         )
 
 
 def require_fit(model: Program, guide: Program, *data: Any, **kwargs: Any) -> None:
-    """Refuse a guide that does not fit its model, as `check_guide` does, and try no estimator.
-
-    Raises:
-        GuideError: See `check_guide`.
-    """
+    """Raise GuideError if a guide does not fit its model, as in `check_guide`, without trying estimators."""
     with isolated(model, guide):
-        _fitting(model, guide, data, kwargs)
+        _run_fitting_pair(model, guide, data, kwargs)
 
 
 def check_training(
     model: Program, guide: Program, estimator: ELBO, trained: Iterable[Tensor], *data: Any, **kwargs: Any
 ) -> None:
-    """Refuse a pair that would train wrongly under an estimator, or a guide of which a part would not train.
+    """Raise if an estimator is not valid for a pair, or a part of the guide would not be trained.
 
-    Leaves behind what `check_guide` does: nothing.
+    The check has no side effects, as in `check_guide`.
 
     Args:
         model: A Pyro model.
         guide: A Pyro guide.
         estimator: A `pyro.infer.ELBO`.
-        trained: The parameters that the optimiser holds.
+        trained: The parameters of the optimiser.
         *data: Arguments of both.
         **kwargs: Keyword arguments of both.
 
     Raises:
         GuideError: If the guide does not fit the model; see `check_guide`.
-        ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter that
-            nobody trains.
+        ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter outside
+            the optimiser.
     """
-    tried = [copy.copy(estimator)]  # a copy, for some learn from the pair that they see first
+    tried = [copy.copy(estimator)]  # copies: some estimators keep what they learn from the first pair
     if isinstance(estimator, KLWeighted):
         tried[0].estimator = copy.copy(estimator.estimator)
         tried.insert(0, tried[0].estimator)
     enumerates = isinstance(estimator, TraceEnum_ELBO)
     with isolated(model, guide):
-        model_trace, guide_trace, _ = _fitting(model, guide, data, kwargs, enumerates=enumerates)
-        untrained = _untrained(model_trace, guide_trace, [*trained, *data])
+        model_trace, guide_trace, _ = _run_fitting_pair(model, guide, data, kwargs, enumerates=enumerates)
+        untrained = _untrained_problem(model_trace, guide_trace, [*trained, *data])
         if untrained:
             raise ValueError(untrained)
         for each in tried:
-            reason = _reason_against(each, model, guide, data, kwargs)
+            reason = _invalid_reason(each, model, guide, data, kwargs)
             if reason:
                 raise ValueError(f"{label(each)} is not valid for this model and guide: {reason}")
 
 
-def _fitting(
+def _run_fitting_pair(
     model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], *, enumerates: bool = False
 ) -> tuple[poutine.Trace, poutine.Trace, tuple[SiteReport, ...]]:
-    """Run a model and a guide, and refuse the guide if it does not fit.
+    """Run a model and a guide; return their traces and site reports, or raise if the guide does not fit.
 
-    Args:
-        model: A Pyro model.
-        guide: A Pyro guide.
-        data: Arguments of both.
-        kwargs: Keyword arguments of both.
-        enumerates: Whether sites that the model marks for enumeration need not be the guide's.
+    With `enumerates`, sites that the model marks for enumeration may be missing from the guide.
     """
     model_trace = poutine.trace(model).get_trace(*data, **kwargs)
     model_sites = sample_sites(model_trace)
@@ -310,21 +278,21 @@ def _fitting(
             for name, site in model_sites.items()
             if name in guide_sites or not site["infer"].get("enumerate")
         }
-    problems = (
-        *problems_of(model_sites, guide_sites, returned),
-        *separate_subsamples(model_trace, guide_trace),
+    found = (
+        *problems(model_sites, guide_sites, returned),
+        *subsample_problems(model_trace, guide_trace),
     )
     sites = tuple(_site_reports(model_sites, guide_sites))
-    if problems:
-        problems += tuple(not_finite(guide_trace, data))
-        raise GuideError("\n".join(problems), GuideReport(sites, problems))
+    if found:
+        found += tuple(non_finite_inputs(guide_trace, data))
+        raise GuideError("\n".join(found), GuideReport(sites, found))
     return model_trace, guide_trace, sites
 
 
 def _run_guide(
     guide: Program, model_sites: Sites, data: tuple, kwargs: dict[str, Any]
 ) -> tuple[poutine.Trace, Any]:
-    """Record the guide's sites, and what it returns."""
+    """Return the trace and the return value of a guide."""
     tracer = poutine.trace()
     try:
         with tracer:
@@ -339,14 +307,7 @@ def _run_guide(
 def _site_reports(model_sites: Sites, guide_sites: Sites) -> Iterator[SiteReport]:
     latent = latent_sites(model_sites)
     for name in [*latent, *(name for name in guide_sites if name not in latent)]:
-        p, q = (
-            DistributionReport(
-                site_family(s[name]), tuple(s[name]["fn"].batch_shape), tuple(s[name]["fn"].event_shape)
-            )
-            if name in s
-            else None
-            for s in (model_sites, guide_sites)
-        )
+        p, q = _distribution_report(model_sites, name), _distribution_report(guide_sites, name)
         if q is None:
             yield SiteReport(name, "missing", q, p)
             continue
@@ -355,7 +316,7 @@ def _site_reports(model_sites: Sites, guide_sites: Sites) -> Iterator[SiteReport
             status = "auxiliary" if site["infer"].get("is_auxiliary") else "extra"
         else:
             status = "match" if name in latent else "observed"
-        comparable = p is not None and status == "match" and p[1:] == q[1:]  # of the same shapes
+        comparable = p is not None and status == "match" and p[1:] == q[1:]  # the same shapes
         yield SiteReport(
             name,
             status,
@@ -368,16 +329,23 @@ def _site_reports(model_sites: Sites, guide_sites: Sites) -> Iterator[SiteReport
         )
 
 
-def _without_gradient(loss: Tensor, shown: dict[Tensor, str]) -> tuple[str, ...]:
-    trainable = [parameter for parameter in shown if parameter.requires_grad]
+def _distribution_report(sites: Sites, name: str) -> DistributionReport | None:
+    if name not in sites:
+        return None
+    fn = sites[name]["fn"]
+    return DistributionReport(site_family(sites[name]), tuple(fn.batch_shape), tuple(fn.event_shape))
+
+
+def _without_gradient(loss: Tensor, registered: dict[Tensor, str]) -> tuple[str, ...]:
+    trainable = [parameter for parameter in registered if parameter.requires_grad]
     if not trainable:
         return ()
     gradients = torch.autograd.grad(loss, trainable, allow_unused=True, retain_graph=True)
-    return tuple(shown[p] for p, g in zip(trainable, gradients, strict=True) if g is None or not g.any())
+    return tuple(registered[p] for p, g in zip(trainable, gradients, strict=True) if g is None or not g.any())
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaves that a backward pass from the loss reaches."""
+    """Return the leaf tensors that a backward pass from the loss reaches."""
     seen, waiting, leaves = set(), [loss.grad_fn], []
     while waiting:
         node = waiting.pop()
@@ -388,38 +356,43 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _untrained(model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Iterable[Tensor]) -> str | None:
-    """Tell of a parameter that the guide depends on, and that is none of the tensors held.
+def _untrained_problem(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Iterable[Tensor]
+) -> str | None:
+    """Return a message for a parameter that the guide depends on and that is not among the tensors held.
 
-    One that a `VAE` shows may be left out on purpose, but not one in Pyro's store, or that nothing shows.
+    A parameter with a "param" site of a `VAE` may be omitted on purpose. A parameter of Pyro's global store,
+    or without a Pyro statement, may not.
     """
-    shown = parameters(guide_trace, model_trace)
+    registered = parameters(guide_trace, model_trace)
     stored = {id(parameter) for _, parameter in pyro.get_param_store().named_parameters()}
-    known = {id(tensor) for tensor in held} | {id(leaf) for leaf in shown if id(leaf) not in stored}
+    known = {id(tensor) for tensor in held} | {id(leaf) for leaf in registered if id(leaf) not in stored}
     draws = sample_sites(guide_trace).values()
     terms = [site["value"].sum() + site["fn"].log_prob(site["value"]).sum() for site in draws]
     for leaf in [leaf for term in terms for leaf in _leaves(term)]:
         if id(leaf) not in known:
-            what = f"a parameter of shape {tuple(leaf.shape)} that no Pyro statement shows"
-            remedy = "give the module that owns it to the VAE as the guide"
-            if leaf in shown:
-                what = f"the parameter {shown[leaf]!r} of Pyro's global store (by pyro.param or pyro.module)"
-                remedy = (
-                    "run the guide once before you make the optimiser, if its first run makes its "
-                    f"parameters, as an autoguide's does; {remedy}; train by pyro.infer.SVI"
+            what = f"a parameter of shape {tuple(leaf.shape)} without a Pyro statement"
+            fix = "give the module that owns it to the VAE as the guide"
+            if leaf in registered:
+                what = (
+                    f"the parameter {registered[leaf]!r} of Pyro's global store (pyro.param or pyro.module)"
+                )
+                fix = (
+                    "run the guide once before you make the optimiser, if its first run creates its "
+                    f"parameters, as in an autoguide; {fix}; train by pyro.infer.SVI"
                 )
             return (
-                f"the guide depends on {what}, and the optimiser does not hold it, so that it would not be "
-                f"trained: {remedy}; or freeze it by requires_grad_(False)"
+                f"the guide depends on {what}, but the optimiser does not hold it, so that it would not be "
+                f"trained: {fix}; or freeze it with requires_grad_(False)"
             )
     return None
 
 
 def _every_estimator(max_plate_nesting: int) -> list[ELBO]:
-    """One of each kind, as small as it can be."""
+    """Return one estimator of each class, with as few particles as possible."""
     nesting = {"max_plate_nesting": max_plate_nesting}
     return [
-        *(kind(**nesting) for kind in _UPSTREAM),
+        *(kind(**nesting) for kind in _PYRO_ESTIMATORS),
         TraceMeanField_ELBO(**nesting),
         IWAE(2, **nesting),
         PIWAE(1, 2, **nesting),
@@ -431,13 +404,13 @@ def _every_estimator(max_plate_nesting: int) -> list[ELBO]:
     ]
 
 
-_UPSTREAM = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+_PYRO_ESTIMATORS = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
-def _reason_against(
+def _invalid_reason(
     estimator: ELBO, model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why an estimator, Pyro's or this library's, is not valid for a pair: it is tried."""
+    """Run an estimator and return the reason why it is not valid for a pair, or None."""
     try:
         if isinstance(estimator, TraceEnum_ELBO):
             check_plates(*(sample_sites(run(program, data, kwargs)) for program in (guide, model)))
@@ -445,7 +418,7 @@ def _reason_against(
             check_mean_field(model, guide, *data, **kwargs)
         elif isinstance(estimator, Estimator | KLWeighted):
             estimator.differentiable_loss(model, guide, *data, **kwargs)
-        elif type(estimator) in _UPSTREAM:
+        elif type(estimator) in _PYRO_ESTIMATORS:
             estimator.loss(model, guide, *data, **kwargs)
     except (ValueError, NotImplementedError) as error:
         return str(error)
@@ -453,19 +426,19 @@ def _reason_against(
 
 
 def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) -> None:
-    """Refuse a pair for which `pyro.infer.TraceMeanField_ELBO` is wrong.
+    """Raise if `pyro.infer.TraceMeanField_ELBO` is wrong for a pair.
 
-    That estimator adds up the KLs of single sites. This is right if, for every latent site z, none of the
-    sites that the model draws z from depends on z in the guide, and if each KL is that of its site, see
-    `kl_fault`; and its gradient is right if every draw of the guide is reparameterised. Pyro warns of the
-    first, and only while its validation is on. Sites drawn in the same order in both need no closer look.
-    Otherwise their dependencies are tracked through one more run of each; writing draws into a tensor in
-    place (`buffer[..., 0] = z`) escapes that tracking.
+    The estimator sums the KLs of single sites. This is correct if, for every latent site z, the sites that
+    the model draws z from do not depend on z in the guide, and if each KL is valid for its site (the same
+    masks and scales in guide and model, no Delta with a density). Its gradient is correct if every draw of
+    the guide is reparameterised. Pyro only warns of the first condition, with its validation enabled.
 
-    Random numbers are left as they were. Arguments as for `terms`.
+    Sites drawn in the same order in both need no further check. Otherwise dependencies are tracked in one
+    more run of each; writing draws into a tensor in place (`buffer[..., 0] = z`) is not tracked. Random
+    generators are restored. Arguments are those of `terms`.
 
     Raises:
-        ValueError: If the estimator is wrong for the pair; names the sites, and what to use instead.
+        ValueError: If the estimator is wrong for the pair; names the sites and an alternative.
 
     Example:
         >>> import pyro
@@ -494,12 +467,12 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
                     f"TraceMeanField_ELBO is wrong here: the guide's site {name!r}, a {site_family(site)}, "
                     "is not reparameterised, so its gradient would be lost; use Trace_ELBO, or VIMCO"
                 )
-        latent = [name for name, site in model_sites.items() if not site["is_observed"]]
+        latent = list(latent_sites(model_sites))
         for name in (name for name in latent if name in guide_sites):
             pair = guide_sites[name], model_sites[name]
-            fault = kl_fault(*pair)
-            if fault and kl_by_table(*pair) is not None:
-                raise ValueError(f"TraceMeanField_ELBO is wrong here: at {name!r}, {fault}; use Trace_ELBO")
+            reason = kl_invalid_reason(*pair)
+            if reason and registered_kl(*pair) is not None:
+                raise ValueError(f"TraceMeanField_ELBO is wrong here: at {name!r}, {reason}; use Trace_ELBO")
         if latent == [name for name in guide_sites if name in latent]:
             return
         model_parents = get_dependencies(model, data, kwargs)["prior_dependencies"]
@@ -515,7 +488,7 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
 
 
 def _ancestors(name: str, parents: dict[str, dict[str, Any]]) -> set[str]:
-    """Whatever `name` depends on, directly or through others."""
+    """Return the sites that `name` depends on, directly or indirectly."""
     found: set[str] = set()
     waiting = [name]
     while waiting:

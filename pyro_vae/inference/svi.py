@@ -1,8 +1,8 @@
 """Stochastic variational inference: one step of gradient descent on the negative ELBO.
 
-`SVI` has the interface of `pyro.infer.SVI`. It differs in that one torch optimiser holds all the
-parameters, so that a learning-rate schedule, a global gradient norm and a checkpoint are plain
-torch; and in that a loss that is not finite stops training before it reaches the parameters.
+`SVI` has the interface of `pyro.infer.SVI`, with two differences. One torch optimiser holds all parameters,
+so that learning-rate schedules, a global gradient norm and checkpoints are plain torch. A loss that is not
+finite raises an error before it changes the parameters.
 """
 
 import math
@@ -25,29 +25,28 @@ __all__ = ["SVI"]
 class SVI:
     """Fit a guide to a model by stochastic gradients of an ELBO estimator.
 
-    Each step minimises the loss of `estimator`, for Pyro's own the negative ELBO summed over the
+    Each step minimises the loss of the estimator; for Pyro's estimators, the negative ELBO summed over the
     batch, in nats.
 
     Args:
-        model: A Pyro model function; for a VAE, `vae.model`.
-        guide: A Pyro guide function of the same arguments; for a VAE, `vae.guide`.
-        optimizer: A torch optimiser that holds the parameters to train.
+        model: A Pyro model; for a VAE, `vae.model`.
+        guide: A Pyro guide of the same arguments; for a VAE, `vae.guide`.
+        optimizer: A torch optimiser of the parameters to train.
         loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's.
-        clip_norm: Largest Euclidean norm of the gradient of all parameters together; longer
-            gradients are scaled down to it.
-        engine: How the steps are taken, to the same numbers: "eager", by Pyro each time; "traced", by a
-            graph of tensor operations that the first step leaves behind; "compiled", by that graph made
-            machine code, which takes some seconds; "auto", traced at first and compiled once that pays.
+        clip_norm: Maximum Euclidean norm of the gradient of all parameters; larger gradients are rescaled.
+        engine: How to run a step; all engines give the same numbers. "eager" runs Pyro at every step,
+            "traced" the graph of tensor operations recorded at the first step, "compiled" that graph compiled
+            to machine code, which takes some seconds. "auto" is traced, and compiled once that saves time.
 
     Raises:
-        TypeError: If the model or the guide cannot be called, the optimiser is not a torch one, or the
-            loss no `pyro.infer.ELBO`.
-        ValueError: If `clip_norm` is not positive, or the engine unknown.
+        TypeError: If the model or the guide is not callable, the optimiser is not a torch optimiser, or the
+            loss is not a `pyro.infer.ELBO`.
+        ValueError: If `clip_norm` is not positive, or the engine is unknown.
 
     Attributes:
-        steps: How many were taken.
-        fastest_products: Which library multiplies which shapes, where that was measured: with the same, and
-            the same `steps`, the steps of another process are the same to the bit.
+        steps: Number of steps taken.
+        fastest_products: The fastest library for matrix products, by shape, where it was measured. Steps in
+            another process are bitwise equal given the same `fastest_products` and `steps`.
 
     Example:
         >>> from pyro.infer import TraceMeanField_ELBO
@@ -97,16 +96,16 @@ class SVI:
         self._replayed: tuple = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the graphs, which a copy records anew."""
+        """Omit the graphs: a copy records its own."""
         return {**vars(self), "_replay": None, "_replayed": (), "_checked": ()}
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """Take one gradient step and return the loss, as the estimator defines it: Pyro's sum over the batch.
+        """Take one gradient step and return the loss as defined by the estimator.
 
-        Args and kwargs go to the model and the guide. The first step begins with `check`.
+        Arguments are those of the model and the guide. The first step calls `check`.
 
         Raises:
-            NonFiniteError: If the loss is infinite or NaN, naming the site; the parameters are untouched.
+            NonFiniteError: If the loss is infinite or NaN; names the site. The parameters are unchanged.
         """
         if self._checked != (self.model, self.guide, self.loss):
             self.check(*args, **kwargs)
@@ -127,15 +126,15 @@ class SVI:
         return loss
 
     def check(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, before training, what would train wrongly or in part.
+        """Check, without side effects, that the guide fits, and that the estimator and the optimiser suit it.
 
-        Parameters, buffers and random numbers are left as they were. Args and kwargs go to the model and the
-        guide; a small batch is enough. What has passed is not checked again.
+        Arguments are those of the model and the guide; a small batch is enough. `step` does not repeat a
+        check that has passed.
 
         Raises:
             GuideError: If the guide does not fit the model; see `check_guide`.
-            ValueError: If the estimator is not valid for the two, or the guide depends on a parameter, of
-                Pyro's global store or of a module that nothing shows, which the optimiser does not hold.
+            ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter, of
+                Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         check_training(self.model, self.guide, self.loss, trained, *args, **kwargs)
@@ -151,7 +150,7 @@ class SVI:
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Return the loss without taking a step. Like Pyro's, it draws from torch's global generator."""
+        """Return the loss without taking a step, using torch's global generator."""
         with torch.no_grad():
             return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
@@ -162,9 +161,9 @@ class SVI:
                 value = float(loss.detach())
                 if math.isfinite(value):
                     loss.backward()
-            else:  # such as TraceGraph_ELBO
+            else:  # TraceGraph_ELBO, for instance
                 value = float(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
-        except ValueError as error:  # what Pyro's validation raises, among others, for NaN parameters
+        except ValueError as error:  # Pyro's validation raises it for NaN parameters, for instance
             reason = _non_finite_site(self.model, self.guide, *args, **kwargs)
             if reason is None:
                 raise
@@ -176,7 +175,7 @@ class SVI:
 
 
 def _non_finite_site(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> str | None:
-    """Run the pair once more and describe the first thing in it that is not finite."""
+    """Run the pair again and return a message for its first parameter or site that is not finite, or None."""
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)

@@ -1,10 +1,15 @@
-"""Bounds on the evidence, and estimators of their gradients: reductions of the terms of one run.
+"""Bounds on the evidence and estimators of their gradients: reductions of the terms of one run.
 
-Notation: S particles in each of G groups, N data in the batch; w = p(x|z) p(z) / q(z|x), a number a particle
-and datum; θ are the parameters of the model p, φ those of the guide q.
+Notation: S particles in each of G groups, N examples per batch; w = p(x|z) p(z) / q(z|x), one weight per
+particle and example; θ are the parameters of the model p, φ those of the guide q. Bounds are in nats per
+datum.
 
-To add an estimator, derive from `Estimator` and write `bound`, and `surrogate` where the gradient wanted is
-not that of the bound's own estimate.
+A number of particles or groups that is not an integer raises TypeError, one below the minimum ValueError.
+Estimators other than `VIMCO` raise ValueError when differentiated if a site of the guide is not
+reparameterised. `max_plate_nesting` is the number of batch dimensions of the pair's own plates; see `terms`.
+
+A new estimator derives from `Estimator` and implements `bound`, and `surrogate` if the gradient is not that
+of the bound's estimate.
 """
 
 import copy
@@ -40,34 +45,30 @@ __all__ = [
 
 
 class Loss(ELBO):
-    """A `pyro.infer.ELBO` by its `differentiable_loss`."""
+    """Base class of `pyro.infer.ELBO`s defined by their `differentiable_loss`."""
 
     @abstractmethod
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Estimate the loss, shape (), to be differentiated."""
+        """Estimate the loss, shape (), with its gradient."""
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Estimate the loss, and add its gradient to that of the parameters."""
+        """Estimate the loss and accumulate its gradient in the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return warn_if_nan(float(loss.detach()), "loss")
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
-        raise NotImplementedError("traces are not shown; see `terms`")
+        raise NotImplementedError("traces are not available; see `terms`")
 
 
 class Estimator(Loss):
-    """What the estimators share: from terms to losses.
+    """Base class of estimators that reduce terms to losses.
 
     Args:
-        num_particles: S, in each group.
-        num_groups: G, independent groups of particles.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
-
-    Raises:
-        TypeError: If a number is no integer.
-        ValueError: If a number is below 1.
+        num_particles: S, per group.
+        num_groups: G, number of independent groups of particles.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates.
     """
 
     def __init__(self, num_particles: int = 1, num_groups: int = 1, *, max_plate_nesting: int = 1):
@@ -79,25 +80,21 @@ class Estimator(Loss):
 
     @property
     def is_elbo(self) -> bool:
-        """Whether the bound is the ELBO: of one particle, or of groups of one that are averaged."""
+        """Whether the bound is the ELBO: that of groups of one particle is."""
         return self.num_particles == 1
 
     @abstractmethod
     def bound(self, terms: Terms) -> Tensor:
-        """Reduce terms (S · G, N) to the bound's estimate, (N,), in nats per datum."""
+        """Reduce terms (S · G, N) to an estimate of the bound, (N,), in nats per datum."""
 
     def surrogate(self, terms: Terms) -> Tensor:
-        """Reduce terms (S · G, N) to what is differentiated, (N,); by default the bound.
-
-        Raises:
-            ValueError: If a site of the guide is not reparameterised, and the estimator needs it to be.
-        """
+        """Reduce terms (S · G, N) to a tensor, (N,), with the estimator's gradient; by default the bound."""
         self._require_reparameterised(terms)
         return self.bound(terms)
 
     @torch.no_grad()
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Estimate the loss, minus the bound summed over the batch, in nats."""
+        """Estimate the loss, the negative bound summed over the batch, in nats."""
         terms = self.terms(model, guide, *args, **kwargs)
         return warn_if_nan(float(total_loss(terms, self.bound(terms))), "loss")
 
@@ -109,7 +106,7 @@ class Estimator(Loss):
         )
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
-        """Run the pair with all the particles of all groups."""
+        """Compute the terms of all S · G particles."""
         return terms(
             model,
             guide,
@@ -132,37 +129,33 @@ class Estimator(Loss):
 
 
 def total_loss(terms: Terms, per_datum: Tensor) -> Tensor:
-    """Turn a bound per datum into a loss: negated, scaled, summed over the batch."""
+    """Return the loss of a bound per datum: negated, scaled and summed over the batch."""
     return -(terms.scale * per_datum).sum()
 
 
 def with_gradient_of(surrogate: Tensor, *, value: Tensor) -> Tensor:
-    """Give a tensor with one tensor's value and another's gradient."""
+    """Return a tensor with the value of `value` and the gradient of `surrogate`."""
     return value.detach() + (surrogate - surrogate.detach())
 
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
-    """Log of the mean of weights over the first dimension."""
+    """Return the log of the mean weight over the first dimension."""
     return log_weight.logsumexp(0) - math.log(len(log_weight))
 
 
 class IWAE(Estimator):
-    r"""Importance-weighted bound; with groups, their mean (MIWAE).
+    r"""Importance-weighted bound; with groups, the mean of their bounds (MIWAE).
 
     .. math:: L_S(x) = E \log \frac1S \sum_{s=1}^S w_s, \qquad z_s \sim q(z|x)
 
-    in nats per datum. L_1 is the ELBO; the bound rises with S, to log p(x). Its signal-to-noise ratio rises
-    as √S in the gradient of θ but falls as 1/√S in that of φ, which groups mend: the mean over G of them
-    has L_S for its expectation, and a gradient of 1/G the variance.
+    in nats per datum. L_1 is the ELBO; the bound increases with S, to log p(x). The signal-to-noise ratio
+    of the gradient increases as √S for θ but decreases as 1/√S for φ. Groups counter the latter: the mean of
+    G groups has the expectation L_S, and a gradient of 1/G the variance.
 
     Args:
-        num_particles: S, in each group.
+        num_particles: S, per group.
         num_groups: G.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
-
-    Raises:
-        TypeError: If a number is no integer.
-        ValueError: If a number is below 1; when differentiated, if the guide is not reparameterised.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates.
 
     Source:
         Y. Burda, R. Grosse, R. Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519.
@@ -177,17 +170,17 @@ class IWAE(Estimator):
         super().__init__(num_particles, num_groups, max_plate_nesting=max_plate_nesting)
 
     def bound(self, terms: Terms) -> Tensor:
-        """Average over groups the log mean weight of each."""
+        """Average the log mean weights of the groups."""
         groups = terms.log_weight.unflatten(0, (self.num_particles, self.num_groups))
         return log_mean_exp(groups).mean(0)
 
 
 class PIWAE(IWAE):
-    r"""Partially importance-weighted bound: θ learns by IWAE of all S · G particles, φ by MIWAE.
+    r"""Partially importance-weighted bound: θ is trained by IWAE of all S · G particles, φ by MIWAE.
 
     .. math:: \nabla_\theta L_{SG}, \qquad \nabla_\phi \frac1G \sum_{g=1}^G \log \frac1S \sum_{s=1}^S w_{gs}
 
-    The value is L_SG, in nats per datum. Arguments, errors and shapes as for `IWAE`.
+    The value is L_SG, in nats per datum. Arguments are those of `IWAE`.
 
     Source:
         T. Rainforth et al. (2018), Tighter variational bounds are not necessarily better, arXiv:1802.04537.
@@ -202,24 +195,24 @@ class PIWAE(IWAE):
 
     @property
     def is_elbo(self) -> bool:
-        """Whether it is; the groups are not averaged."""
+        """Whether the bound is the ELBO: that of one particle in all is, as groups are not averaged."""
         return self.num_particles * self.num_groups == 1
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the log mean weight of all particles."""
+        """Return the log mean weight of all particles."""
         return log_mean_exp(terms.log_weight)
 
     def surrogate(self, terms: Terms) -> Tensor:
-        """Weigh the gradients in θ over all particles, those in φ within groups."""
+        """Weight gradients in θ over all particles, and gradients in φ within groups."""
         self._require_reparameterised(terms)
         log_weight = terms.log_weight.detach()
         in_groups = log_weight.unflatten(0, (self.num_particles, self.num_groups)).softmax(0)
         guide_weight = in_groups.flatten(0, 1) / self.num_groups
-        # The model's weight may underflow where the guide's is not small. Weights below eps² are lost in
-        # rounding beside the largest, so that raising them to it changes no gradient.
+        # The model's weight may underflow where the guide's does not, and is a divisor below. A weight below
+        # eps² is lost in rounding next to the largest, so that clamping it there changes no gradient.
         floor = torch.finfo(log_weight.dtype).eps ** 2
         model_weight = log_weight.softmax(0).clamp(min=floor)
-        # The gradient of log p through z has the factor model_weight below, and is to have guide_weight.
+        # The sum below gives the gradient of log p through z the factor model_weight, not guide_weight.
         terms.scale_path_gradients(guide_weight / model_weight)
         log_joint = terms.log_likelihood + terms.kl_weight * terms.log_prior
         return (model_weight * log_joint - guide_weight * terms.kl_weight * terms.log_guide).sum(0)
@@ -235,12 +228,10 @@ class CIWAE(Estimator):
     Args:
         beta: Weight of the ELBO, 0 ≤ β ≤ 1.
         num_particles: S.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates.
 
     Raises:
-        TypeError: If `num_particles` is no integer.
-        ValueError: If `num_particles` is below 1 or β outside [0, 1]; when differentiated, if the guide is
-            not reparameterised.
+        ValueError: If β lies outside [0, 1].
 
     Source:
         T. Rainforth et al. (2018), Tighter variational bounds are not necessarily better, arXiv:1802.04537.
@@ -257,7 +248,7 @@ class CIWAE(Estimator):
         self.beta = beta
 
     def bound(self, terms: Terms) -> Tensor:
-        """Mix the mean log weight and the log mean weight."""
+        """Combine the mean log weight and the log mean weight."""
         log_weight = terms.log_weight
         return self.beta * log_weight.mean(0) + (1 - self.beta) * log_mean_exp(log_weight)
 
@@ -270,18 +261,16 @@ class Renyi(Estimator):
 
     .. math:: L_\alpha(x) = \frac1{1 - \alpha} E \log \frac1S \sum_{s=1}^S w_s^{1 - \alpha}
 
-    in nats per datum. α = 0 is the importance-weighted bound, α → 1 the ELBO. It falls as α grows; for α < 0
-    it may exceed log p(x).
+    in nats per datum. α = 0 is the importance-weighted bound, α → 1 the ELBO. It decreases with α, and may
+    exceed log p(x) if α < 0.
 
     Args:
-        alpha: α, any finite number but 1.
+        alpha: α, any finite number except 1.
         num_particles: S.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates.
 
     Raises:
-        TypeError: If `num_particles` is no integer.
-        ValueError: If `num_particles` is below 1, or α is 1 or not finite; when differentiated, if the guide
-            is not reparameterised.
+        ValueError: If α is 1 or not finite.
 
     Source:
         Y. Li, R. E. Turner (2016), Rényi divergence variational inference, arXiv:1602.02311.
@@ -298,7 +287,7 @@ class Renyi(Estimator):
         self.alpha = alpha
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the log mean of the weights' powers."""
+        """Return the log mean of the weights to the power 1 − α, over 1 − α."""
         return log_mean_exp((1 - self.alpha) * terms.log_weight) / (1 - self.alpha)
 
     def __repr__(self) -> str:
@@ -306,22 +295,20 @@ class Renyi(Estimator):
 
 
 class STL(Estimator):
-    r"""ELBO whose gradient in φ comes through the draws alone: sticking the landing.
+    r"""ELBO with the path gradient in φ, through the draws alone: sticking the landing.
 
     .. math:: \mathrm{ELBO}(x) = E \log w, \qquad
         \nabla_\phi = E \, \frac{\partial \log w}{\partial z} \frac{\partial z}{\partial \phi}
 
-    in nats per datum. What is left out, the score ∂ log q(z|x) / ∂φ at fixed z, has mean zero; without it the
-    gradient is still unbiased, and where q(z|x) = p(z|x) it is zero for every single draw.
+    in nats per datum. The omitted score, ∂ log q(z|x) / ∂φ at fixed z, has mean zero. The gradient is
+    therefore unbiased, and it is zero for every draw if q(z|x) = p(z|x).
 
     Args:
         num_particles: S, averaged.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates.
 
     Raises:
-        TypeError: If a number is no integer.
-        ValueError: If a number is below 1; when differentiated, if the guide is not reparameterised, or can
-            only score what it has just drawn.
+        ValueError: When differentiated, if the guide cannot score given values; see `Terms.log_score`.
 
     Source:
         G. Roeder, Y. Wu, D. Duvenaud (2017), Sticking the landing, arXiv:1703.09194.
@@ -333,7 +320,7 @@ class STL(Estimator):
 
     @property
     def is_elbo(self) -> bool:
-        """Whether it is: always, for the particles are averaged."""
+        """Always True: the bound averages single-sample ELBOs."""
         return True
 
     def bound(self, terms: Terms) -> Tensor:
@@ -341,23 +328,21 @@ class STL(Estimator):
         return terms.log_weight.mean(0)
 
     def surrogate(self, terms: Terms) -> Tensor:
-        """Take the score away from the gradient."""
+        """Remove the score from the gradient."""
         self._require_reparameterised(terms)
         return (terms.log_weight + terms.kl_weight * terms.log_score).mean(0)
 
 
 class DReG(Estimator):
-    r"""Importance-weighted bound whose gradient in φ is doubly reparameterised.
+    r"""Importance-weighted bound with a doubly reparameterised gradient in φ.
 
     .. math:: \nabla_\theta = E \sum_s \tilde w_s \frac{\partial \log w_s}{\partial \theta}, \qquad
         \nabla_\phi = E \sum_s \tilde w_s^2 \, \frac{\partial \log w_s}{\partial z_s}
         \frac{\partial z_s}{\partial \phi}, \qquad \tilde w_s = \frac{w_s}{\sum_r w_r}
 
-    in nats per datum. The bound is L_S, as for `IWAE`, and the gradient in θ is the same; that in φ has the
-    same mean, and a signal-to-noise ratio that rises with S, as √S, where IWAE's falls. With weight β on the
-    KL, w̃² becomes (1 − β) w̃ + β w̃². With S = 1 it is `STL`.
-
-    Arguments and errors as for `STL`.
+    in nats per datum. The bound L_S and the gradient in θ are those of `IWAE`. The gradient in φ has the same
+    mean, and its signal-to-noise ratio increases as √S, where that of IWAE decreases. A weight β on the KL
+    changes w̃² to (1 − β) w̃ + β w̃². S = 1 gives `STL`. Arguments and errors are those of `STL`.
 
     Source:
         G. Tucker, D. Lawson, S. Gu, C. J. Maddison (2019), Doubly reparameterized gradient estimators for
@@ -372,39 +357,33 @@ class DReG(Estimator):
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the log mean weight."""
+        """Return the log mean weight."""
         return log_mean_exp(terms.log_weight)
 
     def surrogate(self, terms: Terms) -> Tensor:
-        """Weigh gradients in θ by w̃, and those through the draws by w̃ once more."""
+        """Weight gradients in θ by w̃, and gradients through the draws by w̃²."""
         self._require_reparameterised(terms)
         weight = terms.log_weight.detach().softmax(0)
         path_weight = 1 - terms.kl_weight + terms.kl_weight * weight
-        terms.scale_path_gradients(path_weight)  # of the gradient of log p through z: w̃ becomes w̃²
+        terms.scale_path_gradients(path_weight)  # changes the factor w̃ of log p's gradient in z to w̃²
         log_joint = terms.log_likelihood + terms.kl_weight * terms.log_prior
-        path = terms.kl_weight * (
-            terms.log_score - terms.log_guide
-        )  # of −log q, its gradient through z alone
+        path = terms.kl_weight * (terms.log_score - terms.log_guide)  # the path gradient of −log q
         return (weight * (log_joint + path_weight * path)).sum(0)
 
 
 class VIMCO(Estimator):
-    r"""Importance-weighted bound for guides that are not, or not all, reparameterised.
+    r"""Importance-weighted bound for guides with sites that are not reparameterised.
 
     .. math:: \nabla_\phi = E \sum_s (\hat L - \hat L_{-s}) \frac{\partial \log q(z_s|x)}{\partial \phi}
         + \sum_s \tilde w_s \frac{\partial \log w_s}{\partial \phi}, \qquad
         \hat L_{-s} = \log \frac1S \Big( \sum_{r \ne s} w_r + \prod_{r \ne s} w_r^{1/(S-1)} \Big)
 
-    in nats per datum: the score-function estimator, in which each particle's signal is what it adds to the
-    bound L_S over a baseline from the others. Sites that are reparameterised take no part in the first sum.
+    in nats per datum: the score-function estimator, with the other particles as baseline of each particle's
+    learning signal. The first sum is over sites that are not reparameterised.
 
     Args:
         num_particles: S ≥ 2.
-        max_plate_nesting: Dimensions that the pair's own plates take; see `terms`.
-
-    Raises:
-        TypeError: If a number is no integer.
-        ValueError: If `num_particles` is below 2, or `max_plate_nesting` below 1.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates.
 
     Source:
         A. Mnih, D. J. Rezende (2016), Variational inference for Monte Carlo objectives, arXiv:1602.06725.
@@ -419,40 +398,39 @@ class VIMCO(Estimator):
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
 
     def bound(self, terms: Terms) -> Tensor:
-        """Take the log mean weight."""
+        """Return the log mean weight."""
         return log_mean_exp(terms.log_weight)
 
     def surrogate(self, terms: Terms) -> Tensor:
-        """Add the score, weighed by each particle's own contribution."""
+        """Add the score, weighted by the learning signal of each particle."""
         bound = self.bound(terms)
         signal = bound.detach() - _leave_one_out(terms.log_weight.detach())
         return bound + (signal * terms.log_score_function).sum(0)
 
 
 def _leave_one_out(log_weight: Tensor) -> Tensor:
-    """Log mean weight (S, N), each particle's weight replaced by the geometric mean of the others'.
+    """Compute the log mean weight, (S, N), with each weight replaced by the geometric mean of the others.
 
-    Where the others' weights are all 0 it is 0 and not −∞: a baseline may be any number that does not depend
-    on the particle itself.
+    If the other weights are all 0 the result is 0, not −∞: any baseline that does not depend on the particle
+    itself is valid.
     """
     num_particles = len(log_weight)
-    nothing = torch.full_like(log_weight[:1], -math.inf)
-    # summed from both ends, and not by subtraction: a weight of 0 is −∞ here, and −∞ − (−∞) is NaN
-    before = torch.cat([nothing, log_weight.logcumsumexp(0)[:-1]])
-    after = torch.cat([log_weight.flip(0).logcumsumexp(0).flip(0)[1:], nothing])
+    log_zero = torch.full_like(log_weight[:1], -math.inf)
+    # Sum from both ends: subtracting a particle from the total gives −∞ − (−∞) = NaN for a weight of 0.
+    before = torch.cat([log_zero, log_weight.logcumsumexp(0)[:-1]])
+    after = torch.cat([log_weight.flip(0).logcumsumexp(0).flip(0)[1:], log_zero])
     log_sum = torch.logaddexp(before, after)
-    before = torch.cat([torch.zeros_like(nothing), log_weight.cumsum(0)[:-1]])
-    after = torch.cat([log_weight.flip(0).cumsum(0).flip(0)[1:], torch.zeros_like(nothing)])
+    before = torch.cat([torch.zeros_like(log_zero), log_weight.cumsum(0)[:-1]])
+    after = torch.cat([log_weight.flip(0).cumsum(0).flip(0)[1:], torch.zeros_like(log_zero)])
     geometric_mean = (before + after) / (num_particles - 1)
     baseline = torch.logaddexp(log_sum, geometric_mean) - math.log(num_particles)
     return baseline.where(log_sum > -math.inf, 0.0)
 
 
 def label(estimator: ELBO) -> str:
-    """Name an estimator by its class and the settings that differ from their defaults.
+    """Return an estimator's class name and the settings that differ from their defaults.
 
-    Not by `max_plate_nesting`, which says something of the pair, and which Pyro's estimators change when
-    they first see one.
+    Omits `max_plate_nesting`: it describes the model, and Pyro sets it at the first call.
 
     Example:
         >>> from pyro.infer import Trace_ELBO
@@ -472,7 +450,7 @@ def label(estimator: ELBO) -> str:
 
 
 def family(estimator: ELBO) -> str:
-    """Name an estimator but for its number of particles, S.
+    """Return an estimator's label with S in place of its number of particles.
 
     Example:
         >>> from pyro.infer import Trace_ELBO
@@ -481,7 +459,7 @@ def family(estimator: ELBO) -> str:
     """
     kind = copy.copy(estimator)
     kind.num_particles = "S"
-    if isinstance(getattr(estimator, "estimator", None), ELBO):  # it is wrapped, as by KLWeighted
+    if isinstance(getattr(estimator, "estimator", None), ELBO):  # wrapped, as by KLWeighted
         kind.estimator = copy.copy(kind.estimator)
         kind.estimator.num_particles = "S"
     return label(kind)

@@ -1,12 +1,12 @@
-"""Weight the KL of an estimator: β, constant or scheduled, and free bits.
+"""Weight on the KL of an estimator: β, constant or scheduled, and free bits.
 
-The value of a loss stays that of the estimator with β = 1; its gradient is weighted.
+A loss keeps the value of the wrapped estimator, with β = 1; only its gradient is weighted.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
@@ -18,40 +18,44 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from pyro_vae.objectives.estimators import Estimator, Loss, label, total_loss, with_gradient_of
-from pyro_vae.objectives.sites import Program, Site, Sites, kl_by_table, kl_fault, site_family
+from pyro_vae.objectives.sites import (
+    Program,
+    Site,
+    Sites,
+    kl_invalid_reason,
+    masked_log_prob,
+    registered_kl,
+    site_family,
+)
 
 __all__ = ["KLWeighted", "inner_estimator"]
 
-# The weighted loss; the loss with β = 1; guide's and latent sites of each run; particles within a run
-_Evaluated = tuple[Tensor, Tensor, list[tuple[Sites, Sites]], int]
-
 
 class KLWeighted(Loss):
-    r"""Another weight on the KL of an estimator: β, constant or scheduled, and free bits.
+    r"""Estimator with a weight β on its KL, constant or scheduled, and with free bits.
 
     .. math:: \text{minimised:}\quad -E_q[\log p(x|z)] + \beta \sum_k \max(\lambda, \mathrm{KL}_k), \qquad
         \text{reported:}\quad -E_q[\log p(x|z)] + \mathrm{KL}(q(z|x) \,\|\, p(z))
 
-    Only the gradient is weighted: the value of every loss stays the wrapped estimator's own, the one with
-    β = 1 and without free bits, on the same draws. So what is logged is comparable all through a schedule,
-    and is a bound on log p(x). `objective` gives the weighted value.
+    Only the gradient is weighted. The value of a loss is that of the wrapped estimator on the same draws,
+    with β = 1 and without free bits, so that it is a bound on log p(x) and comparable throughout a schedule.
+    `objective` returns the weighted value.
 
-    In a multi-sample bound β weighs log p(z) − log q(z|x) within each log w. With free bits, which only the
-    ELBO can have, a latent dimension (or z as a whole) whose KL, averaged over the batch, is below λ is not
-    pushed further down. (A bound of S particles pulls on the KL about 1/S as much: λ would push it up.)
+    In a multi-sample bound, β weights log p(z) − log q(z|x) within each log w. Free bits are only for the
+    ELBO: the gradient does not reduce the KL of a latent dimension (or of z), averaged over the batch, below
+    λ. In a bound of S particles, the gradient of the KL is about 1/S as large, so that λ would increase it.
 
     Args:
         estimator: An `Estimator`, or Pyro's `Trace_ELBO` or `TraceMeanField_ELBO`.
-        beta: β ≥ 0, or a function from the step (0, 1, ...) to it. Each gradient is a step: it is counted in
-            `steps`, which can be set to resume.
+        beta: β ≥ 0, or a function from the step (0, 1, ...) to β. Each gradient is one step; set `steps`, the
+            number of steps taken, to resume a schedule.
         free_bits: λ ≥ 0, in bits.
-        per: Whether λ is for each latent "dimension" or for the "total".
+        per: "dimension" for λ per latent dimension, "total" for λ in all.
 
     Raises:
-        TypeError: If the estimator is another, or β neither a number nor a function.
-        ValueError: If β or `free_bits` is negative or not finite; with free bits, if the estimator's bound
-            is not the ELBO, and when differentiated, if the KL of a latent site has no closed form, or none
-            by dimensions.
+        TypeError: If the estimator is of another class, or β is neither a number nor a function.
+        ValueError: If β or `free_bits` is negative or not finite; with free bits, if the bound is not the
+            ELBO, or, when differentiated, if the KL of a latent site has no closed form (per dimension).
 
     Source:
         I. Higgins et al. (2017), beta-VAE; S. R. Bowman et al. (2016), Generating sentences from a continuous
@@ -73,7 +77,8 @@ class KLWeighted(Loss):
         free_bits: float = 0.0,
         per: Literal["dimension", "total"] = "dimension",
     ):
-        # Not their subclasses: the surrogate of some is not affine in β, and Pyro's Jit classes would fix it.
+        # Subclasses of Pyro's estimators are excluded: some have surrogates that are not affine in β, and the
+        # Jit classes would record β as a constant.
         if not isinstance(estimator, Estimator) and type(estimator) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise TypeError(
                 "KLWeighted takes one of this library's estimators, Trace_ELBO or TraceMeanField_ELBO; got "
@@ -86,8 +91,8 @@ class KLWeighted(Loss):
             raise ValueError(f'per must be "dimension" or "total"; got {per!r}')
         if free_bits and isinstance(estimator, Estimator) and not estimator.is_elbo:
             raise ValueError(
-                f"free bits are for the ELBO, but {estimator!r} has the KL within its weights, whose pull on "
-                "it is another: wrap Trace_ELBO, TraceMeanField_ELBO, STL, or IWAE(1, num_groups=...)"
+                f"free bits are for the ELBO, but {estimator!r} has the KL within its weights, where its "
+                "gradient differs: wrap Trace_ELBO, TraceMeanField_ELBO, STL, or IWAE(1, num_groups=...)"
             )
         super().__init__(num_particles=estimator.num_particles, retain_graph=estimator.retain_graph)
         self.estimator = estimator
@@ -104,11 +109,11 @@ class KLWeighted(Loss):
         return beta
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Estimate the loss of the wrapped estimator, which has β = 1."""
+        """Estimate the loss of the wrapped estimator, with β = 1."""
         return self.estimator.loss(model, guide, *args, **kwargs)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Estimate the loss with β = 1, with the gradient of the weighted one; counts a step."""
+        """Estimate the loss with β = 1, with the gradient of the weighted loss; count a step."""
         beta = self.beta
         self.steps += torch.is_grad_enabled()
         return self.differentiable_loss_at(beta, model, guide, *args, **kwargs)
@@ -116,93 +121,24 @@ class KLWeighted(Loss):
     def differentiable_loss_at(
         self, beta: float | Tensor, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Give `differentiable_loss` with a β of the caller's, which may be a tensor; counts no step."""
+        """Estimate `differentiable_loss` for a given β, which may be a tensor; count no step."""
         objective, value = self._evaluate(beta, model, guide, args, kwargs)
         return with_gradient_of(objective, value=value)
 
     def objective(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Estimate the weighted loss, value and gradient, with β of the next step; counts no step."""
+        """Estimate the weighted loss, value and gradient, with β of the next step; count no step."""
         return self._evaluate(self.beta, model, guide, args, kwargs)[0]
 
     def _evaluate(
         self, beta: float | Tensor, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """The weighted loss, and the value of the loss with β = 1 on the same draws."""
-        evaluate = self._ours if isinstance(self.estimator, Estimator) else self._pyros
-        objective, value, runs, particles = evaluate(beta, model, guide, args, kwargs)
+        """Return the weighted loss, and the loss with β = 1 on the same draws."""
+        weight_kl = _weight_terms if isinstance(self.estimator, Estimator) else _weight_scales
+        objective, value, runs, particles = weight_kl(self.estimator, beta, model, guide, *args, **kwargs)
         if self.free_bits:
-            penalties = [self._free_bits_penalty(guide, latent, particles) for guide, latent in runs]
+            penalties = [_free_bits_penalty(run, particles, self.free_bits, self.per) for run in runs]
             objective = objective + beta * sum(penalties) / len(runs)
         return objective, value
-
-    def _ours(
-        self, beta: float | Tensor, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
-    ) -> _Evaluated:
-        """Weigh an `Estimator`'s KL in its terms."""
-        terms = self.estimator.terms(model, guide, *args, **kwargs)
-        weighted = replace(terms, kl_weight=beta)
-        objective = with_gradient_of(
-            total_loss(terms, self.estimator.surrogate(weighted)),
-            value=total_loss(terms, self.estimator.bound(weighted)),
-        )
-        value = total_loss(terms, self.estimator.bound(terms))
-        return objective, value, [(terms.sites.guide, terms.sites.latent)], terms.sites.num_particles
-
-    def _pyros(
-        self, beta: float | Tensor, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
-    ) -> _Evaluated:
-        """Weigh a Pyro estimator's KL by the scale of the latent sites, in all of its runs of the pair."""
-        if isinstance(poutine.unwrap(guide), Messenger):
-            raise TypeError("KLWeighted takes no GuideMessenger: give a guide that is a function")
-        weighing = _WeighLatents(beta)
-        with weighing:
-            objective = self.estimator.differentiable_loss(
-                weighing.model(model), weighing.guide(guide), *args, **kwargs
-            )
-        runs = [run for run in weighing.runs if run[0]]
-        if not runs:
-            raise ValueError("the guide has no sample site: there is no KL to weigh")
-        # the loss is −E_q[log p(x|z)] + β KL; adding (1 − β) KL of the same draws makes it that with β = 1
-        value = objective.detach() + (1 - beta) * self._kl(runs) / self.num_particles
-        return objective, value, runs, self.num_particles // len(runs)
-
-    @torch.no_grad()
-    def _kl(self, runs: list[tuple[Sites, Sites]]) -> Tensor:
-        """The KL as Pyro's estimator takes it, summed over the batch and particles, unweighted."""
-        total = torch.zeros(())
-        for guide, latent in runs:
-            for name, q in guide.items():
-                p = latent.get(name)
-                kl = None
-                if p is not None and isinstance(self.estimator, TraceMeanField_ELBO):
-                    kl = kl_by_table(q, p)
-                if kl is None:
-                    total = total + _scaled(q["fn"].log_prob(q["value"]), q).sum()
-                    if p is not None:
-                        total = total - _scaled(p["fn"].log_prob(p["value"]), p).sum()
-                else:
-                    total = total + (kl * q["scale"]).sum()
-        return total
-
-    def _free_bits_penalty(self, guide: Sites, latent: Sites, particles: int) -> Tensor:
-        """What max(λ, KL) adds to the KL, summed over the batch."""
-        if list(guide) != list(latent):
-            raise ValueError(
-                f"free bits need the KL in closed form, but the guide draws {list(guide)} and the model "
-                f"{list(latent)}: draw the same sites in the same order"
-            )
-        kls, counts = [], []
-        for name, q in guide.items():
-            if sum(frame.vectorized for frame in q["cond_indep_stack"]) > 1 + (particles > 1):
-                raise ValueError(f"free bits are for sites in one plate, but {name!r} lies in several")
-            kl = _closed_kl(name, q, latent[name], by_dimension=self.per == "dimension")
-            batch_dims = tuple(range(kl.dim() - 1))
-            kls.append(_scaled(kl, q, event_dim=1).sum(batch_dims) / particles)
-            counts.append(_scaled(torch.ones_like(kl), q, event_dim=1).sum(batch_dims) / particles)
-        floor = self.free_bits * math.log(2)
-        if self.per == "total":
-            return (floor * torch.cat(counts).max() - torch.cat(kls).sum()).relu()
-        return (floor * torch.cat(counts) - torch.cat(kls)).relu().sum()
 
     def __repr__(self) -> str:
         beta = "schedule" if callable(self.schedule) else self.schedule
@@ -211,7 +147,7 @@ class KLWeighted(Loss):
 
 
 def inner_estimator(loss: ELBO) -> ELBO:
-    """Return the estimator that a `KLWeighted` holds, or the loss itself.
+    """Return the estimator that a `KLWeighted` wraps, or the loss itself.
 
     Example:
         >>> label(inner_estimator(KLWeighted(Trace_ELBO(), 0.5)))
@@ -220,77 +156,166 @@ def inner_estimator(loss: ELBO) -> ELBO:
     return loss.estimator if isinstance(loss, KLWeighted) else loss
 
 
-class _WeighLatents(Messenger):
-    """Scale the latent sites of model and guide by β, and keep them with the scale that they had.
-
-    To be entered around an ELBO: Pyro's handlers see a site from the inside out before it is sampled, so that
-    this one, the outermost, sees it last, with the scale that plates have given it; after it, the other way
-    round.
-    """
-
-    def __init__(self, weight: float | Tensor):
-        super().__init__()
-        self.weight = weight
-        self.runs: list[tuple[Sites, Sites]] = []
-        self.in_guide = False
-        self.scale: float | Tensor = 1.0  # of the site that is being sampled, without β
-
-    def guide(self, program: Program) -> Program:
-        def guide(*args: Any, **kwargs: Any) -> Any:
-            self.in_guide = True
-            self.runs.append(({}, {}))
-            return program(*args, **kwargs)
-
-        return guide
-
-    def model(self, program: Program) -> Program:
-        def model(*args: Any, **kwargs: Any) -> Any:
-            self.in_guide = False
-            return program(*args, **kwargs)
-
-        return model
-
-    def _weighs(self, site: Any) -> bool:
-        return not site_is_subsample(site) and (self.in_guide or not site["is_observed"])
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if self._weighs(msg):
-            self.scale = msg["scale"]
-            msg["scale"] = self.scale * self.weight
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if self._weighs(msg):
-            guide, latent = self.runs[-1]
-            (guide if self.in_guide else latent)[msg["name"]] = {**msg, "scale": self.scale}
-
-
-def _scaled(tensor: Tensor, site: Site, *, event_dim: int = 0) -> Tensor:
-    """Scale and mask a tensor of a site's batch shape, with event dimensions on the right."""
-    scale, mask = (
-        x[(..., *(None,) * event_dim)] if isinstance(x, Tensor) else x for x in (site["scale"], site["mask"])
-    )
-    return scale_and_mask(tensor, scale, mask)
-
-
-def _closed_kl(name: str, q: Site, p: Site, *, by_dimension: bool) -> Tensor:
-    """The KL of a latent site, (*batch_shape, K) by dimensions or (*batch_shape, 1) in total."""
-    pair = q["fn"], p["fn"]
-    if by_dimension and all(isinstance(fn, Independent) for fn in pair):
-        pair = pair[0].base_dist, pair[1].base_dist
-    try:
-        if kl_fault(q, p) or (by_dimension and pair[0].event_dim > 0):
-            raise NotImplementedError
-        kl = kl_divergence(*pair)
-    except NotImplementedError:
-        raise ValueError(
-            f"free bits need the KL of the site {name!r} in closed form{' by dimensions' * by_dimension}, "
-            f"which is not known for {site_family(q)} and {site_family(p)}"
-        ) from None
-    return kl.reshape(*q["fn"].batch_shape, -1)
-
-
 def _require_weight(name: str, value: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be finite and at least 0; got {value}")
+
+
+# Weighting --------------------------------------------------------------------------------------------------
+
+
+class _Run(NamedTuple):
+    """Sites of the guide and latent sites of the model in one run of a pair."""
+
+    guide: Sites
+    latent: Sites
+
+
+class _Weighted(NamedTuple):
+    """Weighted loss, its value with β = 1 on the same draws, and the sites of each run of the pair."""
+
+    objective: Tensor
+    value: Tensor
+    runs: list[_Run]
+    particles: int  # of each run
+
+
+def _weight_terms(
+    estimator: Estimator, beta: float | Tensor, model: Program, guide: Program, /, *args: Any, **kwargs: Any
+) -> _Weighted:
+    """Weight the KL of an `Estimator` in its terms."""
+    terms = estimator.terms(model, guide, *args, **kwargs)
+    weighted = replace(terms, kl_weight=beta)
+    surrogate = total_loss(terms, estimator.surrogate(weighted))
+    objective = with_gradient_of(surrogate, value=total_loss(terms, estimator.bound(weighted)))
+    value = total_loss(terms, estimator.bound(terms))
+    runs = [_Run(terms.sites.guide, terms.sites.latent)]
+    return _Weighted(objective, value, runs, terms.sites.num_particles)
+
+
+def _weight_scales(
+    estimator: ELBO, beta: float | Tensor, model: Program, guide: Program, /, *args: Any, **kwargs: Any
+) -> _Weighted:
+    """Weight the KL of one of Pyro's estimators by the scale of the latent sites, in each run of the pair."""
+    if isinstance(poutine.unwrap(guide), Messenger):
+        raise TypeError("KLWeighted takes no GuideMessenger: pass a guide that is a function")
+    scaling = _ScaleLatentSites(beta)
+    with scaling:
+        pair = scaling.in_model(model), scaling.in_guide(guide)
+        objective = estimator.differentiable_loss(*pair, *args, **kwargs)
+    runs = [run for run in scaling.runs if run.guide]
+    if not runs:
+        raise ValueError("the guide has no sample site and therefore no KL to weight")
+    # The objective is −E_q[log p(x|z)] + β KL. Adding (1 − β) KL of the same draws gives the loss with β = 1.
+    kl = _sum_of_kls(runs, analytic=isinstance(estimator, TraceMeanField_ELBO))
+    value = objective.detach() + (1 - beta) * kl / estimator.num_particles
+    return _Weighted(objective, value, runs, estimator.num_particles // len(runs))
+
+
+class _ScaleLatentSites(Messenger):
+    """Multiply the scale of latent sites by a weight, and record the sites with their unweighted scale.
+
+    Must be entered outside an ELBO. Pyro's handlers process a site from the innermost to the outermost before
+    sampling, and in reverse order after it: this one therefore reads the scale after the plates have set it.
+    """
+
+    def __init__(self, weight: float | Tensor):
+        super().__init__()
+        self.weight = weight
+        self.runs: list[_Run] = []
+        self.is_guide = False
+        self.scale: float | Tensor = 1.0  # of the current site, unweighted
+
+    def in_guide(self, program: Program) -> Program:
+        def guide(*args: Any, **kwargs: Any) -> Any:
+            self.is_guide = True
+            self.runs.append(_Run({}, {}))
+            return program(*args, **kwargs)
+
+        return guide
+
+    def in_model(self, program: Program) -> Program:
+        def model(*args: Any, **kwargs: Any) -> Any:
+            self.is_guide = False
+            return program(*args, **kwargs)
+
+        return model
+
+    def _is_latent(self, site: Any) -> bool:
+        return not site_is_subsample(site) and (self.is_guide or not site["is_observed"])
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self._is_latent(msg):
+            self.scale = msg["scale"]
+            msg["scale"] = self.scale * self.weight
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self._is_latent(msg):
+            run = self.runs[-1]
+            (run.guide if self.is_guide else run.latent)[msg["name"]] = {**msg, "scale": self.scale}
+
+
+@torch.no_grad()
+def _sum_of_kls(runs: list[_Run], *, analytic: bool) -> Tensor:
+    """Sum the unweighted KL over sites, batch and particles, sampled or (if known) analytic."""
+    total = torch.zeros(())
+    for guide, latent in runs:
+        for name, q in guide.items():
+            p = latent.get(name)
+            kl = registered_kl(q, p) if p is not None and analytic else None
+            if kl is None:
+                total = total + (masked_log_prob(q, q["value"]) * q["scale"]).sum()
+                if p is not None:
+                    total = total - (masked_log_prob(p, p["value"]) * p["scale"]).sum()
+            else:
+                total = total + (kl * q["scale"]).sum()
+    return total
+
+
+# Free bits --------------------------------------------------------------------------------------------------
+
+
+def _free_bits_penalty(run: _Run, particles: int, free_bits: float, per: str) -> Tensor:
+    """Compute the excess of max(λ, KL) over the KL, summed over the batch."""
+    guide, latent = run
+    if list(guide) != list(latent):
+        raise ValueError(
+            f"free bits need the KL in closed form, but the guide draws {list(guide)} and the model "
+            f"{list(latent)}: draw the same sites in the same order"
+        )
+    kls, counts = [], []
+    for name, q in guide.items():
+        if sum(frame.vectorized for frame in q["cond_indep_stack"]) > 1 + (particles > 1):
+            raise ValueError(f"free bits are for sites in one plate, but {name!r} lies in several")
+        kl = _closed_form_kl(name, q, latent[name], per_dimension=per == "dimension")
+        kls.append(_sum_over_batch(kl, q) / particles)
+        counts.append(_sum_over_batch(torch.ones_like(kl), q) / particles)
+    floor = free_bits * math.log(2)
+    if per == "total":
+        return (floor * torch.cat(counts).max() - torch.cat(kls).sum()).relu()
+    return (floor * torch.cat(counts) - torch.cat(kls)).relu().sum()
+
+
+def _closed_form_kl(name: str, q: Site, p: Site, *, per_dimension: bool) -> Tensor:
+    """Compute the KL of a latent site, (*batch_shape, K) per dimension or (*batch_shape, 1) in total."""
+    pair = q["fn"], p["fn"]
+    if per_dimension and all(isinstance(fn, Independent) for fn in pair):
+        pair = pair[0].base_dist, pair[1].base_dist
+    try:
+        if kl_invalid_reason(q, p) or (per_dimension and pair[0].event_dim > 0):
+            raise NotImplementedError
+        kl = kl_divergence(*pair)
+    except NotImplementedError:
+        raise ValueError(
+            f"free bits need the KL of the site {name!r} in closed form{' per dimension' * per_dimension}, "
+            f"which is not known for {site_family(q)} and {site_family(p)}"
+        ) from None
+    return kl.reshape(*q["fn"].batch_shape, -1)
+
+
+def _sum_over_batch(values: Tensor, site: Site) -> Tensor:
+    """Scale and mask values (*batch_shape, K) of a site, and sum them over the batch, to (K,)."""
+    scale, mask = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in (site["scale"], site["mask"]))
+    return scale_and_mask(values, scale, mask).sum(tuple(range(values.dim() - 1)))

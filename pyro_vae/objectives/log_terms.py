@@ -1,20 +1,20 @@
-"""The terms of every bound, log p(x|z), log p(z) and log q(z|x), from one run of a (model, guide) pair.
+"""Terms of every bound, log p(x|z), log p(z) and log q(z|x), from one run of a (model, guide) pair.
 
-Notation: S particles, N data in the batch. Terms are (S, N), one number a particle and datum, in nats. The
-importance weight is w = p(x|z) p(z) / q(z|x). Of a pair with several latent sites, z stands for them all.
+Notation: S particles, N examples per batch, terms (S, N) in nats per datum; z stands for all latent sites.
+The importance weight is w = p(x|z) p(z) / q(z|x).
 
-A pair is any Pyro model and guide whose sample sites share a plate, the *data plate*, with nothing outside
-it. It is found by name: the plate that every sample site of both lies in, and of several such plates the
-rightmost. Every other plate belongs to the datum, and its dimension is summed over. Subsampling the data
-plate multiplies all log-probabilities alike by its size over the batch's; that factor is no part of a density
-and may not enter a logarithm of weights, so it is kept apart, as `Terms.scale`.
+A pair is any Pyro model and guide whose sample sites all lie in one plate, the *data plate*: the rightmost
+plate that contains every sample site of both. Any other plate is a dimension of the example, and terms are
+summed over it. Subsampling the data plate scales all log-probabilities by its size over the batch size; the
+factor is not part of a density and would be wrong in a logarithm of weights, so that it is kept apart as
+`Terms.scale`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -23,13 +23,15 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
-from pyro_vae.objectives.guide_problems import latent_sites, name_problems
+from pyro_vae.objectives.guide_problems import name_problems
 from pyro_vae.objectives.sites import (
     Program,
     Site,
     Sites,
     analytic_kl,
     data_plate,
+    latent_sites,
+    masked_log_prob,
     require_programs,
     run,
     sample_sites,
@@ -43,16 +45,16 @@ __all__ = ["Terms", "terms"]
 
 @dataclass(frozen=True)
 class Terms:
-    """What one run of a (model, guide) pair gives; see `terms`.
+    """Terms of one run of a (model, guide) pair; see `terms`.
 
     Args:
         log_likelihood: log p(x|z), (S, N).
         log_prior: log p(z), (S, N).
         log_guide: log q(z|x), (S, N).
-        scale: What each datum counts for in a loss, a number or (N,): the size of the data plate over that
-            of the batch, and any `poutine.scale` around the whole pair. Not part of the terms above.
-        sites: The sites behind the terms.
-        kl_weight: β of `log_weight` and `elbo`; 1 but for `KLWeighted`.
+        scale: Weight of each example in a loss, a number or (N,): the size of the data plate over that of
+            the batch, times any `poutine.scale` around the whole pair. Not included in the terms above.
+        sites: The sample sites of the run.
+        kl_weight: β of `log_weight` and `elbo`, 1 except under `KLWeighted`.
     """
 
     log_likelihood: Tensor
@@ -64,24 +66,24 @@ class Terms:
 
     @property
     def log_weight(self) -> Tensor:
-        """Log importance weight, log p(x|z) + β (log p(z) − log q(z|x)), (S, N); with β = 1, log w."""
+        """Log importance weight log p(x|z) + β (log p(z) − log q(z|x)), (S, N); log w if β = 1."""
         return self.log_likelihood + self.kl_weight * (self.log_prior - self.log_guide)
 
     @property
     def elbo(self) -> Tensor:
-        """ELBO by each particle, (S, N): with the KL in closed form where `kl` has it, else sampled."""
+        """Estimate of the ELBO by each particle, (S, N), with the KL `kl` if there is one, else sampled."""
         return self.log_weight if self.kl is None else self.log_likelihood - self.kl_weight * self.kl
 
     @cached_property
     def kl(self) -> Tensor | None:
-        """KL(q(z|x) ‖ p(z)) in closed form, (N,), or None where it has none.
+        """KL(q(z|x) ‖ p(z)) in closed form, (N,), or None.
 
-        The sum of the sites' KLs. Where a site's distributions depend on the draws of others, its KL does
-        too, and the mean over the particles is given: an unbiased estimate that varies less than a sampled
-        KL. None where torch knows no KL for a site's two distributions, where the two carry different masks
-        or the guide's is a Delta with a density, where the guide has auxiliary sites, and where guide and
-        model draw their sites in different order (a site's prior might then depend on its descendants in the
-        guide, and the sum would be wrong).
+        The sum of the KLs of the sites. If the distributions of a site depend on draws of other sites, so
+        does its KL, and the mean over particles is returned: an unbiased estimate with less variance than a
+        sampled KL. None if torch has no KL for the two distributions of a site, if their masks differ, if the
+        guide has a Delta with a density or an auxiliary site, or if guide and model draw their sites in
+        different order (the prior of a site might then depend on its descendants in the guide, and the sum
+        would be wrong).
         """
         guide_sites, latent = self.sites.guide, self.sites.latent
         if list(guide_sites) != list(latent):
@@ -92,27 +94,27 @@ class Terms:
 
     @cached_property
     def log_score(self) -> Tensor:
-        """The log q(z|x) of the same draws held fixed, (S, N): its gradient is the score ∂ log q(z|x) / ∂φ.
+        """Log q(z|x) at the same draws held fixed, (S, N); its gradient is the score ∂ log q(z|x) / ∂φ.
 
-        Taking the score away from the whole gradient of log q(z(φ)|x; φ) leaves the part that comes through
-        the draws. A guide of several sites is run again for it, its draws replayed, because later sites
-        depend on earlier draws; it should then make no random choices of its own, such as dropout's.
+        The gradient of log q(z(φ)|x; φ) minus the score is the path gradient, through the draws. A guide of
+        several sites is run again with its draws replayed, since later sites depend on earlier draws, and
+        should not use other random numbers, such as those of dropout.
 
         Raises:
-            ValueError: If a site can score no other values than those it has just drawn, as with a
-                transform that has no inverse, or is a Delta or factor with a density of its own.
+            ValueError: If a site cannot score fixed values: its transform has no inverse, or it is a Delta or
+                factor whose density depends on parameters.
         """
         return self.sites.log_score()
 
     @property
     def log_score_function(self) -> Tensor:
-        """Sum of log q over the guide's sites that are not reparameterised, (S, N)."""
+        """Sum of log q over the sites of the guide that are not reparameterised, (S, N)."""
         parts = (site["score_function"] for site in self.sites.guide.values())
         return self.sites.sum(part for part in parts if not is_identically_zero(part))
 
     @property
     def unreparameterised(self) -> list[str]:
-        """The guide's sites that depend on parameters to which their draws carry no gradient."""
+        """Names of the guide's sites with parameters that get no gradient through the draws."""
         return [
             name
             for name, site in self.sites.guide.items()
@@ -120,10 +122,9 @@ class Terms:
         ]
 
     def scale_path_gradients(self, weight: Tensor) -> None:
-        """Multiply the gradients of log p(x|z) and log p(z) in the guide's parameters by `weight` (S, N).
+        """Multiply the gradients of log p(x|z) and log p(z) through z by `weight`, (S, N).
 
-        They come through z. Those in the model's own parameters stay as they are. To be called once, before
-        the backward pass.
+        Gradients of the model's own parameters are unchanged. Call once, before the backward pass.
         """
         for name, draw in self.sites.draws.items():
             if draw.requires_grad:
@@ -139,31 +140,29 @@ def terms(
     max_plate_nesting: int = 1,
     **kwargs: Any,
 ) -> Terms:
-    """Run a (model, guide) pair once and give log p(x|z), log p(z), log q(z|x) per particle and datum.
+    """Compute log p(x|z), log p(z) and log q(z|x) per particle and example, from one run of a pair.
 
-    With more than one particle, the pair runs inside one more plate, left of its own: draws, and all that
-    depends on them, gain a dimension of size S on the left. Every term is differentiable in whatever it
-    depends on, through the draws too where they are reparameterised.
+    Several particles are an additional plate, left of the pair's own: draws and all that depends on them get
+    a dimension of size S on the left. Every term is differentiable, also through reparameterised draws.
 
     Args:
         model: A Pyro model. Its observed sites make up log p(x|z), its latent sites log p(z).
-        guide: A Pyro guide of the same arguments, with the model's latent sites and no others, but for sites
-            marked `infer={"is_auxiliary": True}`.
+        guide: A Pyro guide of the same arguments and latent sites, possibly with additional sites marked
+            `infer={"is_auxiliary": True}`.
         *data: Arguments of both.
-        num_particles: S, independent draws from the guide for each datum.
-        max_plate_nesting: How many dimensions the pair's own plates take: 1 if it has a data plate alone.
+        num_particles: S, independent draws from the guide per example.
+        max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
 
     Returns:
-        The terms, (S, N); the KL in closed form, (N,), or None; and the scale that a loss puts back.
+        The terms, (S, N), the KL in closed form, (N,) or None, and the scale to apply in a loss.
 
     Raises:
-        TypeError: If `num_particles` or `max_plate_nesting` is no integer.
-        ValueError: If either is below 1; if no site is observed; if a latent site is missing in the guide or
-            the guide has one too many; if a site lies outside the data plate; if the batch is empty; if
-            sites are scaled differently; if a value lies outside its distribution's support or a
-            distribution's batch shape has a dimension that is no plate's. The message names the site.
-        Exception: Whatever the model or guide raises; `check_guide` explains it.
+        TypeError: If `num_particles` or `max_plate_nesting` is not an integer.
+        ValueError: If either is below 1, the batch is empty, or the pair does not fit: no observed site, a
+            missing or additional latent site, a site outside the data plate, different scales, a value
+            outside its support, or a batch dimension without plate. The message names the site.
+        Exception: Any error of the model or guide; `check_guide` explains it.
 
     Example:
         >>> import torch
@@ -184,7 +183,7 @@ def terms(
     require_programs("terms(vae.model, vae.guide, x)", model, guide)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
-    # Pyro's message shows the name where another plate claims the same dimension.
+    # Pyro quotes the plate's name in its error if another plate uses the same dimension.
     name = f"particles, outside max_plate_nesting={max_plate_nesting} plates"
     particles: AbstractContextManager = nullcontext()
     if num_particles > 1:
@@ -196,17 +195,10 @@ def terms(
     _check_sites(latent, observed, model_sites, guide_sites)
     plate = data_plate(guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=name)
     check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
-    for key, site in guide_sites.items():  # each site is given its log_prob, summed over below
-        site["score_function"] = _scored(f"the guide's site {key!r}", site).score_function
+    for key, site in guide_sites.items():
+        site["score_function"] = _set_log_prob(f"the guide's site {key!r}", site).score_function
     for key, site in model_sites.items():
-        _scored(f"the model's site {key!r}", site)
-
-    def at_fixed_draws() -> Sites:
-        fixed = _with_values(guide_trace, {key: site["value"].detach() for key, site in guide_sites.items()})
-        if len(guide_sites) == 1:
-            return sample_sites(fixed)
-        with particles:
-            return sample_sites(run(poutine.replay(guide, trace=fixed), data, kwargs))
+        _set_log_prob(f"the model's site {key!r}", site)
 
     sites = PairSites(
         guide=guide_sites,
@@ -216,7 +208,7 @@ def terms(
         num_data=next(iter(guide_sites.values()))["log_prob"].shape[plate.dim],
         rank=max_plate_nesting + 1,
         data_dim=plate.dim,
-        at_fixed_draws=at_fixed_draws,
+        at_fixed_draws=partial(_sites_at_fixed_draws, guide, guide_trace, data, kwargs, particles),
     )
     return Terms(
         log_likelihood=sites.sum(site["log_prob"] for site in observed.values()),
@@ -230,119 +222,129 @@ def terms(
 def _run_pair(
     model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], particles: AbstractContextManager
 ) -> tuple[poutine.Trace, poutine.Trace, dict[str, Tensor]]:
-    """Run the guide, then the model at its draws; return both traces and the draws as the model saw them."""
-    with particles, _advised():
+    """Run the guide, then the model at its draws; return both traces and the draws passed to the model."""
+    with particles, _suggesting_check_guide():
         guide_trace = run(guide, data, kwargs)
-        # other views of the draws for the model: `scale_path_gradients` tells the gradients apart by them
+        # The model gets views of the draws, so that `scale_path_gradients` scales its gradients alone.
         draws = {
             key: site["value"].view_as(site["value"])
             for key, site in sample_sites(guide_trace).items()
             if not site["is_observed"]
         }
-        return (
-            guide_trace,
-            run(poutine.replay(model, trace=_with_values(guide_trace, draws)), data, kwargs),
-            draws,
-        )
+        model_trace = run(poutine.replay(model, trace=_with_values(guide_trace, draws)), data, kwargs)
+    return guide_trace, model_trace, draws
+
+
+def _sites_at_fixed_draws(
+    guide: Program,
+    trace: poutine.Trace,
+    data: tuple,
+    kwargs: dict[str, Any],
+    particles: AbstractContextManager,
+) -> Sites:
+    """Run a guide again at the detached draws of a trace; a single site depends on no draw and is reused."""
+    draws = {name: site["value"].detach() for name, site in sample_sites(trace).items()}
+    fixed = _with_values(trace, draws)
+    if len(draws) == 1:
+        return sample_sites(fixed)
+    with particles:
+        return sample_sites(run(poutine.replay(guide, trace=fixed), data, kwargs))
 
 
 def _check_sites(latent: Sites, observed: Sites, model_sites: Sites, guide_sites: Sites) -> None:
     if not latent:
         raise ValueError("the model has no latent site: there is nothing to infer")
     if not observed:
-        raise ValueError("the model observes nothing: give a site the data, by obs=...")
+        raise ValueError("the model observes nothing: pass the data to a site as obs=...")
     for problem in name_problems(model_sites, guide_sites):
         raise ValueError(problem)
 
 
 @contextmanager
-def _advised() -> Iterator[None]:
-    """Say where to ask, when a pair fails with an error of its own."""
+def _suggesting_check_guide() -> Iterator[None]:
+    """Add a note on `check_guide` to any error raised within the block."""
     try:
         yield
     except Exception as error:
-        error.add_note(
-            "pyro_vae.check_guide(model, guide, *data) tells what does not fit, and what to change"
-        )
+        error.add_note("pyro_vae.check_guide(model, guide, *data) explains the error and how to fix it")
         raise
 
 
 @dataclass(frozen=True)
 class PairSites:
-    """The sites of one run of a pair, and where particles and data lie in their batch shapes."""
+    """Sites of one run of a pair, and the positions of particles and examples in their batch shapes."""
 
     guide: Sites
     latent: Sites
-    draws: dict[str, Tensor]  # the latent values, as the model saw them
+    draws: dict[str, Tensor]  # latent values, as passed to the model
     num_particles: int
     num_data: int
-    rank: int  # batch dimensions; the particles' is the leftmost
-    data_dim: int  # from the right, negative
-    at_fixed_draws: Callable[[], Sites]  # the guide's sites, their values and what depends on them detached
+    rank: int  # number of batch dimensions; the leftmost is the particles'
+    data_dim: int  # counted from the right, negative
+    at_fixed_draws: Callable[[], Sites]  # the guide's sites, computed from detached draws
 
     @property
     def data_axis(self) -> int:
-        """The data's place in a batch shape of all dimensions, from the left."""
+        """Index of the data dimension in a full batch shape, counted from the left."""
         return self.rank + self.data_dim
 
     @property
     def other_dims(self) -> list[int]:
-        """The batch dimensions that are neither the particles' nor the data's, from the right, negative."""
+        """Batch dimensions other than the particles' and the data's, counted from the right, negative."""
         return [dim for dim in range(1 - self.rank, 0) if dim != self.data_dim]
 
     def in_full(self, values: Tensor, event_dim: int = 0) -> Tensor:
-        """Give values (*batch, *event) all batch dimensions: the ones that are missing, of size 1."""
+        """Reshape values (*batch, *event) to all batch dimensions, with size 1 for the missing ones."""
         missing = self.rank + event_dim - values.dim()
         return values.reshape((1,) * missing + values.shape)
 
     def sum(self, log_probs: Iterable[Tensor]) -> Tensor:
-        """Add up sites' log-probabilities by particle and datum, other plates' dimensions too: (S, N)."""
-        nothing = next(iter(self.guide.values()))["log_prob"].new_zeros(())
-        total = sum((self._per_datum(log_prob) for log_prob in log_probs), nothing)
+        """Sum log-probabilities over sites and the dimensions of other plates, to (S, N)."""
+        zero = next(iter(self.guide.values()))["log_prob"].new_zeros(())
+        total = sum((self._per_example(log_prob) for log_prob in log_probs), zero)
         return total.expand(self.num_particles, self.num_data)
 
-    def _per_datum(self, log_prob: Tensor) -> Tensor:
+    def _per_example(self, log_prob: Tensor) -> Tensor:
         log_prob = self.in_full(log_prob)
         return log_prob.sum(self.other_dims) if self.other_dims else log_prob
 
     def along(self, weight: Tensor, site: Site) -> Tensor:
-        """Shape `weight` (S, N) so that it multiplies the values of a site."""
+        """Reshape `weight`, (S, N), to broadcast against the values of a site."""
         shape = [1] * self.rank
         shape[0], shape[self.data_dim] = self.num_particles, self.num_data
         batch_dim = site["value"].dim() - site["fn"].event_dim
         return weight.reshape(shape[self.rank - batch_dim :] + [1] * site["fn"].event_dim)
 
     def log_score(self) -> Tensor:
-        """Score the fixed draws; see `Terms.log_score`."""
-        parts = []
+        """Compute log q at fixed draws, (S, N); see `Terms.log_score`."""
+        log_probs = []
         for name, site in self.at_fixed_draws().items():
             try:
-                log_prob = site["fn"].log_prob(site["value"])
+                log_prob = masked_log_prob(site, site["value"])
             except (KeyError, NotImplementedError) as error:
                 raise ValueError(
-                    f"the guide's site {name!r}, a {site_family(site)}, cannot score a value that it has not "
-                    "just drawn (its transform has no inverse); use Trace_ELBO or IWAE"
+                    f"the guide's site {name!r}, a {site_family(site)}, cannot score given values, since its "
+                    "transform has no inverse; use Trace_ELBO or IWAE"
                 ) from error
             if site_family(site) in ("Delta", "Unit") and log_prob.requires_grad:
                 raise ValueError(
-                    f"the guide's site {name!r} carries a Jacobian that depends on parameters, which tells "
-                    "nothing of the density at fixed draws; draw from a TransformedDistribution, or use "
-                    "Trace_ELBO or IWAE"
+                    f"the guide's site {name!r} carries a Jacobian that depends on parameters, so that its "
+                    "density at fixed draws is unknown; use a TransformedDistribution, or Trace_ELBO or IWAE"
                 )
-            parts.append(scale_and_mask(log_prob, 1.0, site["mask"]))
-        return self.sum(parts)
+            log_probs.append(log_prob)
+        return self.sum(log_probs)
 
 
 def _with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:
-    """Copy a trace, with other values at some of its sites."""
+    """Return a copy of a trace with new values at some of its sites."""
     copy = trace.copy()
     for name, value in values.items():
         copy.nodes[name] = {**copy.nodes[name], "value": value}
     return copy
 
 
-def _scored(where: str, site: Site) -> Any:
-    """Enter a site's log_prob, masked but not scaled, and return its parts by kind of gradient."""
+def _set_log_prob(where: str, site: Site) -> Any:
+    """Set a site's `log_prob`, masked but not scaled, and return Pyro's `ScoreParts` of it."""
     try:
         parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
         site["log_prob"] = scale_and_mask(parts.log_prob, 1.0, site["mask"])
@@ -350,7 +352,7 @@ def _scored(where: str, site: Site) -> Any:
     except ValueError as error:
         raise ValueError(
             f"{where} cannot score its value: {error}\n"
-            "Values must lie in the support of their distribution (grey levels lie outside a Bernoulli's: "
-            "binarise them), and a distribution's batch dimensions must be plates' (else .to_event(...))"
+            "Values must lie in the support of their distribution (for a Bernoulli, binarise grey levels), "
+            "and every batch dimension of a distribution must belong to a plate (else use .to_event(...))"
         ) from error
     return parts

@@ -1,6 +1,6 @@
-"""A (model, guide) pair as a Pyro program: its sample sites, and what must hold between them.
+"""Sample sites of a (model, guide) pair: families, plates, scales, masks and analytic KL.
 
-A site is what Pyro records of one `pyro.sample`: its distribution, value, mask, scale and plates.
+A site is Pyro's record of one `pyro.sample`: its distribution, value, mask, scale and plates.
 """
 
 import math
@@ -23,9 +23,10 @@ __all__ = [
     "analytic_kl",
     "check_plates",
     "data_plate",
-    "kl_by_table",
-    "kl_fault",
+    "kl_invalid_reason",
+    "latent_sites",
     "masked_log_prob",
+    "registered_kl",
     "require_programs",
     "run",
     "same_scale",
@@ -41,11 +42,7 @@ Sites = dict[str, Site]
 
 
 def require_programs(call: str, *programs: Any) -> None:
-    """Refuse what is no Pyro program, such as a VAE in place of its model and guide.
-
-    Raises:
-        TypeError: Which shows the right call.
-    """
+    """Raise TypeError, showing the right call, unless all programs are callable: a VAE, for one, is not."""
     for program in programs:
         without_forward = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
         if without_forward or not callable(program):
@@ -60,11 +57,11 @@ def run(program: Program, data: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
     except ZeroDivisionError as error:
         if str(error) != "size cannot be zero":
             raise
-        raise ValueError("a plate has size 0: the batch must hold at least one datum") from error
+        raise ValueError("a plate has size 0: the batch must hold at least one example") from error
 
 
 def sample_sites(trace: poutine.Trace) -> Sites:
-    """Give the sample sites of a trace in order, but for the plates' own and the deterministic ones."""
+    """Return the sample sites of a trace in order, without subsampling and deterministic sites."""
     return {
         name: site
         for name, site in trace.nodes.items()
@@ -74,20 +71,28 @@ def sample_sites(trace: poutine.Trace) -> Sites:
     }
 
 
+def latent_sites(model_sites: Sites) -> Sites:
+    """Return the sites that the model does not observe."""
+    return {name: site for name, site in model_sites.items() if not site["is_observed"]}
+
+
 def site_family(site: Site) -> str:
-    """Name the family of a site's distribution."""
+    """Return the class name of a site's innermost base distribution."""
     *_, innermost = _layers(site)
     return type(innermost).__name__
 
 
 def analytic_kl(guide_site: Site, model_site: Site) -> Tensor | None:
-    """KL of a latent site's two distributions, masked, in their batch shape; None where it is not known."""
-    kl = kl_by_table(guide_site, model_site)
-    return None if kl is None or kl_fault(guide_site, model_site) else kl
+    """Return the masked KL(q ‖ p) of a latent site, in its batch shape, or None if it is unknown."""
+    kl = registered_kl(guide_site, model_site)
+    return None if kl is None or kl_invalid_reason(guide_site, model_site) else kl
 
 
-def kl_by_table(guide_site: Site, model_site: Site) -> Tensor | None:
-    """KL by `kl_divergence` and the guide's mask, right or wrong, as `TraceMeanField_ELBO` takes it."""
+def registered_kl(guide_site: Site, model_site: Site) -> Tensor | None:
+    """Return the KL registered with torch, under the guide's mask as in `TraceMeanField_ELBO`, or None.
+
+    It may be wrong for the site; see `kl_invalid_reason`.
+    """
     try:
         kl = kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:
@@ -95,27 +100,27 @@ def kl_by_table(guide_site: Site, model_site: Site) -> Tensor | None:
     return scale_and_mask(torch.as_tensor(kl), 1.0, guide_site["mask"])
 
 
-def kl_fault(guide_site: Site, model_site: Site) -> str | None:
-    """Say why what `kl_divergence` gives for a site is not its E[log q − log p], if it is not."""
+def kl_invalid_reason(guide_site: Site, model_site: Site) -> str | None:
+    """Explain why a site's registered KL differs from its E[log q − log p], or return None if it does not."""
     masks = zip_longest(_masks(guide_site), _masks(model_site))
     if not all(mask is other or _same_mask(mask, other) for mask, other in masks):
-        return "guide and model carry different masks, and its KL has but one"
+        return "guide and model have different masks, but a KL applies only one"
     *_, innermost = _layers(guide_site)
     if isinstance(innermost, Delta) and innermost.log_density.any():
-        return "the guide's Delta carries a log_density, which its KL leaves out"
+        return "the guide's Delta has a log_density, which its KL leaves out"
     q, p = guide_site["scale"], model_site["scale"]
     if not same_scale(q, p):
         return (
-            f"the guide is scaled by {q} and the model by {p}, and its KL by the guide's scale alone (for a "
-            "weight on the KL, see KLWeighted)"
+            f"the guide is scaled by {q} and the model by {p}, but its KL by the guide's scale alone (to "
+            "weight the KL, use KLWeighted)"
         )
     return None
 
 
 def check_plates(guide_sites: Sites, model_sites: Sites) -> None:
-    """Refuse a pair of which a site lies in a plate of one name in the guide, and of another in the model.
+    """Raise if a site's plate has different names in guide and model.
 
-    Pyro takes them for two: `Trace_ELBO` adds up the same terms, `TraceEnum_ELBO` some of them several times.
+    Pyro treats these as two plates. `Trace_ELBO` is unaffected; `TraceEnum_ELBO` counts terms repeatedly.
     """
     for name, q in guide_sites.items():
         if name not in model_sites:
@@ -125,12 +130,12 @@ def check_plates(guide_sites: Sites, model_sites: Sites) -> None:
             if guide.dim == model.dim and guide.name != model.name:
                 raise ValueError(
                     f"the guide's site {name!r} lies in the plate {guide.name!r}, the model's in "
-                    f"{model.name!r}, and Pyro takes them for two: rename the guide's to {model.name!r}"
+                    f"{model.name!r}: rename the guide's to {model.name!r}, as Pyro matches plates by name"
                 )
 
 
 def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int, ignore: str) -> Any:
-    """Find the plate that all sites lie in, the rightmost of several; `ignore` names the particles'."""
+    """Return the plate that contains all sites, the rightmost of several; `ignore` is the particle plate."""
     frames = {
         where: {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != ignore}
         for where, site in _labelled(guide_sites, model_sites)
@@ -139,8 +144,8 @@ def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int
         for frame in plates.values():
             if frame.dim < -max_plate_nesting:
                 raise ValueError(
-                    f"{where} lies in the plate {frame.name!r} at dim={frame.dim}; give "
-                    f"max_plate_nesting={-frame.dim}, so that the particles stay left of it"
+                    f"{where} lies in the plate {frame.name!r} at dim={frame.dim}; set "
+                    f"max_plate_nesting={-frame.dim}, so that the particle plate stays left of it"
                 )
     everywhere = set.intersection(*(set(plates) for plates in frames.values()))
     if everywhere:
@@ -151,30 +156,30 @@ def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int
     counts = {name: sum(name in plates for plates in frames.values()) for p in frames.values() for name in p}
     if not counts:
         raise ValueError(
-            "no site lies in a plate, so nothing tells one datum from the next: run the model's and the "
-            'guide\'s sites inside `with pyro.plate("data", len(x)):`'
+            "no site lies in a plate, so that examples cannot be separated: draw the sites of the model and "
+            'the guide inside `with pyro.plate("data", len(x)):`'
         )
     plate = max(counts, key=counts.__getitem__)
     outside = [where for where, plates in frames.items() if plate not in plates]
     raise ValueError(
-        f"{outside[0]} lies outside the data plate {plate!r}: all data would share it, and have no terms of "
-        "their own. Draw it inside the plate, or use pyro.infer.Trace_ELBO"
+        f"{outside[0]} lies outside the data plate {plate!r}: all examples would share it, so that terms per "
+        "example do not exist. Draw it inside the plate, or use pyro.infer.Trace_ELBO"
     )
 
 
 def shared_scale(guide_sites: Sites, model_sites: Sites, num_data: int) -> float | Tensor:
-    """Find the factor that all sites' log-probabilities carry: a number, or one a datum, (N,)."""
+    """Return the scale shared by all sites, a number or (N,); raise if they differ."""
     (first, site), *others = _labelled(guide_sites, model_sites)
     scale = site["scale"]
     for where, other in others:
         if not same_scale(scale, other["scale"]):
             raise ValueError(
-                f"{first} is scaled by {scale} and {where} by {other['scale']}: together they are no "
-                "log-density. Scale the pair as a whole, weigh the KL by KLWeighted, and subsample no plate "
-                "but the data's"
+                f"{first} is scaled by {scale} and {where} by {other['scale']}: their sum is not a log "
+                "density. Scale model and guide as a whole, weight the KL with KLWeighted, and subsample "
+                "only the data plate"
             )
     if isinstance(scale, Tensor) and scale.numel() > 1 and scale.shape != (num_data,):
-        raise ValueError(f"a scale must be a number, or of shape ({num_data},); got {tuple(scale.shape)}")
+        raise ValueError(f"a scale must be a number or have shape ({num_data},); got {tuple(scale.shape)}")
     return scale
 
 
@@ -185,7 +190,7 @@ def _labelled(guide_sites: Sites, model_sites: Sites) -> list[tuple[str, Site]]:
 
 
 def _layers(site: Site) -> Iterator[Any]:
-    """The distribution of a site and what it wraps, from the outside in."""
+    """Yield a site's distribution and its nested base distributions, outermost first."""
     fn = site["fn"]
     yield fn
     while hasattr(fn, "base_dist"):
@@ -194,7 +199,7 @@ def _layers(site: Site) -> Iterator[Any]:
 
 
 def _masks(site: Site) -> list[Tensor | bool | None]:
-    """The masks of a site: by `poutine.mask`, and by `.mask` of its distribution."""
+    """Return a site's masks: that of `poutine.mask`, then those of `.mask` on its distributions."""
     return [site["mask"], *(fn._mask for fn in _layers(site) if isinstance(fn, MaskedDistribution))]
 
 
@@ -204,17 +209,17 @@ def _same_mask(a: Tensor | bool | None, b: Tensor | bool | None) -> bool:
 
 
 def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
-    """Whether two sites count alike."""
+    """Return whether two scales are equal."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    return math.isclose(a, b)  # a plate multiplies and divides by its size, which may round
+    return math.isclose(a, b)  # plates multiply and divide by their size, which rounds
 
 
 def vectorized_plates(site: Site) -> list[Any]:
-    """The plates that a site lies in, as Pyro's frames, the outermost first."""
+    """Return the vectorized plates of a site, as Pyro's frames, outermost first."""
     return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda frame: frame.dim)
 
 
 def masked_log_prob(site: Site, value: Tensor) -> Tensor:
-    """Return the log-density of a value under a site's distribution: masked, not scaled."""
+    """Return the log density of a value under a site's distribution, masked but not scaled."""
     return scale_and_mask(site["fn"].log_prob(value), 1.0, site["mask"])

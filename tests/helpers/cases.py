@@ -1,6 +1,6 @@
-"""Every estimator, beside the bound it estimates written slowly and plainly. The property tests run over it.
+"""Every estimator with a simple implementation of the bound it estimates, for the property tests.
 
-A new estimator costs one line in `CASES`.
+A new estimator needs one line in `CASES`.
 """
 
 import math
@@ -18,7 +18,7 @@ from pyro_vae.closed_form import LinearGaussian
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Renyi
 from pyro_vae.objectives.kl_weighting import KLWeighted
 
-N, D = 3, 5  # data, their dimension; particles and latent dimensions differ from both and from each other
+N, D = 3, 5  # examples and their dimension; the numbers of particles and latent dimensions differ from both
 
 
 def elbo(log_weight: Tensor) -> Tensor:
@@ -43,13 +43,13 @@ def powers(log_weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """An estimator and what it estimates.
+    """An estimator and its bound.
 
     Args:
-        make: Its constructor.
-        bound: From log weights (particles, N) to the bound (N,).
-        particles: How many it draws, in all groups.
-        guide_bound: Whose gradient the guide follows, where that is another.
+        make: Constructor of the estimator.
+        bound: Function from log weights (particles, N) to the bound (N,).
+        particles: Number of particles in all groups.
+        guide_bound: Bound whose gradient trains the guide, if different.
         beta: Weight on the KL in the gradient.
     """
 
@@ -61,7 +61,7 @@ class Case:
 
 
 CASES = {
-    "Trace_ELBO": Case(Trace_ELBO, elbo, 1),  # Pyro's own, so that the tests are tested
+    "Trace_ELBO": Case(Trace_ELBO, elbo, 1),  # Pyro's estimator, to test the tests
     "IWAE(1)": Case(lambda: IWAE(1), elbo, 1),
     "IWAE(2)": Case(lambda: IWAE(2), importance, 2),
     "IWAE(4)": Case(lambda: IWAE(4), importance, 4),
@@ -84,9 +84,9 @@ CASES = {
 
 
 class LinearGaussianPair(nn.Module):
-    """z ~ N(0, I), x|z ~ N(Wz + b, c I) and the guide N(loc, L Lᵀ), every datum with parameters of its own.
+    """Pair z ~ N(0, I), x|z ~ N(Wz + b, c I) with guide N(loc, L Lᵀ), with parameters per example.
 
-    Gradients of a sum over the data are then gradients per datum.
+    Gradients of a sum over examples are therefore gradients per example.
     """
 
     MODEL, GUIDE = ("W", "b", "log_c"), ("loc", "tril")
@@ -107,13 +107,13 @@ class LinearGaussianPair(nn.Module):
             pyro.sample("z", dist.MultivariateNormal(self.loc, scale_tril=self.tril))
 
     def repeat(self, times: int) -> "LinearGaussianPair":
-        """The same parameters for every one of `times` copies of the data."""
+        """Return the pair for `times` copies of the data, with the same parameters for each."""
         parts = (getattr(self, name).detach() for name in self.MODEL + self.GUIDE)
         return LinearGaussianPair(*(t.repeat(times, *[1] * (t.dim() - 1)) for t in parts))
 
 
 def linear_gaussian(K: int, *, exact: bool) -> tuple[Tensor, LinearGaussian, LinearGaussianPair]:
-    """Data (N, D), the model solved exactly, and the pair, its guide the exact posterior or near it."""
+    """Data (N, D), the exact model, and the pair, whose guide is the exact posterior or close to it."""
     generator = torch.Generator().manual_seed(K)
 
     def noise(*shape: int) -> Tensor:
@@ -139,7 +139,7 @@ def by_quadrature(
     beta: float = 1.0,
     nodes: int = 20,
 ) -> Tensor:
-    """E of a bound over all particles, (N,), for one latent dimension, by Gauss-Hermite quadrature."""
+    """Expected bound, (N,), over the draws of all particles, by quadrature in one latent dimension."""
     points, weights = map(torch.from_numpy, hermegauss(nodes))
     weights = weights / weights.sum()
     scale = pair.tril[:, 0, 0]
@@ -157,7 +157,7 @@ def by_quadrature(
 
 
 def assert_within_standard_errors(samples: Tensor, expected: Tensor, *, number: float = 5.0) -> None:
-    """Check the mean of samples, over their first dimension, against what it should be."""
+    """Assert that the mean of samples, over their first dimension, is as expected."""
     standard_error = samples.std(0) / math.sqrt(len(samples))
     excess = (samples.mean(0) - expected).abs() - number * standard_error
     worst = excess.max().item()

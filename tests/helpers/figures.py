@@ -1,4 +1,4 @@
-"""Arrays that the tests of figures draw."""
+"""Arrays for the tests of figures."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""Every guide and every prior of the package, by name, for the property tests.
+"""Every guide and prior of the package, by name, for the property tests.
 
-A new class takes one line here.
+A new class needs one line here.
 """
 
 from collections.abc import Callable

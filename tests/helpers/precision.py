@@ -1,4 +1,4 @@
-"""Arbitrary precision (mpmath) beside float64, and Gaussians to ask about."""
+"""Comparison of float64 with arbitrary precision (mpmath), and random Gaussians."""
 
 import mpmath
 import torch

@@ -1,4 +1,4 @@
-"""The linear-Gaussian model as a VAE, whose evidence, posterior and bounds are known."""
+"""Linear-Gaussian model as a VAE, with exact evidence, posterior and bounds."""
 
 import pyro.distributions as dist
 import torch
@@ -11,7 +11,7 @@ D, K, N = 5, 2, 7
 
 
 class Affine(nn.Module):
-    """q(z|x) = N(Ax + a, LLᵀ), among which is the exact posterior of a linear-Gaussian model."""
+    """Guide q(z|x) = N(Ax + a, LLᵀ), which includes the exact posterior of a linear-Gaussian model."""
 
     def __init__(self, offset, weight, scale_tril):
         super().__init__()
@@ -23,10 +23,10 @@ class Affine(nn.Module):
 
 
 def linear_gaussian(*, scale=1.0, diagonal=False):
-    """The solved model, and a VAE that equals it; the guide's scales are the posterior's, multiplied."""
+    """The exact model and an equal VAE, whose guide has the posterior's scales times `scale`."""
     generator = torch.Generator().manual_seed(1)
     W, b = torch.randn(D, K, generator=generator).double(), torch.randn(D, generator=generator).double()
-    exact = LinearGaussian(W, b, 0.75**2)  # its root is exact in float32, as the likelihood keeps it
+    exact = LinearGaussian(W, b, 0.75**2)  # with a root that is exact in the likelihood's float32
     likelihood = pv.likelihoods.Normal(K, (D,), network=nn.Linear(K, D), variance=0.75**2).double()
     with torch.no_grad():
         likelihood.network.weight.copy_(W)
@@ -44,6 +44,6 @@ def data(exact, count=N):
 
 
 def within(value, expected, standard_error, count=5):
-    """Fail unless a Monte Carlo value lies within some of its standard errors of what is expected."""
+    """Assert that a Monte Carlo value lies within `count` standard errors of the expected value."""
     difference = torch.as_tensor(value - expected).abs()
     assert (difference <= count * torch.as_tensor(standard_error)).all(), (value, expected, standard_error)

@@ -1,8 +1,8 @@
-"""What `check_guide` reports and refuses.
+"""Reports and errors of `check_guide`.
 
-    uv run python tests/test_compatibility.py
+    uv run python tests/inference/test_guide_check.py
 
-prints the messages for deliberately broken guides in one listing.
+prints the messages for deliberately broken guides, as listed in broken_guides.txt.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def make_vae(guide: Any = None, prior: nn.Module | None = None) -> pv.VAE:
 
 
 class OwnGuide(nn.Module):
-    """A guide as a user writes it, with a way to go wrong."""
+    """A user-defined guide with a given family and sizes, which may be wrong."""
 
     def __init__(self, family: Callable[[Tensor, Tensor], Any], outputs: int = 2 * K, inputs: int = 6):
         super().__init__()
@@ -52,7 +52,7 @@ def normal(loc: Tensor, raw: Tensor) -> Any:
 
 
 def sampling(name: str, *, plate: bool = True, **infer: Any) -> Callable[[Tensor], Any]:
-    """A plain Pyro guide that draws a site of some name, in the data plate or outside."""
+    """A Pyro guide function that draws a site of a given name, inside or outside the data plate."""
 
     def guide(x: Tensor) -> None:
         q = dist.Normal(torch.zeros(len(x), K), 1.0).to_event(1)
@@ -108,13 +108,13 @@ def error_of(name: str) -> GuideError:
 
 
 def entry(name: str) -> str:
-    """A guide's entry in the listing, without what torch says of its own accord."""
+    """A guide's entry in the listing, without torch's error messages."""
     message = re.sub(r"RuntimeError: .*", "RuntimeError: ...", str(error_of(name)))
     return f"{name}\n" + textwrap.indent(message, "    ")
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_guides_are_refused_in_the_words_of_the_listing(name):
+def test_broken_guides_raise_the_listed_messages(name):
     listed = {text.partition("\n")[0]: text for text in LISTING.read_text().rstrip().split("\n\n")}
     assert entry(name) == listed[name]
 
@@ -130,8 +130,8 @@ def test_the_error_carries_the_report(name):
 
 
 @pytest.mark.parametrize("name", [n for n in BROKEN if n not in ("NaN from the network", "another device")])
-def test_no_broken_guide_is_judged_or_trained(name):
-    """Not for a parameter that is NaN or has no values: `evaluate` looks at these first."""
+def test_no_broken_guide_is_evaluated_or_trained(name):
+    """Except with a parameter that is NaN or on the meta device: `evaluate` checks these first."""
     vae, x = make_vae(BROKEN[name]()), torch.randn(N, *EVENT)
     svi = pv.SVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters()), Trace_ELBO())
     for use in (svi.step, lambda x: pv.evaluate(vae, x, num_particles=3, progress=False)):
@@ -140,14 +140,14 @@ def test_no_broken_guide_is_judged_or_trained(name):
         assert str(caught.value).partition(":")[0] == str(error_of(name)).partition(":")[0]
 
 
-def test_terms_tell_where_to_ask():
+def test_errors_of_terms_point_to_check_guide():
     vae = make_vae(BROKEN["another dtype"]())
     with pytest.raises(RuntimeError) as caught:
         pv.terms(vae.model, vae.guide, torch.randn(N, *EVENT))
     assert "check_guide" in caught.value.__notes__[0]
 
 
-def test_a_forgotten_to_event_is_seen_where_sizes_agree():
+def test_a_forgotten_to_event_is_found_if_sizes_agree():
     vae = make_vae(OwnGuide(lambda loc, raw: dist.Normal(loc, positive(raw))))
     with pytest.raises(
         GuideError, match=r"has batch shape \(4, 4\) and event shape \(\).*add .to_event\(1\)"
@@ -155,7 +155,7 @@ def test_a_forgotten_to_event_is_seen_where_sizes_agree():
         check_guide(vae.model, vae.guide, torch.randn(K, *EVENT))
 
 
-def test_missing_and_extra_sites_are_reported_as_data():
+def test_missing_and_extra_sites_are_in_the_report():
     report = error_of("another site name").report
     assert [(site.name, site.status) for site in report.sites] == [("z", "missing"), ("latent", "extra")]
     assert report.sites[0].guide is None
@@ -186,14 +186,14 @@ def two_sites(*names: str) -> Callable[[Tensor], None]:
         ),
     ],
 )
-def test_a_misspelt_site_is_told_in_one_sentence(names, message):
+def test_a_misspelt_site_gives_one_message(names, message):
     with pytest.raises(GuideError) as caught:
         check_guide(two_sites("top", "code"), two_sites(*names), torch.zeros(N))
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("names", [("codes", "topp"), ("a", "b")], ids=["of another shape", "unlike"])
-def test_what_is_no_misspelling_is_not_taken_for_one(names):
+def test_unrelated_names_are_not_taken_for_misspellings(names):
     with pytest.raises(
         GuideError, match="has no site 'top'.*\n.*has no site 'code'.*\n.*draws.*\n.*draws"
     ) as caught:
@@ -202,7 +202,7 @@ def test_what_is_no_misspelling_is_not_taken_for_one(names):
 
 
 def in_plate(name: str, *options: Any, enumerate_: str | None = None, **keywords: Any) -> tuple[Any, Any]:
-    """A model of a coin and a number for each datum in the plate "data", and its guide in another."""
+    """A model of a coin and a number per example in the plate "data", and its guide in another plate."""
 
     def model(x: Tensor, **subsample: Any) -> None:
         with pyro.plate("data", **{"size": len(x), **subsample}) as index:
@@ -216,11 +216,11 @@ def in_plate(name: str, *options: Any, enumerate_: str | None = None, **keywords
     return model, guide
 
 
-def test_a_plate_of_another_name_is_refused_where_an_estimator_is_wrong():
+def test_a_plate_of_another_name_rules_out_estimators():
     model, guide = in_plate("rows")
     report = check_guide(model, guide, torch.randn(N))
     reason = (
-        "the guide's site 'z' lies in the plate 'rows', the model's in 'data', and Pyro takes them for two"
+        "the guide's site 'z' lies in the plate 'rows', the model's in 'data': rename the guide's to 'data'"
     )
     assert report.estimators["TraceEnum_ELBO"].startswith(reason)
     assert report.estimators["VIMCO"].startswith(reason)
@@ -245,29 +245,29 @@ def test_enumeration_is_wrong_for_a_plate_of_another_name():
     assert loss["rows"] > loss["data"] + 1
 
 
-def test_a_plate_that_draws_other_data_than_the_models_is_refused():
+def test_a_plate_that_subsamples_other_data_than_the_models_raises():
     model, guide = in_plate("rows")
     x = torch.randn(50)
     with pytest.raises(
-        GuideError, match="'rows' draws 7 of 50 data, the model's 'data' .*rename 'rows' to 'data'"
+        GuideError, match="'rows' subsamples 7 of 50 examples, the model's 'data' .*rename 'rows' to 'data'"
     ):
         check_guide(model, guide, x, subsample_size=7)
-    check_guide(model, guide, x, subsample=torch.arange(3, 10))  # the same in both, whatever the names
+    check_guide(model, guide, x, subsample=torch.arange(3, 10))  # the same in both, with any names
     check_guide(*in_plate("data"), x, subsample_size=7)
 
 
-def test_a_plate_of_another_size_than_the_models_is_refused():
+def test_a_plate_of_another_size_than_the_models_raises():
     x = torch.randn(50)
     model, guide = in_plate("data", size=7)
     with pytest.raises(
-        GuideError, match="is scaled to 7 data by its plate 'data', expected 50 .*, 50 and 7$"
+        GuideError, match="is scaled to 7 examples by its plate 'data', expected 50 .*, 50 and 7$"
     ):
         check_guide(model, guide, x, subsample_size=7)
     scaled = pyro.poutine.scale(guide, 50 / 7)
     assert check_guide(model, scaled, x, subsample_size=7).problems == ()
 
 
-def test_a_vae_in_place_of_its_model_and_guide_is_told_the_right_call():
+def test_a_vae_in_place_of_its_model_and_guide_raises_with_the_right_call():
     vae, x = make_vae(), torch.randn(N, *EVENT)
     optimizer = torch.optim.Adam(vae.parameters())
     for call, wrong in {
@@ -283,7 +283,7 @@ def test_a_vae_in_place_of_its_model_and_guide_is_told_the_right_call():
                 wrong(*pair)
 
 
-def test_data_that_are_no_tensor_are_no_shape():
+def test_data_that_are_not_a_tensor_have_no_shape():
     vae = make_vae()
     with pytest.raises(
         GuideError, match="before it draws 'z' with TypeError: .* must be a tensor; got list$"
@@ -311,14 +311,14 @@ def test_the_report_of_a_fitting_guide():
     assert len(lines) == 4
 
 
-def test_a_sampled_kl_is_told():
+def test_a_sampled_kl_is_reported():
     vae = make_vae(prior=pv.priors.Mixture(K))
     report = check_guide(vae.model, vae.guide, torch.randn(N, *EVENT))
     assert not report.sites[0].analytic_kl
     assert "sampled" in str(report)
 
 
-def test_a_score_function_guide_loses_the_estimators_that_need_paths():
+def test_a_score_function_guide_rules_out_path_gradients():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Bernoulli(0.5))
@@ -338,7 +338,7 @@ def test_a_score_function_guide_loses_the_estimators_that_need_paths():
     assert report.without_gradient == ()  # through the score function
 
 
-def test_a_bottom_up_guide_loses_the_mean_field_estimator_alone():
+def test_a_bottom_up_guide_rules_out_only_the_mean_field_estimator():
     def model(x):
         with pyro.plate("data", len(x)):
             top = pyro.sample("top", dist.Normal(0.0, 1.0))
@@ -359,7 +359,7 @@ def test_a_bottom_up_guide_loses_the_mean_field_estimator_alone():
     assert not report.mean_field
 
 
-def test_a_global_latent_leaves_pyros_estimators():
+def test_a_global_latent_rules_out_all_but_pyros_estimators():
     def model(x):
         shared = pyro.sample("shared", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
@@ -381,14 +381,14 @@ def test_pyros_autoguides_fit(make):
     vae = make_vae()
     guide = make(vae.model)
     report = check_guide(vae.model, guide, torch.randn(N, *EVENT))
-    assert not list(guide.parameters())  # it stays as new, for data of another number
+    assert not list(guide.parameters())  # not initialised, so that another batch size fits too
     assert check_guide(vae.model, guide, torch.randn(N + 2, *EVENT)).problems == ()
     assert report.estimators["Trace_ELBO"] is None
     assert {site.status for site in report.sites} == {"match", "auxiliary"}
     assert len(pyro.get_param_store()) == 0
 
 
-def test_what_rules_out_several_estimators_is_told_once():
+def test_a_reason_against_several_estimators_is_printed_once():
     vae = make_vae()
     report = check_guide(vae.model, AutoLowRankMultivariateNormal(vae.model), torch.randn(N, *EVENT))
     assert str(report).count("lies outside the data plate") == 1
@@ -405,11 +405,11 @@ def test_parameters_without_gradient_are_named():
     assert "without gradient: posterior.forgotten.weight" in str(report)
 
 
-def test_parameters_that_pyro_does_not_see_are_told():
+def test_parameters_without_a_pyro_statement_are_reported():
     hidden = OwnGuide(normal)
     report = check_guide(make_vae().model, make_vae(hidden.forward).guide, torch.randn(N, *EVENT))
     assert sorted(report.unregistered) == [(2 * K,), (2 * K, 6)]
-    assert "no Pyro statement shows" in str(report)
+    assert "without a Pyro statement, which Pyro does not train, have the shapes" in str(report)
 
     def registered(x):
         pyro.module("hidden", hidden)
@@ -419,7 +419,7 @@ def test_parameters_that_pyro_does_not_see_are_told():
     assert check_guide(vae.model, vae.guide, torch.randn(N, *EVENT)).unregistered == ()
 
 
-def test_nothing_is_left_behind():
+def test_the_check_has_no_side_effects():
     guide = OwnGuide(normal)
     guide.linear = nn.Sequential(nn.Linear(6, 2 * K), nn.BatchNorm1d(2 * K), nn.Dropout(0.5))
     vae, x = make_vae(guide), torch.randn(N, *EVENT)
@@ -444,7 +444,7 @@ def test_nothing_is_left_behind():
         assert gradient is None if parameter.grad is None else torch.equal(parameter.grad, gradient)
 
 
-def test_an_error_of_the_model_is_its_own():
+def test_an_error_of_the_model_is_not_a_guide_error():
     vae = make_vae()
     with pytest.raises(ValueError, match="x must have shape") as caught:
         check_guide(vae.model, vae.guide, torch.randn(N, 7))

@@ -39,7 +39,7 @@ def make_svi(vae, loss=None, **options):
     ],
     ids=lambda e: f"{type(e).__name__}-{e.num_particles}-{e.vectorize_particles}",
 )
-def test_upstream_svi_takes_the_same_path_on_the_same_random_numbers(estimator):
+def test_pyros_svi_takes_the_same_steps_on_the_same_random_numbers(estimator):
     ours, theirs = make(), make()
     batches = torch.randn(4, N, *EVENT, dtype=torch.float64)
     losses = []
@@ -54,7 +54,7 @@ def test_upstream_svi_takes_the_same_path_on_the_same_random_numbers(estimator):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
-def test_evaluate_loss_moves_nothing_and_agrees_with_the_estimator():
+def test_evaluate_loss_is_the_estimators_and_changes_no_state():
     vae, x = make(), torch.randn(N, *EVENT, dtype=torch.float64)
     svi = make_svi(vae)
     before = copy.deepcopy(vae.state_dict())
@@ -65,7 +65,7 @@ def test_evaluate_loss_moves_nothing_and_agrees_with_the_estimator():
     assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
 
 
-def test_clipping_is_of_the_whole_gradient():
+def test_clipping_applies_to_the_whole_gradient():
     x = 100 * torch.randn(N, *EVENT, dtype=torch.float64)
     gradients = []
     for clip_norm in (None, 0.5):
@@ -104,7 +104,7 @@ def test_any_pyro_pair_trains():
     assert weight.item() == pytest.approx(0.5, abs=0.1)  # the posterior mean is x / 2
 
 
-@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's warning, before our error
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro warns before the error
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_parameters(spoil, message, v
 
 
 @pytest.mark.parametrize("validate", [True, False])
-def test_a_network_that_overflows_is_named_by_site_and_datum(validate):
+def test_a_network_that_overflows_is_named_by_site_and_example(validate):
     vae, x = make(), torch.randn(N, *EVENT, dtype=torch.float64)
     x[3] = 1e200
     with (
@@ -142,11 +142,11 @@ def test_a_network_that_overflows_is_named_by_site_and_datum(validate):
         make_svi(vae).step(x)
 
 
-# What is refused before the first step
+# Checks before the first step
 
 
 class Shuffled(nn.Module):
-    """An encoder with everything that a check could disturb: noise, running means, a function to call it."""
+    """An encoder with state that a check could change: random numbers and running means."""
 
     def __init__(self):
         super().__init__()
@@ -158,8 +158,8 @@ class Shuffled(nn.Module):
 
 @pytest.mark.parametrize("engine", ["eager", "traced"])
 @pytest.mark.parametrize("as_function", [False, True])
-def test_the_check_disturbs_nothing_and_happens_once(as_function, engine):
-    """The very numbers of a run whose check was made beforehand, buffers included."""
+def test_the_check_has_no_side_effects_and_runs_once(as_function, engine):
+    """Losses, parameters and buffers equal those of a run checked beforehand."""
     x, runs = torch.randn(N, *EVENT), []
     states = []
     for beforehand in (False, True):
@@ -181,17 +181,19 @@ def test_the_check_disturbs_nothing_and_happens_once(as_function, engine):
         runs.clear()
         losses = [svi.step(x) for _ in range(3)]
         if engine == "eager":
-            assert len(runs) == 3 + (0 if beforehand else 2)  # once for its sites, once for the estimator
+            assert len(runs) == 3 + (
+                0 if beforehand else 2
+            )  # the check runs it for its sites and for the estimator
         states.append([*guide.state_dict().values(), torch.tensor(losses)])
     assert all(map(torch.equal, *states))
 
 
-def test_an_unfit_guide_is_refused_before_anything_moves():
+def test_a_guide_that_does_not_fit_raises_before_the_first_step():
     vae, x = make(), torch.randn(N, *EVENT, dtype=torch.float64)
     vae.posterior = pv.guides.DiagonalNormal(EVENT, K + 1).double()
     before = copy.deepcopy(vae.state_dict())
     svi = make_svi(vae)
-    for _ in range(2):  # it does not give in
+    for _ in range(2):  # a second attempt raises too
         with pytest.raises(
             pv.GuideError, match=r"'z' has .* event shape \(4,\), expected .* event shape \(3,\)"
         ):
@@ -208,7 +210,7 @@ def test_a_guide_put_in_place_of_another_is_checked():
         svi.step(x)
 
 
-def test_an_estimator_that_is_wrong_for_the_pair_is_refused():
+def test_an_estimator_that_is_wrong_for_the_pair_raises():
     loc = torch.zeros(N, K, dtype=torch.float64, requires_grad=True)
 
     def score_function(x):
@@ -229,7 +231,7 @@ def test_an_estimator_that_is_wrong_for_the_pair_is_refused():
     assert free.steps == 0
 
 
-def test_a_guide_that_the_optimiser_does_not_hold_is_refused():
+def test_a_guide_that_the_optimiser_does_not_hold_raises():
     encoder = nn.Linear(6, K).double()
 
     def hidden(x):
@@ -242,7 +244,7 @@ def test_a_guide_that_the_optimiser_does_not_hold_is_refused():
     x = torch.randn(N, *EVENT, dtype=torch.float64)
     with pyro.get_param_store().scope():
         for guide, message in [
-            (hidden, r"of shape \(3, 6\) that no Pyro"),
+            (hidden, r"of shape \(3, 6\) without a Pyro statement"),
             (stored, "'encoder\\$\\$\\$weight'"),
         ]:
             vae = make().with_guide(guide)
@@ -252,7 +254,7 @@ def test_a_guide_that_the_optimiser_does_not_hold_is_refused():
             pv.SVI(vae.model, vae.guide, torch.optim.Adam(everything), Trace_ELBO()).step(x)
     encoder.requires_grad_(False)
     make_svi(make().with_guide(hidden), Trace_ELBO()).step(x)
-    vae = make()  # its guide left out on purpose
+    vae = make()  # the guide is not trained on purpose
     pv.SVI(vae.model, vae.guide, torch.optim.Adam(vae.likelihood.parameters()), Trace_ELBO()).step(x)
 
 
@@ -281,7 +283,7 @@ def test_sites_that_the_model_enumerates_need_no_guide():
             pv.SVI(model, wrong, torch.optim.Adam([logits, loc]), loss).step(x)
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_raise():
     vae = make()
     adam = torch.optim.Adam(vae.parameters())
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer.*got Adam|got PyroOptim"):

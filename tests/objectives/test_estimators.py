@@ -1,4 +1,4 @@
-"""The seven properties that every estimator must have, and what each is known for by itself."""
+"""Seven properties of every estimator, and the particular properties of each."""
 
 import contextlib
 import itertools
@@ -46,7 +46,7 @@ def loss_and_gradients(estimator, pair, x, *, seed=0):
 
 def bounds(estimator, pair, x, repeats):
     """Independent estimates of the bound, (repeats, N)."""
-    estimator = getattr(estimator, "estimator", estimator)  # KLWeighted reports that of the one it wraps
+    estimator = getattr(estimator, "estimator", estimator)  # KLWeighted reports the wrapped estimator's
     many = pair.repeat(repeats)
     with torch.no_grad():
         terms = estimator.terms(many.model, many.guide, x.repeat(repeats, 1))
@@ -70,7 +70,7 @@ def test_zero_noise(case):
 
 @each_case
 def test_oracle(case):
-    """The value is the bound computed plainly from Pyro's own log-probabilities of the same draws."""
+    """The value is the bound computed from Pyro's log-probabilities of the same draws."""
     x, _, pair = linear_gaussian(K=2, exact=False)
     torch.manual_seed(7)
     elbo = Trace_ELBO(num_particles=case.particles, vectorize_particles=True, max_plate_nesting=1)
@@ -95,7 +95,7 @@ def test_oracle(case):
 
 @each_of_ours
 def test_unbiased_value(case):
-    """Draws average to the bound integrated by quadrature, for each datum."""
+    """Estimates average to the bound computed by quadrature, for each example."""
     x, _, pair = linear_gaussian(K=1, exact=False)
     with torch.no_grad():
         expected = by_quadrature(case.bound, pair, x, particles=case.particles)
@@ -104,7 +104,7 @@ def test_unbiased_value(case):
 
 @each_case
 def test_unbiased_gradient(case):
-    """Gradients average to the gradient of the bound's integral, for each datum and parameter."""
+    """Gradients average to the gradient of the bound by quadrature, for each example and parameter."""
     x, _, pair = linear_gaussian(K=1, exact=False)
     repeats = 20_000
     _, *found = loss_and_gradients(case.make(), pair.repeat(repeats), x.repeat(repeats, 1))
@@ -138,7 +138,7 @@ def test_the_bound_rises_with_the_number_of_particles():
 
 @each_case
 def test_isolation(case):
-    """Two models of the same names in one process both move under Pyro's SVI, and leave nothing behind."""
+    """Two models with the same names train in one process under Pyro's SVI, without side effects."""
     x = torch.bernoulli(torch.full((N, 6), 0.4))
     for _ in range(2):
         vae = small_vae()
@@ -206,7 +206,7 @@ def test_weight_one_changes_nothing(case):
     assert_same(*(loss_and_gradients(e, pair, x) for e in (estimator, KLWeighted(estimator, 1.0))))
 
 
-# What each is known for -------------------------------------------------------------------------------------
+# Particular properties --------------------------------------------------------------------------------------
 
 
 def test_sticking_the_landing_has_no_variance_at_the_posterior():
@@ -237,7 +237,7 @@ def test_dreg_leaves_the_gradient_of_the_model_alone():
 @pytest.mark.parametrize("beta", [1.0, 0.6])
 @pytest.mark.parametrize("make", [STL, DReG])
 def test_path_gradients_are_those_of_a_guide_with_fixed_parameters(make, beta):
-    """On the same draws, written out: only z carries a gradient."""
+    """The expected gradient, of the same draws, is written out: only z carries a gradient."""
     x, _, pair = linear_gaussian(K=2, exact=False)
     _, *found = loss_and_gradients(KLWeighted(make(4), beta), pair, x)
     torch.manual_seed(0)
@@ -254,7 +254,7 @@ def test_path_gradients_are_those_of_a_guide_with_fixed_parameters(make, beta):
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_piwae_is_iwae_for_the_model_and_miwae_for_the_guide(spread):
-    """The same draws; also where a particle's weight underflows over all, but not within its group."""
+    """On the same draws, also if a weight underflows among all particles but not within its group."""
     x, _, pair = linear_gaussian(K=2, exact=False)
     pair, x = pair.float(), spread * x.float()
     log_weight = IWAE(8).terms(pair.model, pair.guide, x).log_weight
@@ -265,7 +265,7 @@ def test_piwae_is_iwae_for_the_model_and_miwae_for_the_guide(spread):
 
 
 def test_slopes_of_the_signal_to_noise_ratio():
-    """Rainforth et al.'s toy: how the signal-to-noise ratios of gradients go with S, on logarithmic axes."""
+    """Log-log slopes in S of the signal-to-noise ratios of gradients, in the toy model of Rainforth et al."""
     K, repeats, sizes = 20, 300, [64, 256, 1024]
     mu, x = torch.randn(K, dtype=torch.float64), 2 * torch.randn(K, dtype=torch.float64)
     x = x.expand(repeats, K)
@@ -288,7 +288,7 @@ def test_slopes_of_the_signal_to_noise_ratio():
             torch.autograd.grad(make(S).differentiable_loss(model, guide, x), [guide_mean, prior_mean])
             for make in (IWAE, DReG)
         )
-        # DReG's mean is the signal of both: IWAE's own drowns in its noise.
+        # DReG's mean is the signal of both, as the sample mean of IWAE's is mostly noise.
         ratios["IWAE guide"].append(dreg.mean(0).norm() / iwae.std(0).norm())
         ratios["DReG guide"].append(dreg.mean(0).norm() / dreg.std(0).norm())
         ratios["IWAE model"].append(model_gradient.mean(0).norm() / model_gradient.std(0).norm())
@@ -308,9 +308,9 @@ def small_vae():
 
 
 class DiscretePair(torch.nn.Module):
-    """z1 in {0, 1, 2}, then z2 ~ N given z1, then x: a guide half of which is reparameterised, per datum.
+    """Pair of a discrete z1 in {0, 1, 2}, a Gaussian z2 given z1, and x, with parameters per example.
 
-    With a constraint, z1 = 0 is impossible under the model, though not under the guide.
+    With `constrained`, z1 = 0 is impossible under the model, but not under the guide.
     """
 
     def __init__(self, times=1, *, constrained=False):
@@ -343,7 +343,7 @@ class DiscretePair(torch.nn.Module):
         return table.expand(*z.shape, 3).gather(-1, z.long().unsqueeze(-1)).squeeze(-1)
 
     def integral(self, x, S):
-        """E of the bound over S particles: all values of z1, quadrature over z2."""
+        """Expected bound of S particles, by enumeration of z1 and quadrature over z2."""
         nodes = 14
         points, weights = map(torch.from_numpy, hermegauss(nodes))
         z1 = torch.arange(3).repeat_interleave(nodes).unsqueeze(-1).expand(-1, N)
@@ -372,10 +372,10 @@ def test_vimco_is_unbiased_for_discrete_and_mixed_sites():
 
 
 @pytest.mark.parametrize(("constrained", "zeros"), [(False, [0, 0, 0]), (True, [2, 3, 1])])
-def test_vimcos_signal_is_what_a_particle_adds(constrained, zeros):
-    """As loops: the bound less the one with a particle's weight made the others' geometric mean.
+def test_vimcos_learning_signal(constrained, zeros):
+    """The signal, computed in a loop, is the bound minus that with the geometric mean of the other weights.
 
-    Also where weights are 0: of some of the others, and of all of them, when there is no baseline.
+    Also if some or all of the other weights are 0; then there is no baseline.
     """
     x, S = torch.tensor([0.4, -1.0, 2.5], dtype=torch.float64), 4
     pair = DiscretePair(constrained=constrained)
@@ -410,9 +410,9 @@ def test_vimcos_baseline_lowers_the_variance():
 
 
 @pytest.mark.parametrize("estimator", [IWAE(2), PIWAE(2, 2), CIWAE(0.5, 2), Renyi(0.5, 2), STL(), DReG(2)])
-def test_a_guide_that_is_not_reparameterised_is_refused(estimator):
+def test_a_guide_that_is_not_reparameterised_raises(estimator):
     pair, x = DiscretePair(), torch.zeros(N, dtype=torch.float64)
-    estimator.loss(pair.model, pair.guide, x)  # nothing is wrong with the value
+    estimator.loss(pair.model, pair.guide, x)  # the value is correct
     for make in (estimator, KLWeighted(estimator, 0.5)):
         with pytest.raises(ValueError, match=r"'z1' is not reparameterised.*VIMCO"):
             make.differentiable_loss(pair.model, pair.guide, x)
@@ -420,7 +420,7 @@ def test_a_guide_that_is_not_reparameterised_is_refused(estimator):
             make.loss_and_grads(pair.model, pair.guide, x)
 
 
-def test_a_fixed_discrete_proposal_is_no_reason_to_refuse():
+def test_a_discrete_guide_without_parameters_is_valid():
     pair, x = DiscretePair(), torch.zeros(N, dtype=torch.float64)
     pair.guide_logits.requires_grad_(False)
     IWAE(2).loss_and_grads(pair.model, pair.guide, x)
@@ -428,7 +428,7 @@ def test_a_fixed_discrete_proposal_is_no_reason_to_refuse():
 
 
 class Chain(torch.nn.Module):
-    """z1 → z2 → x; the guide is the exact posterior, drawn in either order, with parameters per datum.
+    """Pair z1 → z2 → x whose guide is the exact posterior, in either order, with parameters per example.
 
     z1 ~ N(0, 1), z2 ~ N(z1, 1), x ~ N(z2, 1).
     """
@@ -436,7 +436,7 @@ class Chain(torch.nn.Module):
     def __init__(self, *, bottom_up, times=1, offset=0.0):
         super().__init__()
         self.bottom_up = bottom_up
-        # guide's first site: N(a x, s²); second: N(u x + v first, t²)
+        # The guide's first site is N(a x, s²), its second N(u x + v first, t²).
         values = (2 / 3, 2 / 3, 0.0, 1 / 2, 1 / 2) if bottom_up else (1 / 3, 2 / 3, 1 / 2, 1 / 2, 1 / 2)
         values = torch.tensor(values, dtype=torch.float64) + torch.tensor([offset, 0, offset, 0, 0])
         self.phi = torch.nn.Parameter(values.repeat(N * times, 1))
@@ -475,7 +475,7 @@ def test_path_gradients_of_a_hierarchical_pair_vanish_at_its_posterior(bottom_up
 @both_orders
 @pytest.mark.parametrize("estimator", [STL(), DReG(3), PIWAE(3, 1)], ids=repr)
 def test_gradients_of_a_hierarchical_pair_are_unbiased(bottom_up, estimator):
-    """Against plain reparameterisation, which is unbiased whatever the pair."""
+    """Compared with plain reparameterisation, which is unbiased for every pair."""
     x, repeats = torch.tensor([0.3, -2.0, 1.1], dtype=torch.float64).repeat(10_000), 10_000
     chain = Chain(bottom_up=bottom_up, times=repeats, offset=0.3)
     parameters = [chain.phi, chain.gain]
@@ -490,7 +490,7 @@ def test_gradients_of_a_hierarchical_pair_are_unbiased(bottom_up, estimator):
 
 
 def test_path_gradients_pass_through_a_flow():
-    """A guide whose parameters sit in a transform: N(a, s²) as an affine map of N(0, 1)."""
+    """The guide's parameters are those of a transform: N(a, s²) is an affine map of N(0, 1)."""
     x, _, pair = linear_gaussian(K=1, exact=True)
 
     def guide(x):
@@ -503,7 +503,7 @@ def test_path_gradients_pass_through_a_flow():
     assert max(g.abs().max() for g in torch.autograd.grad(loss, [pair.loc, pair.tril])) < 1e-13
 
 
-def test_a_flow_without_an_inverse_is_refused_by_name():
+def test_a_flow_without_an_inverse_raises():
     x, _, pair = linear_gaussian(K=2, exact=False)
     flow = dist.transforms.Planar(2).double()
 
@@ -517,8 +517,8 @@ def test_a_flow_without_an_inverse_is_refused_by_name():
 
 
 @pytest.mark.parametrize("estimator", [STL(), DReG(2)], ids=repr)
-def test_a_jacobian_with_parameters_is_refused_by_name(estimator):
-    """z = s u with u ~ N(0, 1), its density carried by a Delta: fixing z says nothing of s there."""
+def test_a_jacobian_with_parameters_raises(estimator):
+    """z = s u with u ~ N(0, 1), with its density in a Delta: at fixed z, the Delta does not depend on s."""
     x, _, pair = linear_gaussian(K=1, exact=True)
 
     def guide(x):
@@ -541,7 +541,7 @@ def test_a_jacobian_with_parameters_is_refused_by_name(estimator):
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize("make", [Trace_ELBO, TraceMeanField_ELBO])
 def test_weighted_pyro_estimators(make, vectorize):
-    """Against −E log p(x|z) + β KL by hand, with the subsampling scale of the plate."""
+    """Compared with −E log p(x|z) + β KL written out, with the subsampling scale of the plate."""
     vae, x, S, beta = small_vae(), torch.bernoulli(torch.full((N, 6), 0.4)), 4, 0.3
     options = {"num_particles": S, "vectorize_particles": vectorize, "max_plate_nesting": 1}
     inner = make(**options)
@@ -560,11 +560,11 @@ def test_weighted_pyro_estimators(make, vectorize):
     z = q.rsample((S,)) if vectorize else torch.stack([q.rsample() for _ in range(S)])
     sampled = (q.log_prob(z) - p.log_prob(z)).mean(0)
     kl = torch.distributions.kl_divergence(q, p.expand([N])) if make is TraceMeanField_ELBO else sampled
-    by_hand = -2.5 * (vae.decode(z).log_prob(x).mean(0) - beta * kl).sum()
-    assert losses["weighted"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+    written_out = -2.5 * (vae.decode(z).log_prob(x).mean(0) - beta * kl).sum()
+    assert losses["weighted"].item() == pytest.approx(written_out.item(), rel=1e-5)
     assert losses["reported"].item() == pytest.approx(losses["plain"].item(), rel=1e-5)
     parameters = list(vae.parameters())
-    expected = torch.autograd.grad(by_hand, parameters)
+    expected = torch.autograd.grad(written_out, parameters)
     for name in ("weighted", "reported"):
         torch.testing.assert_close(
             torch.autograd.grad(losses[name], parameters), expected, rtol=1e-4, atol=1e-5
@@ -575,7 +575,7 @@ def test_weighted_pyro_estimators(make, vectorize):
 @pytest.mark.parametrize("make", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.parametrize("by", ["site", "distribution"])
 def test_the_reported_value_of_a_masked_pair_is_the_wrapped_estimators(make, vectorize, by):
-    """Of unlike masks too, where TraceMeanField_ELBO is wrong: its own value, if not one to be trusted."""
+    """Also with different masks, for which the value of TraceMeanField_ELBO itself is wrong."""
     x = torch.randn(4)
     masks = torch.tensor([[True, False, True, True], [True, True, True, False]])
     guide_mask, model_mask = masks if by == "distribution" else (masks[0], masks[0])
@@ -601,7 +601,7 @@ def test_the_reported_value_of_a_masked_pair_is_the_wrapped_estimators(make, vec
     assert_same(*values, tolerance=1e-5)
 
 
-def test_guides_that_hold_no_kl_to_weigh_are_refused():
+def test_guides_without_a_kl_to_weight_raise():
     x, _, pair = linear_gaussian(K=2, exact=False)
     estimator = KLWeighted(Trace_ELBO(), 0.5)
     with pytest.raises(TypeError, match="GuideMessenger"):
@@ -619,14 +619,14 @@ def test_weight_zero_leaves_the_reconstruction():
     assert objective.item() == pytest.approx(-terms.log_likelihood.sum().item(), rel=1e-12)
 
 
-def test_a_schedule_is_asked_once_a_gradient():
+def test_a_schedule_is_evaluated_once_per_gradient():
     x, _, pair = linear_gaussian(K=2, exact=False)
-    asked = []
-    estimator = KLWeighted(IWAE(2), lambda step: asked.append(step) or 0.1 * step)
+    evaluated = []
+    estimator = KLWeighted(IWAE(2), lambda step: evaluated.append(step) or 0.1 * step)
     for step in range(3):
         estimator.differentiable_loss(pair.model, pair.guide, x)
         estimator.loss(pair.model, pair.guide, x)
-        assert asked == list(range(step + 1))
+        assert evaluated == list(range(step + 1))
     estimator.loss_and_grads(pair.model, pair.guide, x)
     assert estimator.steps == 4
     assert estimator.beta == pytest.approx(0.4)
@@ -646,7 +646,7 @@ def test_a_schedule_is_asked_once_a_gradient():
 )
 @pytest.mark.parametrize("per", ["dimension", "total"])
 def test_free_bits(inner, per):
-    """−E log p(x|z) + β Σ max(λ, KL): by hand, from the KLs of the batch."""
+    """The penalty of −E log p(x|z) + β Σ max(λ, KL) is that written out from the KLs of the batch."""
     vae, x = small_vae(), torch.bernoulli(torch.full((N, 6), 0.4))
     q, p = vae.encode(x), vae.prior()
     kl = torch.distributions.kl_divergence(q.base_dist, p.expand([N]).base_dist).mean(0)
@@ -674,7 +674,7 @@ def test_free_bits(inner, per):
 @pytest.mark.parametrize("inner", [IWAE(1, 2), Trace_ELBO()], ids=["IWAE", "Trace_ELBO"])
 @pytest.mark.parametrize("per", ["dimension", "total"])
 def test_free_bits_of_several_sites(inner, per):
-    """Two sites, one masked and of two dimensions; their KLs, ½ m², averaged over what is not masked."""
+    """Two sites, one masked and of two dimensions, with KL ½ m², averaged over unmasked examples."""
     x, mask, scale = torch.zeros(4), torch.tensor([True, True, False, True]), 2.5
 
     def sites(first, second):
@@ -702,7 +702,7 @@ def test_free_bits_of_several_sites(inner, per):
 
 
 def test_free_bits_hold_the_kl_at_its_threshold():
-    """Where a dimension's KL lies below λ, the gradient of the whole KL term is exactly nought there."""
+    """If the KL of a dimension is below λ, the gradient of its KL term is exactly zero."""
     x, _, pair = linear_gaussian(K=2, exact=False)
     loc = torch.nn.Parameter(0.1 * pair.loc.detach())
 
@@ -720,7 +720,7 @@ def test_free_bits_hold_the_kl_at_its_threshold():
 
 def test_free_bits_need_a_kl_in_closed_form():
     x, _, pair = linear_gaussian(K=2, exact=False)
-    with pytest.raises(ValueError, match="'z' in closed form by dimensions.*MultivariateNormal"):
+    with pytest.raises(ValueError, match="'z' in closed form per dimension.*MultivariateNormal"):
         KLWeighted(IWAE(1), 1.0, free_bits=1.0).differentiable_loss(pair.model, pair.guide, x)
     chain, y = Chain(bottom_up=True), torch.zeros(N, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"guide draws \['z2', 'z1'\] and the model \['z1', 'z2'\]"):
@@ -756,13 +756,13 @@ def test_free_bits_need_one_mask_and_one_plate(estimator):
 @pytest.mark.parametrize(
     "estimator", [IWAE(2), PIWAE(1, 2), CIWAE(0.5, 2), Renyi(0.5, 2), DReG(2), VIMCO(2)], ids=repr
 )
-def test_free_bits_are_refused_where_the_bound_is_not_the_elbo(estimator):
+def test_free_bits_raise_if_the_bound_is_not_the_elbo(estimator):
     with pytest.raises(ValueError, match=f"free bits are for the ELBO, but {re.escape(repr(estimator))}"):
         KLWeighted(estimator, 1.0, free_bits=0.1)
 
 
 @pytest.mark.parametrize("estimator", [IWAE(1, 3), PIWAE(1, 1), Renyi(0.5, 1), DReG(1), STL(3)], ids=repr)
-def test_whose_bound_is_the_elbo(estimator):
+def test_estimators_whose_bound_is_the_elbo(estimator):
     x, _, pair = linear_gaussian(K=2, exact=False)
     terms = estimator.terms(pair.model, pair.guide, x)
     assert_same(estimator.bound(terms), terms.log_weight.mean(0))
@@ -775,7 +775,7 @@ def test_whose_bound_is_the_elbo(estimator):
 
 @each_of_ours
 def test_subsampling_scales_the_loss_and_nothing_else(case):
-    """The factor N / B stays outside every logarithm: the loss is that of the batch times it."""
+    """The factor N / B stays outside every logarithm: the loss is that of the batch times the factor."""
     x, _, pair = linear_gaussian(K=2, exact=False)
 
     size = 7 * N
@@ -798,7 +798,7 @@ def test_subsampling_scales_the_loss_and_nothing_else(case):
 
 
 @each_of_ours
-def test_the_pair_may_be_scaled_as_a_whole(case):
+def test_scaling_the_whole_pair(case):
     x, _, pair = linear_gaussian(K=2, exact=False)
     weight = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
     estimator = case.make()
@@ -810,13 +810,13 @@ def test_the_pair_may_be_scaled_as_a_whole(case):
     assert loss == pytest.approx(expected.item(), rel=1e-12)
 
 
-# As a loss of Pyro's ----------------------------------------------------------------------------------------
+# Use as a loss by Pyro --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @each_case
 def test_pyros_svi_drives_every_estimator(case):
-    """200 steps of upstream's SVI raise the ELBO of a small VAE."""
+    """200 steps of Pyro's SVI increase the ELBO of a small VAE."""
     x = torch.bernoulli(torch.full((40, 6), 0.5).index_fill(1, torch.tensor([0, 3]), 0.02))
     vae = small_vae()
     svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.02}), case.make())
@@ -833,7 +833,7 @@ def test_pyros_svi_drives_every_estimator(case):
 
 @each_of_ours
 def test_make_fx_traces_the_step(case):
-    """Loss and gradients become one graph, which repeats them to the bit: no host sync, no branch on data."""
+    """Loss and gradients are one graph, bitwise equal when run: no host synchronisation or branch on data."""
     x, _, pair = linear_gaussian(K=2, exact=False)
     values = [getattr(pair, name) for name in PARAMETERS]
 
@@ -854,7 +854,7 @@ def test_make_fx_traces_the_step(case):
 
 
 def test_the_weight_on_the_kl_can_be_an_input_of_the_graph():
-    """So that a schedule needs no new graph."""
+    """A schedule then needs no new graph."""
     x, _, pair = linear_gaussian(K=2, exact=False)
     estimator = KLWeighted(DReG(3), 1.0)
 
@@ -872,7 +872,7 @@ def test_the_weight_on_the_kl_can_be_an_input_of_the_graph():
     assert estimator.steps == 0
 
 
-def test_a_nan_is_warned_of():
+def test_nan_warns():
     x, _, pair = linear_gaussian(K=2, exact=False)
     pair.b.data[0] = math.nan
     with pyro.validation_enabled(False), pytest.warns(UserWarning, match="Encountered NaN: loss"):
@@ -936,18 +936,18 @@ def test_bad_arguments(make, error, message):
         make()
 
 
-def test_a_schedule_may_not_turn_negative():
+def test_a_negative_schedule_raises():
     x, _, pair = linear_gaussian(K=2, exact=False)
     with pytest.raises(ValueError, match="beta must be finite and at least 0; got -1"):
         KLWeighted(IWAE(2), lambda step: -1).differentiable_loss(pair.model, pair.guide, x)
 
 
 @each_of_ours
-def test_bad_pairs_are_refused_through_every_estimator(case):
+def test_bad_pairs_raise_in_every_estimator(case):
     x, _, pair = linear_gaussian(K=2, exact=False)
     with pytest.raises(ValueError, match="guide has no site 'z', expected one of"):
         case.make().loss(pair.model, lambda x: None, x)
     with pytest.raises(ValueError, match="guide has no site 'z', expected one of"):
         case.make().differentiable_loss(pair.model, lambda x: None, x)
-    with pytest.raises(ValueError, match="at least one datum"):
+    with pytest.raises(ValueError, match="plate has size 0: the batch must hold at least one example"):
         case.make().loss_and_grads(pair.model, pair.guide, x[:0])

@@ -1,4 +1,4 @@
-"""The terms of one run, for pairs of many shapes, against Pyro's own traces; and what is refused."""
+"""Terms of pairs of many shapes compared with Pyro's traces, the mean-field condition, and errors."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from pyro_vae.inference.guide_check import check_mean_field
 from pyro_vae.objectives.estimators import IWAE
 from pyro_vae.objectives.log_terms import terms
 
-S, N, D, K = 5, 4, 6, 2  # particles, data, their dimension, latent dimensions
+S, N, D, K = 5, 4, 6, 2  # particles, examples, dimensions of an example, latent dimensions
 X = torch.randn(N, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
@@ -47,7 +47,7 @@ class Flat:
 
 
 class Hierarchical:
-    """Two latent vectors, each drawn given the one before, in the same order in both."""
+    """Two latent vectors, the second drawn given the first, in the same order in model and guide."""
 
     @staticmethod
     def model(x):
@@ -64,7 +64,7 @@ class Hierarchical:
 
 
 class BottomUp(Hierarchical):
-    """The guide draws them the other way round."""
+    """The guide draws the two latent vectors in reverse order."""
 
     @staticmethod
     def guide(x):
@@ -74,7 +74,7 @@ class BottomUp(Hierarchical):
 
 
 class Masked(Flat):
-    """A mask on data, and one on latents."""
+    """A mask on data, and another on latent vectors."""
 
     @staticmethod
     def model(x):
@@ -94,7 +94,7 @@ MASK = torch.tensor([True, False, True, True])
 
 
 class Nested:
-    """Latent and observed sites in a second plate, left of the data's."""
+    """Latent and observed sites in a second plate, left of the data plate."""
 
     max_plate_nesting = 2
 
@@ -115,7 +115,7 @@ class Nested:
 
 
 class DataLeft:
-    """The data plate left of the pixels': it is found by what lies in it, not by its dimension."""
+    """The data plate, left of the pixel plate, is found by the sites in it, not by its dimension."""
 
     max_plate_nesting = 2
 
@@ -133,7 +133,7 @@ class DataLeft:
 
 
 class TwoPlates:
-    """Everything in two plates: the rightmost is the data's, the other is summed over."""
+    """All sites in two plates: the rightmost is the data plate, the other is summed over."""
 
     max_plate_nesting = 2
 
@@ -150,7 +150,7 @@ class TwoPlates:
 
 
 class Discrete:
-    """Discrete latents beside a continuous one."""
+    """A discrete and a continuous latent site."""
 
     @staticmethod
     def model(x):
@@ -167,7 +167,7 @@ class Discrete:
 
 
 class Auxiliary(Flat):
-    """A guide that draws through an auxiliary site and weighs by a factor; a model that notes things."""
+    """A guide with an auxiliary site and a factor; a model with deterministic sites and a factor."""
 
     @staticmethod
     def model(x):
@@ -188,7 +188,7 @@ class Auxiliary(Flat):
 
 
 class Partial:
-    """Some data missing: those are latent too."""
+    """Missing data as latent sites."""
 
     @staticmethod
     def model(x):
@@ -205,7 +205,7 @@ class Partial:
 
 
 class Subsampled:
-    """A batch of a larger data set, chosen by the plate itself."""
+    """A batch of a larger data set, subsampled by the plate."""
 
     @staticmethod
     def model(x):
@@ -247,7 +247,7 @@ def of(pair, x=X, *, num_particles=S):
 @each_size
 @each_pair
 def test_terms_are_those_of_pyros_trace(pair, num_particles):
-    """Each term summed over the data, with the scale put back, is what Pyro's trace gives, by particle."""
+    """Each term, summed over the data and scaled, equals that of Pyro's trace, per particle."""
     nesting = getattr(pair, "max_plate_nesting", 1)
     torch.manual_seed(11)
     elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=nesting)
@@ -269,8 +269,8 @@ def test_terms_are_those_of_pyros_trace(pair, num_particles):
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS.values() if pair is not Subsampled])
-def test_each_datum_has_terms_of_its_own(pair):
-    """Changing one datum changes that column of the terms, and no other."""
+def test_each_example_has_its_own_terms(pair):
+    """Changing one example changes its column of the terms, and no other."""
     changed = X.clone()
     changed[2] += 0.5
     weights = []
@@ -299,7 +299,7 @@ def test_scale():
 
 
 def test_subsampling_in_another_bound_than_pyros():
-    """The scale stays out of the logarithm, where RenyiELBO has it."""
+    """The scale stays outside the logarithm, unlike in RenyiELBO."""
     torch.manual_seed(0)
     loss = IWAE(S).loss(Subsampled.model, Subsampled.guide, X)
     torch.manual_seed(0)
@@ -308,7 +308,7 @@ def test_subsampling_in_another_bound_than_pyros():
 
 
 def test_convolutional_networks_and_images():
-    """A decoder that sees (S, N, K) by flattening, and an encoder that sees the images once."""
+    """A decoder is called with flattened (S, N, K), an encoder with the images, once."""
     images = torch.rand(N, 1, 8, 8)
     encoder = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.Flatten(), nn.LazyLinear(2 * K))
     decoder = nn.Sequential(
@@ -388,7 +388,7 @@ def test_kl_and_sampled_kl_have_one_mean():
 
 
 def pair_of(q, p):
-    """A pair of one site with these distributions."""
+    """A pair of one site with given distributions."""
 
     class Pair:
         @staticmethod
@@ -427,7 +427,7 @@ def delta_guide(log_density):
 
 
 def scaled_pair(guide_scale, model_scale):
-    """A pair whose latent sites count for more, or less."""
+    """A pair whose latent sites are scaled."""
 
     def model(x):
         with data_plate(x):
@@ -439,7 +439,7 @@ def scaled_pair(guide_scale, model_scale):
 
 
 def masked_pair(guide_mask, model_mask):
-    """A pair whose distributions, and not its sites, are masked."""
+    """A pair whose distributions, not its sites, are masked."""
 
     def model(x):
         with data_plate(x):
@@ -480,7 +480,7 @@ TRANSFORMED = dist.TransformedDistribution(NORMAL, [dist.transforms.AffineTransf
         "Delta with a density",
     ],
 )
-def test_no_kl_where_none_is_valid(pair):
+def test_no_kl_if_none_is_valid(pair):
     found = of(pair)
     assert found.kl is None
     assert torch.equal(found.elbo, found.log_weight)
@@ -490,7 +490,7 @@ def test_kl_of_distributions_with_one_mask():
     torch.testing.assert_close(of(masked_pair(MASK, MASK)).kl, of(Flat).kl * MASK, rtol=1e-12, atol=0)
 
 
-def test_kl_of_a_delta_is_what_its_only_draw_gives():
+def test_kl_of_a_delta_is_that_of_its_only_draw():
     found = of(no_kl(Flat.model, delta_guide(0.0)))
     torch.testing.assert_close(found.log_likelihood - found.kl, found.log_weight, rtol=1e-12, atol=0)
 
@@ -520,8 +520,8 @@ def test_check_mean_field_accepts(guide):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_check_mean_field_needs_no_closer_look_at_one_order():
-    """Two sites in the same order: one run of the guide, and one of the model."""
+def test_check_mean_field_runs_once_if_the_orders_agree():
+    """For two sites in the same order, the guide and the model run once each."""
     runs = []
 
     def counted(program):
@@ -531,13 +531,13 @@ def test_check_mean_field_needs_no_closer_look_at_one_order():
     assert runs == ["guide", "model"]
 
 
-def test_check_mean_field_refuses_what_trace_mean_field_elbo_gets_wrong():
+def test_check_mean_field_raises_if_the_guide_reverses_a_dependency():
     with pytest.raises(ValueError, match=r"draws 'z2' given 'z1', but the guide draws 'z1' given 'z2'"):
         check_mean_field(BottomUp.model, BottomUp.guide, X)
 
 
-def test_check_mean_field_sees_through_a_chain():
-    """The guide's z1 depends on z2 by way of an auxiliary site and a deterministic one."""
+def test_check_mean_field_follows_a_chain_of_dependencies():
+    """The guide's z1 depends on z2 through an auxiliary site and a deterministic site."""
 
     def guide(x):
         with data_plate(x):
@@ -551,13 +551,13 @@ def test_check_mean_field_sees_through_a_chain():
 
 
 @pytest.mark.parametrize(
-    ("pair", "fault"),
+    ("pair", "reason"),
     [
-        (no_kl(Flat.model, masked_guide), "at 'z', guide and model carry different masks.*use Trace_ELBO"),
-        (masked_pair(MASK, ~MASK), "guide and model carry different masks"),
-        (masked_pair(MASK, True), "guide and model carry different masks"),
-        (no_kl(Flat.model, delta_guide(0.3)), "the guide's Delta carries a log_density"),
-        (scaled_pair(1.0, 0.3), "at 'z', the guide is scaled by 1.0 and the model by 0.3.*see KLWeighted"),
+        (no_kl(Flat.model, masked_guide), "at 'z', guide and model have different masks.*use Trace_ELBO"),
+        (masked_pair(MASK, ~MASK), "guide and model have different masks"),
+        (masked_pair(MASK, True), "guide and model have different masks"),
+        (no_kl(Flat.model, delta_guide(0.3)), "the guide's Delta has a log_density"),
+        (scaled_pair(1.0, 0.3), "at 'z', the guide is scaled by 1.0 and the model by 0.3.*use KLWeighted"),
         (scaled_pair(torch.tensor([1.0, 3.0, 1.0, 2.0]), 1.0), r"scaled by tensor\(\[1., 3., 1., 2.\]\)"),
     ],
     ids=[
@@ -569,15 +569,15 @@ def test_check_mean_field_sees_through_a_chain():
         "scale of the guide's alone",
     ],
 )
-def test_check_mean_field_refuses_a_kl_that_is_not_its_sites(pair, fault):
-    sampled, by_table = (
+def test_check_mean_field_raises_for_an_invalid_kl(pair, reason):
+    sampled, registered = (
         estimator(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(
             pair.model, pair.guide, X
         )
         for estimator in (Trace_ELBO, TraceMeanField_ELBO)
     )
-    assert abs(sampled - by_table) > 0.5  # some tens of standard errors
-    with pytest.raises(ValueError, match=fault):
+    assert abs(sampled - registered) > 0.5  # tens of standard errors
+    with pytest.raises(ValueError, match=reason):
         check_mean_field(pair.model, pair.guide, X)
 
 
@@ -595,16 +595,16 @@ def test_check_mean_field_refuses_a_kl_that_is_not_its_sites(pair, fault):
     ],
     ids=["distributions' masks", "scales", "sites' masks", "Delta", "other masks, but no KL in closed form"],
 )
-def test_check_mean_field_accepts_a_kl_that_is_its_sites(pair):
+def test_check_mean_field_accepts_a_valid_kl(pair):
     check_mean_field(pair.model, pair.guide, X)
 
 
-def test_check_mean_field_refuses_sites_that_are_not_reparameterised():
+def test_check_mean_field_raises_for_sites_that_are_not_reparameterised():
     with pytest.raises(ValueError, match=r"'k', a Categorical, is not reparameterised.*Trace_ELBO, or VIMCO"):
         check_mean_field(Discrete.model, Discrete.guide, X)
 
 
-# What is refused --------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------
 
 
 def no_plate_model(x):
@@ -676,7 +676,7 @@ def grey_model(x):
         pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
 
-def weighed_model(x):
+def scaled_prior_model(x):
     with data_plate(x):
         with poutine.scale(scale=0.5):
             z = pyro.sample("z", dist.Normal(zeros(K), 1.0).to_event(1))
@@ -704,7 +704,7 @@ def unplated_dimension_model(x):
         (Flat.model, guide_with_the_data, "guide draws 'x', which the model observes"),
         (Flat.model, guide_of_other_event_dim, "event_dims disagree at site 'z'|plate.'data'. at site x"),
         (grey_model, Flat.guide, "model's site 'x' cannot score its value(.|\n)*support(.|\n)*binarise"),
-        (weighed_model, Flat.guide, "guide's site 'z' is scaled by 1.0 and the model's site 'z' by 0.5"),
+        (scaled_prior_model, Flat.guide, "guide's site 'z' is scaled by 1.0 and the model's site 'z' by 0.5"),
         (
             unplated_dimension_model,
             Flat.guide,
@@ -713,14 +713,14 @@ def unplated_dimension_model(x):
         (Nested.model, Nested.guide, "(max_plate_nesting=1 plates|max_plate_nesting=2)"),
     ],
 )
-def test_a_pair_that_does_not_fit_is_refused_by_name(model, guide, message, num_particles):
+def test_a_pair_that_does_not_fit_raises(model, guide, message, num_particles):
     with pytest.raises(ValueError, match=message):
         terms(model, guide, X, num_particles=num_particles)
 
 
 @each_size
-def test_an_empty_batch_is_refused(num_particles):
-    with pytest.raises(ValueError, match="plate has size 0: the batch must hold at least one datum"):
+def test_an_empty_batch_raises(num_particles):
+    with pytest.raises(ValueError, match="plate has size 0: the batch must hold at least one example"):
         terms(Flat.model, Flat.guide, X[:0], num_particles=num_particles)
 
 
@@ -732,7 +732,7 @@ def test_counts(name):
         terms(Flat.model, Flat.guide, X, **{name: 2.0})
 
 
-def test_a_run_leaves_the_programs_own_errors_alone():
+def test_errors_of_the_programs_are_not_changed():
     def model(x):
         raise ZeroDivisionError("mine")
 
@@ -743,8 +743,8 @@ def test_a_run_leaves_the_programs_own_errors_alone():
 @pytest.mark.parametrize(
     "pair", [Flat, Hierarchical, BottomUp, Masked, Nested, DataLeft, Partial, Subsampled]
 )
-def test_scoring_again_draws_nothing(pair):
-    """The score is that of the same draws and the same subsample."""
+def test_log_score_uses_no_random_numbers(pair):
+    """The score is computed at the same draws and the same subsample."""
     found = of(pair)
     state = torch.get_rng_state()
     torch.testing.assert_close(found.log_score, found.log_guide, rtol=1e-12, atol=0)
@@ -752,24 +752,24 @@ def test_scoring_again_draws_nothing(pair):
 
 
 @each_size
-def test_paths_are_weighed_by_particle_and_datum_wherever_the_data_plate_lies(num_particles):
-    """The gradient in each draw is multiplied by its own weight."""
+def test_path_gradients_are_scaled_per_particle_and_example_in_any_data_plate(num_particles):
+    """The gradient of each draw is multiplied by its weight."""
     weight = 1 + torch.arange(num_particles * N, dtype=torch.float64).reshape(num_particles, N)
     for pair in (Flat, Nested, DataLeft):
         nesting = getattr(pair, "max_plate_nesting", 1)
         loc = X.clone().requires_grad_()
         gradients = []
-        for weigh in (False, True):
+        for scale in (False, True):
             torch.manual_seed(0)
             found = terms(pair.model, pair.guide, loc, num_particles=num_particles, max_plate_nesting=nesting)
             draws = {name: site["value"] for name, site in found.sites.guide.items()}
-            if weigh:
+            if scale:
                 found.scale_path_gradients(weight)
             gradients.append(torch.autograd.grad(found.log_prior.sum(), list(draws.values())))
-        for plain, weighed, site in zip(*gradients, found.sites.guide.values(), strict=True):
-            ratio = weighed / plain
+        for plain, scaled, site in zip(*gradients, found.sites.guide.values(), strict=True):
+            ratio = scaled / plain
             plates = {f.name: f.dim for f in site["cond_indep_stack"]}
             data_dim = plates.get("data", plates.get("images")) - site["fn"].event_dim
-            by_datum = ratio.movedim(data_dim, -1)
-            by_datum = by_datum.reshape(num_particles, -1, N)
-            torch.testing.assert_close(by_datum, weight.unsqueeze(1).expand_as(by_datum))
+            by_example = ratio.movedim(data_dim, -1)
+            by_example = by_example.reshape(num_particles, -1, N)
+            torch.testing.assert_close(by_example, weight.unsqueeze(1).expand_as(by_example))
