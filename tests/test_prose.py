@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 BANNED = [
     r"(?<!there )is no (?!more|less|longer|larger|closed)",
     r"(?<!there )are no (?!more|less|longer|larger)",
-    "one a",
+    r"one a\b",
     "afresh",
     "anew",
     "is told",

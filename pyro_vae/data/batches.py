@@ -22,18 +22,18 @@ _CHUNK = 4096  # data checked at a time
 
 
 class Batches:
-    """The data of one run, given out in batches.
+    """Data of one run, in batches.
 
     Args:
         data: Tensor (N, *event_shape) or `Images`.
         binarize: None, "dynamic", "fixed" or "threshold"; see `pyro_vae.data.Images`. For a tensor
             of grey levels in [0, 1] the same three are done here.
         seed: Seed of the order and of the binarisation.
-        device: Where the batches go; the data stay where they are.
+        device: Device of the batches; the data stay on theirs.
 
     Raises:
-        TypeError: If the data are of another type, or to be binarised and no floating-point numbers.
-        ValueError: If they are to be binarised and do not lie in [0, 1], or are binarised already.
+        TypeError: If the data are of another type, or not floating-point where they are to be binarised.
+        ValueError: If they are to be binarised and lie outside [0, 1], or are binarised already.
 
     Example:
         >>> batches = Batches(torch.arange(5.0)[:, None], seed=1)

@@ -1,4 +1,4 @@
-"""Training a VAE: epochs, progress, schedules, early stopping, checkpoints, and resuming to the bit.
+"""Train a VAE: epochs, progress, schedules, early stopping, checkpoints, and resuming to the bit.
 
 Reported values are in nats per datum, higher is better; only the loss inside is minimised.
 """
@@ -39,11 +39,11 @@ class Callback(Protocol):
     """Called by `fit` after each epoch; returning True ends the training."""
 
     def __call__(self, vae: VAE, epoch: Epoch) -> bool | None:
-        """Look at the model and at what is reported of the epoch."""
+        """Look at the model and at the values of the epoch."""
 
 
 class TensorBoard:
-    """A callback that logs what is reported of each epoch for TensorBoard.
+    """Callback that logs the fields of each `Epoch` for TensorBoard.
 
     Args:
         log_dir: The folder that `tensorboard --logdir` reads.
@@ -133,11 +133,11 @@ def fit(
         The history, one `Epoch` each.
 
     Raises:
-        TypeError: If `vae` is no `VAE`, the data are no floating-point tensor or `Images`, or the
-            estimator no ELBO.
-        ValueError: If an argument is out of range; the data are empty, have another shape than the
-            likelihood, or lie outside its support; the guide does not fit the model (a `GuideError`,
-            see `check_guide`), or the estimator not the two.
+        TypeError: If `vae` is not a `VAE`, the data not a floating-point tensor or `Images`, or the
+            estimator not an ELBO.
+        ValueError: If an argument is out of range; if the data are empty, have another shape than the
+            likelihood, or lie outside its support; if the guide does not fit the model (a `GuideError`,
+            see `check_guide`), or the estimator is not valid for the two.
         NonFiniteError: If the loss or a parameter stops being finite; names the epoch, the step and
             the site. The last checkpoint is kept.
         CheckpointError: If the run to resume is damaged, or was made with other settings or data.

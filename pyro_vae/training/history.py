@@ -1,4 +1,4 @@
-"""What is reported of a training run, epoch by epoch."""
+"""History of a training run, epoch by epoch."""
 
 import csv
 import dataclasses
@@ -17,15 +17,15 @@ _SHOWN = 10  # rows of the table, at most
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is reported of one epoch; values in nats per datum at weight β = 1, with standard errors.
+    """Values of one epoch, in nats per datum at weight β = 1, with standard errors.
 
     Attributes:
         epoch: Number of the epoch, from 1.
-        train_bound: Mean over the epoch's data of the estimator's bound (the ELBO, for the
-            estimators of an ELBO), while the parameters were moving.
-        train_bound_se: Its standard error, from the spread between the batches.
+        train_bound: Mean over the epoch of the estimator's bound (the ELBO, for estimators of an ELBO),
+            while the parameters were moving.
+        train_bound_se: Its standard error, from the spread between batches.
         validation_elbo: Mean ELBO of the validation data after the epoch; NaN without such data.
-        validation_elbo_se: Its standard error, from the spread between the data.
+        validation_elbo_se: Its standard error, from the spread between examples.
         beta: Weight on the KL in the last step of the epoch.
         learning_rate: Learning rate in the epoch.
         seconds: Wall-clock time of the epoch's steps.
@@ -42,7 +42,7 @@ class Epoch:
 
 
 class History(list[Epoch]):
-    """The epochs of a run, in order; shown as a table of the first, the last, and some between.
+    """Epochs of a run, in order; shown as a table of the first, the last, and some between.
 
     Example:
         >>> history = History([Epoch(1, -120.5, 0.4, -110.2, 0.3, 1.0, 1e-3, 2.5)])
@@ -66,7 +66,7 @@ class History(list[Epoch]):
         return {field.name: self.column(field.name) for field in dataclasses.fields(Epoch)}
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a table with a header and one row an epoch."""
+        """Write a table with a header and one row per epoch."""
         with replacing(path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns())
@@ -74,7 +74,7 @@ class History(list[Epoch]):
 
 
 def _table(history: History) -> Iterator[str]:
-    """Lines of a table: all epochs if they are few, else some of them, at about equal distances."""
+    """Yield the lines of a table: all epochs if they are few, otherwise some at about equal distances."""
     count = len(history)
     shown = min(count, _SHOWN)
     some = f", {shown} of them shown" if shown < count else ""

@@ -1,4 +1,4 @@
-"""A training run: optimiser, epoch statistics, validation, early stopping."""
+"""State of a training run: optimiser, epoch statistics, validation, early stopping."""
 
 import copy
 import logging
@@ -34,7 +34,7 @@ _BATCH_SIZE = 128  # by default
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains; see `fit`."""
+    """Settings of a run; see `fit`."""
 
     estimator: ELBO
     optimizer: Callable[[list[torch.nn.Parameter]], Optimizer]
@@ -49,7 +49,7 @@ class Settings:
 
 
 class Run:
-    """A training run: what changes as it goes on."""
+    """State of a training run, from its first step to its last."""
 
     def __init__(self, vae: VAE, train: Batches, held_out: Batches | None, settings: Settings):
         parameters = [p for p in vae.parameters() if p.requires_grad]
@@ -87,7 +87,7 @@ class Run:
         self.best_state: dict[str, Tensor] = {}
 
     def _check_fit(self) -> None:
-        """Check the pair on two data, before an earlier run in the folder gives way to this one."""
+        """Check the pair on two examples, before an existing run in the folder is overwritten."""
         x = next(self.train.in_order(min(2, len(self.train))))
         self.vae.eval()
         self.svi.check(x)
@@ -117,14 +117,14 @@ class Run:
                 ) from error
 
     def _beta(self) -> float:
-        """Weight on the KL in the last step taken, or the first to come."""
+        """Return the weight on the KL in the last step, or in the first if none was taken."""
         if not isinstance(self.svi.loss, KLWeighted):
             return 1.0
         self.svi.loss.steps = max(0, len(self.history) * self.steps_per_epoch + len(self.done) - 1)
         return float(self.svi.loss.beta)
 
     def steps(self) -> Iterator[int]:
-        """Take the remaining steps of the epoch under way, yielding the length of each batch."""
+        """Take the remaining steps of the current epoch, yielding the length of each batch."""
         epoch = len(self.history)
         self.vae.train()
         noise = derived_seed(self.settings.seed, _NOISE, epoch)
@@ -144,12 +144,12 @@ class Run:
             yield len(batch)
 
     def mean_bound(self) -> float:
-        """Mean bound of the epoch's data so far, in nats per datum; cheap enough for every step."""
+        """Return the mean bound of the epoch so far, in nats per datum; cheap enough for every step."""
         full = (len(self.done) - 1) * self.batch_size  # only the last batch may differ
         return self.total / (full + self.done[-1][0])
 
     def bound(self) -> tuple[float, float]:
-        """Mean bound of the epoch's batches so far, and its standard error, in nats per datum."""
+        """Return the mean bound of the epoch so far, and its standard error, in nats per datum."""
         lengths, bounds = torch.tensor(self.done, dtype=torch.float64).unbind(1)
         weights = lengths / lengths.sum()
         mean = (weights * bounds).sum()
@@ -195,18 +195,18 @@ class Run:
         if not elbo.isfinite().all():
             index = int((~elbo.isfinite()).nonzero()[0])
             raise NonFiniteError(
-                f"the ELBO of validation datum {index} is {elbo[index]} after epoch {len(self.history) + 1}. "
-                f"{self._last_good()}"
+                f"the ELBO of validation example {index} is {elbo[index]} after epoch "
+                f"{len(self.history) + 1}. {self._last_good()}"
             )
         se = float(elbo.std()) / math.sqrt(len(elbo)) if len(elbo) > 1 else math.nan
         return float(elbo.mean()), se
 
     def _merits(self) -> list[float]:
-        """What is to be maximised, for each epoch."""
+        """Return the value to be maximised, of each epoch."""
         return self.history.column("train_bound" if self.held_out is None else "validation_elbo")
 
     def best_epoch(self) -> int:
-        """Index of the epoch with the best value so far."""
+        """Return the index of the epoch with the best value so far."""
         merits = self._merits()
         return merits.index(max(merits))
 
@@ -216,7 +216,7 @@ class Run:
         return patience is not None and epochs > 0 and epochs - 1 - self.best_epoch() >= patience
 
     def data_seen(self) -> int:
-        """How many data the run has taken a step on, repeats counted."""
+        """Return the number of examples that the run has taken a step on, repeats counted."""
         return len(self.history) * len(self.train) + sum(length for length, _ in self.done)
 
     def require_finite_parameters(self) -> None:

@@ -644,7 +644,7 @@ def test_bad_data_raise():
     _, vae, x = linear_gaussian()
     with pytest.raises(TypeError, match="one batch"):
         compare(vae, [x], [STL()])
-    with pytest.raises(ValueError, match="at least one datum"):
+    with pytest.raises(ValueError, match="at least one example"):
         compare(vae, x[:0], [STL()])
 
 

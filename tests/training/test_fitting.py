@@ -527,7 +527,7 @@ def test_parameters_that_nothing_shows_are_refused_not_left_untrained():
     def guide(x):
         return dist.Normal(hidden(x), 1.0).to_event(1)
 
-    with pytest.raises(ValueError, match=r"a parameter of shape \(2, 4\) that no Pyro statement shows"):
+    with pytest.raises(ValueError, match=r"a parameter of shape \(2, 4\) without a Pyro statement"):
         pv.fit(normal_vae().with_guide(guide), torch.randn(9, 4), epochs=1, progress=False)
 
 
