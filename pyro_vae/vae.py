@@ -190,7 +190,7 @@ class VAE(nn.Module):
             vae = into
             if vae is None:
                 dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
-                vae = cast(VAE, rebuild(content["spec"])).to(device=device, dtype=dtype)
+                vae = cast(VAE, rebuild(content["spec"], state)).to(device=device, dtype=dtype)
             if content["spec"] is not None and spec(vae) not in (None, content["spec"]):
                 raise ValueError("the parts or their settings differ from those of `into`")
             vae.load_state_dict(state)

@@ -2,6 +2,7 @@
 
 import base64
 import inspect
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.comparison.experiment import peak_memory
 from pyro_vae.networks import MLP
 from pyro_vae.utils.serialization import rebuild, spec
 
@@ -111,3 +113,57 @@ def test_a_file_of_earlier_code_loads_with_the_same_numbers(tmp_path):
         [0.33806109, -1.28189683],
     ]
     torch.testing.assert_close(q.rsample(), torch.tensor(expected_draw), rtol=0, atol=1e-6)
+
+
+# A file costs what it holds ---------------------------------------------------------------------------------
+
+
+def small_vae():
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (5,), hidden_features=(4,)),
+        guide=pv.guides.DiagonalNormal((5,), 2, hidden_features=(4,)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments"),
+    [
+        ("guide", {"hidden_features": [20_000, 20_000, 20_000]}),
+        ("guide", {"hidden_features": [3000] * 200}),
+        ("guide", {"latent_dim": 10**9}),
+        ("likelihood", {"event_shape": [10**5, 10**5]}),
+        ("prior", {"latent_dim": 10**10}),
+    ],
+)
+def test_a_small_file_that_describes_a_large_model_is_refused_at_once(tmp_path, part, arguments):
+    small_vae().save(tmp_path / "vae.pt")
+    stored = torch.load(tmp_path / "vae.pt", weights_only=True)
+    stored["content"]["spec"]["arguments"][part]["arguments"].update(arguments)
+    torch.save(stored, tmp_path / "vae.pt")
+
+    def load():
+        with pytest.raises(pv.CheckpointError):
+            pv.VAE.load(tmp_path / "vae.pt")
+
+    assert peak_memory(load) < 2**26
+
+
+def test_a_flow_of_a_billion_transforms_is_refused(tmp_path):
+    vae = small_vae().with_guide(pv.guides.Flow((5,), 2, num_context=3, hidden_features=(4,)))
+    vae.save(tmp_path / "vae.pt")
+    stored = torch.load(tmp_path / "vae.pt", weights_only=True)
+    stored["content"]["spec"]["arguments"]["guide"]["arguments"]["num_transforms"] = 10**9
+    torch.save(stored, tmp_path / "vae.pt")
+    with pytest.raises(pv.CheckpointError, match="larger than its tensors"):
+        pv.VAE.load(tmp_path / "vae.pt")
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path):
+    small_vae().save(tmp_path / "vae.pt")
+    with zipfile.ZipFile(tmp_path / "vae.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr(f"{name.split('/')[0]}/data/999", bytes(10**7), zipfile.ZIP_DEFLATED)
+    with pytest.raises(pv.CheckpointError, match="not written by this library"):
+        pv.VAE.load(tmp_path / "b.pt")

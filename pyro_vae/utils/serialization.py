@@ -12,15 +12,19 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "CheckpointError",
@@ -154,8 +158,11 @@ def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device 
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with zipfile.ZipFile(path) as archive:
+            _require_stored(archive, path.stat().st_size)
             damaged = archive.testzip()
         stored = None if damaged else torch.load(path, map_location=device, weights_only=True)
+    except (PermissionError, MemoryError):
+        raise  # not the fault of the content
     except Exception as error:  # a damaged archive or pickle may raise any error
         raise CheckpointError(
             f"{path} holds no readable checkpoint: it is truncated, damaged, or not written by this library "
@@ -173,6 +180,14 @@ def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device 
             "use the release that wrote it, or begin again in another folder"
         )
     return stored["content"]
+
+
+def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise if an archive announces more bytes than its file has: `write` compresses nothing."""
+    entries = archive.infolist()
+    announced = sum(entry.file_size for entry in entries)
+    if announced > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"{size:,} bytes announce {announced:,}")
 
 
 def fitting(path: str | os.PathLike[str], restore: Callable[[], _Result]) -> _Result:
@@ -263,13 +278,54 @@ def _describe(module: nn.Module, numbers: dict[nn.Module, int]) -> dict[str, Any
     return {"class": recorded["class"], "arguments": arguments}
 
 
-def rebuild(description: Any) -> nn.Module:
+def rebuild(description: Any, state: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Build a module with new initial parameters from a description by `spec`.
 
+    Args:
+        description: From `spec`, or from a file.
+        state: Tensors that belong to the description: building may not allocate much more than they hold, so
+            that a small file cannot ask for a large module.
+
     Raises:
-        ValueError: If the description is malformed, or names an unmarked class or invalid arguments.
+        ValueError: If the description is malformed, names an unmarked class or invalid arguments, or asks for
+            more memory than the state accounts for.
     """
-    return _build(description, [])
+    with nullcontext() if state is None else _BoundedAllocation(state):
+        return _build(description, [])
+
+
+class _BoundedAllocation(TorchDispatchMode):
+    """Raise before an operation allocates much more than the tensors of a state hold."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]):
+        super().__init__()
+        sizes = [tensor.untyped_storage().nbytes() for tensor in state.values()]
+        self.largest = max([4 * size for size in sizes] + [2**20])  # of one tensor, in bytes
+        self.left = 64 * sum(sizes) + 2**26  # of all, temporary ones too
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = self._size(function, args, kwargs or {})
+        self.left -= size
+        if size > self.largest or self.left < 0:
+            raise ValueError("it describes modules that are larger than its tensors")
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _size(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
+        """Bytes that an operation may allocate, at most, if it broadcasts its arguments."""
+        names = [argument.name for argument in function._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        asked = math.prod(given.get("size", given.get("repeats", ())) or (1,)) if function._schema else 1
+        if isinstance(given.get("end"), int):  # arange
+            asked = max(asked, given["end"])
+        for name in ("n", "m"):  # eye
+            asked *= given[name] if isinstance(given.get(name), int) else 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        try:
+            read = math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+        except RuntimeError:  # a product of matrices, a concatenation
+            read = sum(tensor.numel() for tensor in tensors)
+        return 8 * max(asked * (read if "repeats" in given else 1), read if tensors else 1)
 
 
 def _build(description: Any, built: list[nn.Module]) -> nn.Module:
