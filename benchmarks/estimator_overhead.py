@@ -1,13 +1,12 @@
-"""What an estimator costs beside the decoder: its step over a batch, and a decoder pass over as many rows.
+"""Compare the time of an estimator's step with a decoder pass over the same number of rows.
 
     uv run benchmarks/estimator_overhead.py [--repeats 30] [--threads 1]
 
-784-200-200-50 tanh, 50 particles on a batch of 128, so 6,400 rows, forward and backward. It is compared with
-two passes: one that ends in the Bernoulli log-likelihood that the step needs too ("likelihood"), and one that
-ends in a bare sum of the logits ("logits"). The difference between the two, a logarithm and a sigmoid of each
-of 5 million logits, is arithmetic that no estimator can do without; what an estimator adds of its own is its
-ratio to the first. All are run in turn. The table holds the first decile of the process's CPU time, which
-other processes disturb less than its mean, and far less than wall-clock time.
+784-200-200-50 tanh, 50 particles on a batch of 128, so 6,400 rows, forward and backward. Two decoder passes
+are the references: "likelihood" ends in the Bernoulli log-likelihood, "logits" in a sum of the logits. They
+differ by a logarithm and a sigmoid of 5 million logits, which every estimator needs. The overhead of an
+estimator is therefore its ratio to "likelihood". All are run in turn. The table shows the first decile of the
+process's CPU time, which other processes disturb less than its mean, and far less than wall-clock time.
 """
 
 import argparse
@@ -35,7 +34,7 @@ ESTIMATORS = [
 
 
 def make_steps() -> dict[str, Callable[[], torch.Tensor]]:
-    """Losses to differentiate: the two decoder passes and the estimators, by name."""
+    """Return the losses to differentiate, by name: the two decoder passes and the estimators."""
     torch.manual_seed(0)
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(LATENT),

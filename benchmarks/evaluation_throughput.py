@@ -1,12 +1,12 @@
-"""What log p(x) by S draws costs beside the decoder that they pass through.
+"""Compare the time of `evaluate` with S draws per image with that of the decoder on as many rows.
 
     uv run benchmarks/evaluation_throughput.py [--particles 5000] [--images 20] [--repeats 7]
 
-784-200-200-50 tanh. `evaluate` decodes S draws for each image; beside it the decoder's network alone takes as
-many rows, as many at once, with and without the Bernoulli log-likelihood of the image. All are run in turn;
-the table holds medians of CPU time on one thread, which other processes disturb less than wall-clock time,
-and of the share of it that the network alone would take. Last, the memory that `evaluate` took above the
-model's and the libraries', at its highest.
+784-200-200-50 tanh. `evaluate` decodes S draws per image. The references run the decoder's network on as many
+rows in chunks of the same size, with and without the Bernoulli log-likelihood of the image. All are run in
+turn. The table shows medians of CPU time on one thread, which other processes disturb less than
+wall-clock time, and of the fraction that the network alone takes. The last line is the peak memory of
+`evaluate` above that of the model and the libraries.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
             vae, x, num_particles=options.particles, aggregate_size=0, progress=False
         ),
     }
-    pv.evaluate(vae, x[:1], num_particles=50, progress=False)  # what is imported once
+    pv.evaluate(vae, x[:1], num_particles=50, progress=False)  # imports are not measured
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ways["evaluate"]()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -1,8 +1,8 @@
-"""What `pyro_vae.fit` costs beside the bare loop it stands for: one epoch each, in turn.
+"""Compare the time of an epoch of `pyro_vae.fit` with that of a plain training loop, in turn.
 
     uv run benchmarks/fit_overhead.py --data-root DIR
 
-The bare loop takes contiguous batches in order: no shuffling, no binarisation, no report.
+The plain loop takes contiguous batches in order, without shuffling, binarisation or reporting.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Train the same VAE three ways on full MNIST and compare test ELBOs: two estimators, and PyTorch by hand.
+"""Compare test ELBOs of the same VAE on MNIST, trained with two estimators and in hand-written PyTorch.
 
     uv run benchmarks/mnist_agreement.py --data-root DIR
 
-784-400-20, ReLU, dynamic binarisation, Adam 1e-3. The hand-written VAE imports nothing of this library
-but the data; its test ELBO is measured by its own code, the other two by `fit`.
+784-400-20, ReLU, dynamic binarisation, Adam 1e-3. The hand-written VAE uses only the data loading of this
+library; its test ELBO is computed by its own code, the other two by `fit`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import pyro_vae as pv
 
 
 class HandWritten(nn.Module):
-    """Kingma and Welling's VAE in plain PyTorch, with softplus scales."""
+    """VAE of Kingma and Welling in plain PyTorch, with softplus scales."""
 
     def __init__(self) -> None:
         super().__init__()

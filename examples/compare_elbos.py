@@ -1,21 +1,21 @@
-"""Which estimator of the ELBO to train with? Compare many at one model, then train with some of them.
+"""Compare estimators of the ELBO at one model, then train models with some of the estimators.
 
     uv run examples/compare_elbos.py
-    uv run examples/compare_elbos.py --budget 20s              # the same time for each, not the same steps
-    uv run examples/compare_elbos.py --checkpoint vae.pt       # compare at a model of your own, of digits
+    uv run examples/compare_elbos.py --budget 20s              # equal training time instead of equal steps
+    uv run examples/compare_elbos.py --checkpoint vae.pt       # compare at your own model of digits
     uv run examples/compare_elbos.py --train elbo:1 stl:4 dreg:20 vimco:20
     uv run examples/compare_elbos.py --model linear-gaussian   # where log p(x) and the ELBO are known exactly
 
-First, a small VAE is trained on digits for a while, and a batch shown to each estimator again and again: what
-does it estimate, how noisy is its gradient, is it right, and what does a step cost? A tighter bound is not
-always a better guide: see how the signal-to-noise ratio goes with the number of particles.
+First, a small VAE is trained on digits. At its parameters each estimator is run repeatedly on one batch, for
+the bias of its value, the variance and signal-to-noise ratio of its gradient, time and memory. A tighter
+bound can have a worse gradient: see the figure of the signal-to-noise ratio by number of particles.
 
-Then one model for each of some estimators is trained from the same start, on the same batches, for the same
-number of steps or seconds, and judged by the log-evidence of test digits, by importance sampling.
+Then a model is trained with each estimator of --train, from the same initial parameters, on the same batches,
+for the same number of steps or seconds. The log-evidence of test digits is estimated by importance sampling.
 
-In the linear-Gaussian model every estimator is held against what it should give; nothing is trained.
+With --model linear-gaussian each estimator is compared with the known value of its bound; nothing is trained.
 
-The folder given by --output receives the tables (CSV, netCDF) and the pictures.
+The tables (CSV, netCDF) and figures are written to the folder --output.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from pyro_vae.utils.serialization import replacing
 
 EVENT, K, HIDDEN = (1, 28, 28), 16, (200,)
 
-# to train with, by the number of particles in each group
+# for training; S is the number of particles in each group
 ESTIMATORS = {
     "elbo": lambda S: Trace_ELBO(S, vectorize_particles=S > 1, max_plate_nesting=1),
     "mean-field": lambda S: TraceMeanField_ELBO(S, vectorize_particles=S > 1, max_plate_nesting=1),
@@ -58,35 +58,35 @@ ESTIMATORS = {
 
 
 def estimator(text: str) -> ELBO:
-    """Read "dreg:8": a name, and the number of particles in each group."""
+    """Parse an estimator such as "dreg:8": its name and the number of particles in each group."""
     name, _, particles = text.partition(":")
     if name not in ESTIMATORS or not re.fullmatch("[1-9][0-9]*", particles):
         raise argparse.ArgumentTypeError(
-            f'must read like "dreg:8", with a name among {", ".join(ESTIMATORS)}; got "{text}"'
+            f'must have the form "dreg:8", with a name among {", ".join(ESTIMATORS)}; got "{text}"'
         )
     try:
         return ESTIMATORS[name](int(particles))
-    except ValueError as error:  # VIMCO takes no single particle
+    except ValueError as error:  # VIMCO needs at least two particles
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 class Budget(NamedTuple):
-    """How long each model is trained."""
+    """Training length of each model, in steps or seconds."""
 
     amount: float
     unit: str
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """Read "800steps" or "20s"."""
+        """Parse "800steps" or "20s"."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(steps|s)", text)
         if not match or not float(match[1]) > 0:
-            raise argparse.ArgumentTypeError(f'must read like "800steps" or "20s"; got "{text}"')
+            raise argparse.ArgumentTypeError(f'must have the form "800steps" or "20s"; got "{text}"')
         return cls(float(match[1]), match[2])
 
 
 class Trained(NamedTuple):
-    """A model trained with an estimator, and how that went."""
+    """Training curve of a model trained with one estimator, and its final evaluation."""
 
     steps: list[int]
     seconds: list[float]
@@ -95,7 +95,7 @@ class Trained(NamedTuple):
 
 
 def small_vae(seed: int) -> pv.VAE:
-    """p(z) p(x|z) and q(z|x), the same for the same seed."""
+    """Return a VAE of digits with initial parameters drawn from the seed."""
     torch.manual_seed(seed)
     return pv.VAE(
         prior=pv.priors.StandardNormal(K),
@@ -105,7 +105,7 @@ def small_vae(seed: int) -> pv.VAE:
 
 
 def candidates(particles: int) -> list[ELBO]:
-    """What is compared, with up to that many particles."""
+    """Return the estimators to compare, with at most `particles` particles in each group."""
     few, some, many = (max(2, particles // fraction) for fraction in (16, 4, 1))
     return [
         Trace_ELBO(),
@@ -127,7 +127,7 @@ def candidates(particles: int) -> list[ELBO]:
 def side_by_side(
     vae: pv.VAE, x: Tensor, args: argparse.Namespace, *, reference: Tensor | None = None
 ) -> pv.Comparison:
-    """Show a batch to the estimators, at the same parameters and random numbers; print, write, draw."""
+    """Compare the estimators on a batch, at the same parameters and random numbers; write all results."""
     found = pv.compare_estimators(
         vae.model,
         vae.guide,
@@ -148,14 +148,14 @@ def side_by_side(
 
 
 def linear_gaussian(num_data: int, seed: int) -> tuple[LinearGaussian, pv.VAE, Tensor]:
-    """A model solved exactly, the same as a VAE whose guide is near its posterior but not there, and data."""
+    """Return an exactly solved model, the same model as a VAE with an approximate guide, and data."""
     D, K = 8, 3
     torch.manual_seed(seed)
     exact = LinearGaussian(torch.randn(D, K).double(), torch.randn(D).double(), noise_variance=1.0)
     x = exact.sample(num_data)
     decoder, encoder = nn.Linear(K, D).double(), nn.Linear(D, 2 * K).double()
     decoder.weight.data, decoder.bias.data = exact.W, exact.b
-    # the network gives q's means and raw scales: the means of the posterior, but for some noise
+    # the encoder returns the means and raw scales of q; its means are the posterior's, plus noise
     nn.init.normal_(encoder.weight, std=0.03)
     origin = torch.zeros(1, D).double()
     slope = torch.func.jacrev(lambda x: exact.posterior(x).mean)(origin)[0, :, 0]
@@ -173,14 +173,12 @@ def linear_gaussian(num_data: int, seed: int) -> tuple[LinearGaussian, pv.VAE, T
 def print_known_biases(
     exact: LinearGaussian, vae: pv.VAE, x: Tensor, found: pv.Comparison, args: argparse.Namespace
 ) -> None:
-    """Hold what was found against the ELBO, known exactly, and other bounds by very many draws."""
+    """Compare the measured biases with the exact ELBO, and with other bounds estimated from many draws."""
     q = vae.encode(x)
     evidence = exact.log_evidence(x).mean().item()
     elbo = exact.elbo(x, q.mean, q.variance.diag_embed()).mean().item()
-    print(
-        f"\nbias against log p(x) = {evidence:.6f}, found in {args.repeats} steps and known; nats per datum"
-    )
-    print(f"{'estimator':27}{'found':>20}{'known':>22}{'t':>7}")
+    print(f"\nbias against log p(x) = {evidence:.6f}: from {args.repeats} steps, and known; nats per datum")
+    print(f"{'estimator':27}{'estimated':>20}{'known':>22}{'t':>7}")
     for name, estimator in zip(found["estimator"].values, candidates(args.particles), strict=True):
         known = Estimate(elbo - evidence, 0.0)
         if found["target"].sel(estimator=name).item() != "ELBO":
@@ -195,7 +193,7 @@ def print_known_biases(
 def by_many_draws(
     estimator: ELBO, vae: pv.VAE, x: Tensor, args: argparse.Namespace, *, copies: int = 50, rounds: int = 40
 ) -> Estimate:
-    """An estimator's bound by its definition, from many draws of its own for each datum."""
+    """Estimate an estimator's bound by its definition, from many independent draws per example."""
     plain = target(estimator).reference_estimators["model"]
     bound = (plain.estimator if isinstance(plain, pv.KLWeighted) else plain).estimator
     torch.manual_seed(args.seed + 1)
@@ -207,16 +205,16 @@ def by_many_draws(
 def train(
     estimator: ELBO, data: pv.data.Images, test: pv.data.Images, args: argparse.Namespace, bar: tqdm
 ) -> Trained:
-    """Train a model from the common start till the budget is spent, judging it after every epoch."""
+    """Train a model from the common initial parameters until the budget is spent; evaluate each epoch."""
     vae = small_vae(args.seed)
     shown = test.subset(slice(args.curve_size))
     spent: dict[str, list] = {"steps": [0], "s": [0.0]}
-    curve = [judge(vae, shown, args.curve_particles, args).log_evidence]
+    curve = [evaluate(vae, shown, args.curve_particles, args).log_evidence]
 
     def record(vae: pv.VAE, epoch: pv.Epoch) -> bool:
         spent["steps"].append(spent["steps"][-1] + math.ceil(len(data) / args.batch_size))
         spent["s"].append(spent["s"][-1] + epoch.seconds)
-        curve.append(judge(vae, shown, args.curve_particles, args).log_evidence)
+        curve.append(evaluate(vae, shown, args.curve_particles, args).log_evidence)
         before, now = (min(each, args.budget.amount) for each in spent[args.budget.unit][-2:])
         bar.update(now - before)
         return now == args.budget.amount
@@ -225,33 +223,33 @@ def train(
         vae,
         data,
         estimator=estimator,
-        epochs=10**6,  # the callback ends it
+        epochs=10**6,  # the callback stops training
         batch_size=args.batch_size,
         seed=args.seed,
         callbacks=[record],
         progress=False,
     )
-    return Trained(spent["steps"], spent["s"], curve, judge(vae, test, args.test_particles, args))
+    return Trained(spent["steps"], spent["s"], curve, evaluate(vae, test, args.test_particles, args))
 
 
-def judge(vae: pv.VAE, x: pv.data.Images, particles: int, args: argparse.Namespace) -> pv.Evaluation:
-    """The ELBO and an estimate of log p(x) of each image, by the same random numbers at each call."""
+def evaluate(vae: pv.VAE, x: pv.data.Images, particles: int, args: argparse.Namespace) -> pv.Evaluation:
+    """Estimate the ELBO and log p(x) of each image, with the same random numbers at each call."""
     return pv.evaluate(vae, x, num_particles=particles, seed=args.seed, aggregate_size=0, progress=False)
 
 
 def report(results: dict[str, Trained]) -> list[dict[str, Any]]:
-    """Print how the models compare, and return the table."""
+    """Print the comparison of the trained models, and return it as rows of a table."""
     evidence = {name: result.final.per_datum.log_evidence for name, result in results.items()}
     best = max(evidence, key=lambda name: evidence[name].mean())
     particles = next(iter(results.values())).final.num_particles
     width = max(len("trained with"), *map(len, results))
     print(
         f"{'trained with':{width}}  {'steps':>6}  {'seconds':>7}  {f'log p(x), L_{particles}':>18}  "
-        f"{'less the best':>16}  {'ELBO':>16}  {'gap':>14}"
+        f"{'minus the best':>16}  {'ELBO':>16}  {'gap':>14}"
     )
     table = []
     for name, result in results.items():
-        # image by image, as all models see the same: much surer than the difference of the means
+        # paired by image, which has a much smaller error than the difference of the means
         behind = evidence[name] - evidence[best]
         final = {part: result.final.mean(part) for part in ("log_evidence", "elbo", "gap")}
         se = behind.std().item() / math.sqrt(len(behind))
@@ -269,12 +267,12 @@ def report(results: dict[str, Trained]) -> list[dict[str, Any]]:
             )
             + f"  {final['elbo']!s:>16}  {final['gap']!s:>14}"
         )
-    print("nats per image ± one standard error over the test images; less the best: image by image")
+    print("nats per image ± one standard error over the test images; minus the best: paired by image")
     return table
 
 
 def draw_curves(results: dict[str, Trained], args: argparse.Namespace) -> Figure:
-    """Test log-evidence by steps or seconds: what training reaches, and how soon."""
+    """Draw the test log-evidence against steps or seconds, and its final value for each estimator."""
     figure = Figure(figsize=(12, 4.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, (name, result) in enumerate(results.items()):
@@ -285,7 +283,7 @@ def draw_curves(results: dict[str, Trained], args: argparse.Namespace) -> Figure
         right.errorbar(value, name, xerr=se, linestyle="none", capsize=4, **style)
     low = min(result.curve[len(result.curve) // 4] for result in results.values())
     high = max(max(result.curve) for result in results.values())
-    left.set_ylim(low, high + 0.1 * (high - low))  # the start is far below
+    left.set_ylim(low, high + 0.1 * (high - low))  # the initial values are far below
     left.set_xlabel("steps" if args.budget.unit == "steps" else "seconds of training")
     left.set_ylabel(f"L_{args.curve_particles}, nats per image")
     left.set_title(f"Log-evidence of {args.curve_size:,} test digits during training")
@@ -297,7 +295,7 @@ def draw_curves(results: dict[str, Trained], args: argparse.Namespace) -> Figure
 
 
 def main() -> None:
-    """Compare, print, write, draw."""
+    """Run the comparison that the options select."""
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model == "linear-gaussian":
@@ -310,7 +308,7 @@ def main() -> None:
 
 
 def compare_on_digits(args: argparse.Namespace) -> None:
-    """Compare at one VAE of digits; then train VAEs with some estimators, and compare those."""
+    """Compare estimators at one VAE of digits; then train VAEs with some estimators and compare the VAEs."""
     data = pv.data.load("digits", split="train", binarize="dynamic")
     test = pv.data.load("digits", split="test", binarize="fixed", seed=args.seed)
     test = test.subset(slice(args.test_size))
@@ -341,17 +339,17 @@ def compare_on_digits(args: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("comparison").add_argument
     add("--model", choices=("digits", "linear-gaussian"), default="digits", help="(default: %(default)s)")
-    add("--checkpoint", type=Path, metavar="FILE", help="compare at a VAE that VAE.save wrote, of digits")
-    add("--epochs", type=int, default=15, help="to train the model compared at (default: %(default)s)")
-    add("--particles", type=int, default=32, help="S, the most (default: %(default)s)")
-    add("--compare-size", type=int, default=32, help="data in the batch (default: %(default)s)")
-    add("--repeats", type=int, default=60, help="of each estimator's step (default: %(default)s)")
+    add("--checkpoint", type=Path, metavar="FILE", help="compare at a VAE of digits saved by VAE.save")
+    add("--epochs", type=int, default=15, help="epochs for the model compared at (default: %(default)s)")
+    add("--particles", type=int, default=32, help="largest S of the comparison (default: %(default)s)")
+    add("--compare-size", type=int, default=32, help="examples in the batch (default: %(default)s)")
+    add("--repeats", type=int, default=60, help="steps of each estimator (default: %(default)s)")
     add = parser.add_argument_group("training").add_argument
     add(
         "--train",
@@ -359,21 +357,21 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=["mean-field:1", "stl:8", "iwae:8", "dreg:8", "piwae:2"],
         metavar="NAME:S",
-        help=f"estimators, among {', '.join(ESTIMATORS)}, and their particles, for miwae and "
-        "piwae in each of 4 groups (default: mean-field:1 stl:8 iwae:8 dreg:8 piwae:2)",
+        help=f"estimators among {', '.join(ESTIMATORS)}, each with its number of particles (miwae and "
+        "piwae: particles in each of 4 groups) (default: mean-field:1 stl:8 iwae:8 dreg:8 piwae:2)",
     )
     add(
         "--budget",
         type=Budget.parse,
         default="600steps",
-        help='for each model: "600steps", or "20s" of training; rounded up to epochs (default: %(default)s)',
+        help='training of each model, "600steps" or "20s", rounded up to epochs (default: %(default)s)',
     )
-    add("--batch-size", type=int, default=100, help="images a step (default: %(default)s)")
+    add("--batch-size", type=int, default=100, help="images per step (default: %(default)s)")
     add("--curve-size", type=int, default=200, help="test digits for the curves (default: %(default)s)")
     add("--curve-particles", type=int, default=50, help="S for the curves (default: %(default)s)")
-    add("--test-size", type=int, default=500, help="test digits in the end, of 1,000 (default: %(default)s)")
-    add("--test-particles", type=int, default=200, help="S in the end (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add("--test-size", type=int, default=500, help="test digits after training (default: %(default)s)")
+    add("--test-particles", type=int, default=200, help="S after training (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add(
         "--output",
         type=Path,
@@ -389,7 +387,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.repeats < 10:
         parser.error("--repeats must be at least 10")
     if args.checkpoint and args.model != "digits":
-        parser.error("--checkpoint goes with --model digits")
+        parser.error("--checkpoint requires --model digits")
     if args.test_particles < 2 or args.particles < 2:
         parser.error("--particles and --test-particles must be at least 2")
     return args

@@ -1,18 +1,18 @@
-"""How much does a guide lose, and why? Several guides for one decoder, judged against the exact evidence.
+"""Compare guides for one decoder against the exact evidence, and split each gap into its two parts.
 
     uv run examples/compare_guides.py
 
-A VAE with a latent plane is trained on digits and its p(z) p(x|z) then kept. Each guide is trained for it.
-In two dimensions log p(x) is known, by quadrature, and so is what each guide's ELBO falls short of it. As in
-Cremer, Li and Duvenaud, 2018, Inference suboptimality in variational autoencoders, arXiv:1801.03558, that gap
-splits in two: with q* the best member of the guide's family for one datum,
+A VAE with two latent dimensions is trained on digits. Each guide is then trained for its fixed p(z) p(x|z).
+In two dimensions log p(x) is computed by quadrature, so the gap of each ELBO is known. As in Cremer, Li and
+Duvenaud, 2018, Inference suboptimality in variational autoencoders, arXiv:1801.03558, the gap has two parts.
+With q* the best member of the guide's family for one example,
 
     log p(x) − ELBO[q]  =  (log p(x) − ELBO[q*])  +  (ELBO[q*] − ELBO[q])
           gap           =      approximation       +     amortisation
 
-q* is found by `SemiAmortised`, many steps up the ELBO of each datum from what the network returns. Where they
-end on a lesser hill, q* is not the best and the approximation part too large; a few images with two modes are
-enough to show in the mean. The folder given by --output receives the pictures and the table.
+q* is estimated by `SemiAmortised`: many ascent steps on the ELBO of each example, from the network's output.
+In a local maximum the approximation part is overestimated; a few images with a bimodal posterior are enough
+to change the mean visibly. The figures and the table are written to the folder --output.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pyro_vae import plots
 from pyro_vae.evaluation.importance_weights import summarise_weights
 
 EVENT, K = (1, 28, 28), 2
-REACH, POINTS = 5.0, 501  # the grid of the latent plane: [-5, 5]², a point every 1/50
+REACH, POINTS = 5.0, 501  # grid over the latent plane: [-5, 5]², spacing 1/50
 
 GUIDES = {
     "diagonal": lambda: pv.guides.DiagonalNormal(EVENT, K),
@@ -45,7 +45,7 @@ GUIDES = {
 
 
 def train_model(x: Tensor, args: argparse.Namespace) -> pv.VAE:
-    """A VAE with a latent plane, of which the guide is left behind."""
+    """Train a VAE with two latent dimensions, of which only p(z) p(x|z) is used later."""
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(K),
         likelihood=pv.likelihoods.Bernoulli(K, EVENT, hidden_features=(200, 200), activation="tanh"),
@@ -56,7 +56,7 @@ def train_model(x: Tensor, args: argparse.Namespace) -> pv.VAE:
 
 
 def train_guide(vae: pv.VAE, name: str, x: Tensor, args: argparse.Namespace) -> tuple[pv.VAE, float]:
-    """Train a guide for the given p(z) p(x|z); return the VAE with it, and the seconds it took."""
+    """Train a guide for the fixed p(z) p(x|z); return the VAE with this guide, and the training seconds."""
     torch.manual_seed(args.seed)
     candidate = vae.with_guide(GUIDES[name]())
     started = time.perf_counter()
@@ -73,7 +73,7 @@ def train_guide(vae: pv.VAE, name: str, x: Tensor, args: argparse.Namespace) -> 
 
 @torch.no_grad()
 def exact_posterior(vae: pv.VAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Grid points (points², 2), log p(x, z) there (points², N), and log p(x) (N,), by quadrature."""
+    """Return grid points (points², 2), log p(x, z) there (points², N), and log p(x) (N,) by quadrature."""
     axis = torch.linspace(-REACH, REACH, POINTS)
     grid = torch.cartesian_prod(axis, axis)
     prior = vae.prior().log_prob(grid).unsqueeze(1)
@@ -83,14 +83,14 @@ def exact_posterior(vae: pv.VAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _log_likelihood(vae: pv.VAE, z: Tensor, x: Tensor) -> Tensor:
-    """Return log p(x|z) for each z and x, (len(z), N): linear in binary x, so one matrix product does."""
+    """Return log p(x|z) for each z and x, (len(z), N), by one matrix product: it is linear in binary x."""
     logits = vae.decode(z).base_dist.logits.flatten(1)
     return logits @ x.flatten(1).T - softplus(logits).sum(1, keepdim=True)
 
 
 @torch.no_grad()
 def log_weights(vae: pv.VAE, x: Tensor, draws: int, at_once: int = 50) -> Tensor:
-    """Log importance weights log p(x, z) − log q(z|x), (draws, N); the ELBO is their mean."""
+    """Return log importance weights log p(x, z) − log q(z|x), (draws, N); their mean estimates the ELBO."""
     q = vae.encode(x)
 
     def run() -> Tensor:
@@ -101,13 +101,13 @@ def log_weights(vae: pv.VAE, x: Tensor, draws: int, at_once: int = 50) -> Tensor
 
 
 def refined(vae: pv.VAE, args: argparse.Namespace) -> pv.VAE:
-    """The same VAE with q* in place of q: the best of the family for each datum, as far as steps come."""
+    """Return the VAE with q* in place of q: q refined for each example by a fixed number of steps."""
     steps = {"num_steps": args.refine_steps, "step_size": 0.1, "num_particles": 16}
     return vae.with_guide(pv.guides.SemiAmortised(vae.posterior, end_to_end=False, **steps))
 
 
 def split_gap(weights: Tensor, best_weights: Tensor, evidence: Tensor) -> dict[str, Tensor]:
-    """ELBO, gap and its parts, and whether k̂ > 0.7, for each datum."""
+    """Return ELBO, gap, the parts of the gap, and Pareto k̂ of each example."""
     elbo, best = weights.mean(0), best_weights.mean(0)
     return {
         "elbo": elbo,
@@ -119,7 +119,7 @@ def split_gap(weights: Tensor, best_weights: Tensor, evidence: Tensor) -> dict[s
 
 
 def report(splits: dict[str, dict[str, Tensor]], costs: dict[str, tuple[int, float]]) -> list[dict[str, Any]]:
-    """Print the table and return it."""
+    """Print the table, and return its rows."""
     table = []
     parts = ("elbo", "gap", "approximation", "amortisation")
     print(f"{'guide':16}" + "".join(f"{part:>18}" for part in parts) + "  k̂ > 0.7  parameters  seconds")
@@ -140,7 +140,7 @@ def report(splits: dict[str, dict[str, Tensor]], costs: dict[str, tuple[int, flo
 
 
 def draw_gaps(table: list[dict[str, Any]], k: dict[str, Tensor]) -> Figure:
-    """The two parts of each gap, and the distribution of k̂ over the data."""
+    """Draw the two parts of each gap, and the distribution of k̂ over the examples."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     start = [0.0] * len(table)
@@ -152,7 +152,7 @@ def draw_gaps(table: list[dict[str, Any]], k: dict[str, Tensor]) -> Figure:
     left.margins(x=0.3)  # room for the legend
     left.set(
         xlabel="log p(x) − ELBO (nats per image, ± one standard error)",
-        title="What each guide loses, and why",
+        title="Gap of each guide, in two parts",
     )
     left.legend(loc="lower right")
     for colour, (name, values) in zip(plots.PALETTE, k.items(), strict=False):
@@ -173,7 +173,7 @@ def draw_gaps(table: list[dict[str, Any]], k: dict[str, Tensor]) -> Figure:
 def draw_posteriors(
     pairs: dict[str, tuple[pv.VAE, pv.VAE]], x: Tensor, grid: Tensor, log_posterior: Tensor
 ) -> Figure:
-    """For each image and guide: q(z|x) and its refined q*, over the exact posterior in grey."""
+    """Draw q(z|x) and the refined q* for each image and guide, over the exact posterior in grey."""
     figure = Figure(figsize=(2 * (len(pairs) + 1), 2 * len(x) + 0.4), layout="constrained")
     axes = figure.subplots(len(x), len(pairs) + 1, squeeze=False)
     exact = log_posterior.exp()
@@ -201,26 +201,26 @@ def draw_posteriors(
             ax.tick_params(labelsize=7)
             if ax is axes[row, 1]:
                 ax.set(xlabel="z[0]", ylabel="z[1]")
-            else:  # the same window all along the row
+            else:  # all axes of a row have the same limits
                 ax.set(xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(name, fontsize=10)
     figure.suptitle(
-        "Exact posterior (grey), the guide's q(z|x) (blue) and the best of its family q* (red), at 1σ and 2σ",
+        "Exact posterior (grey), guide q(z|x) (blue) and best member of its family q* (red), at 1σ and 2σ",
         fontsize=10,
     )
     return figure
 
 
 def main() -> None:
-    """Train the model and the guides, judge, draw."""
+    """Train the model and the guides; write the table and figures."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
     train = pv.data.load("digits", split="train", binarize="fixed", seed=args.seed)[:]
     test = pv.data.load("digits", split="test", binarize="fixed", seed=args.seed)[: args.test_size]
     vae = train_model(train, args)
     grid, log_joint, evidence = exact_posterior(vae, test)
-    print(f"log p(x) of {len(test)} test digits, by quadrature: {evidence.mean():.2f} nats on average")
+    print(f"log p(x) of {len(test)} test digits, by quadrature: mean {evidence.mean():.2f} nats")
 
     pairs, splits, costs = {}, {}, {}
     for name in tqdm(GUIDES, unit=" guides", disable=None):
@@ -238,7 +238,7 @@ def main() -> None:
     draw_gaps(table, {name: split["pareto_k"] for name, split in splits.items()}).savefig(
         args.output / "gaps.png", dpi=150
     )
-    # where the posterior is least like a normal with independent dimensions
+    # images whose posterior differs most from a normal with independent dimensions
     hardest = splits["diagonal"]["approximation"].argsort(descending=True)[: args.shown]
     draw_posteriors(pairs, test[hardest], grid, (log_joint - evidence)[:, hardest]).savefig(
         args.output / "posteriors.png", dpi=150
@@ -247,18 +247,18 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model-epochs", type=int, default=30, help="to train p(z) p(x|z) (default: %(default)s)")
-    add("--epochs", type=int, default=15, help="to train each guide (default: %(default)s)")
-    add("--refine-steps", type=int, default=200, help="up each datum's ELBO (default: %(default)s)")
-    add("--test-size", type=int, default=100, help="digits to judge by (default: %(default)s)")
-    add("--draws", type=int, default=1000, help="of z for each digit (default: %(default)s)")
+    add("--model-epochs", type=int, default=30, help="epochs to train p(z) p(x|z) (default: %(default)s)")
+    add("--epochs", type=int, default=15, help="epochs to train each guide (default: %(default)s)")
+    add("--refine-steps", type=int, default=200, help="ascent steps for q* (default: %(default)s)")
+    add("--test-size", type=int, default=100, help="digits for evaluation (default: %(default)s)")
+    add("--draws", type=int, default=1000, help="draws of z per digit (default: %(default)s)")
     add("--shown", type=int, default=5, help="digits whose posteriors are drawn (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add(
         "--output",
         type=Path,

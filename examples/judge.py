@@ -1,14 +1,14 @@
-"""Judge a trained variational autoencoder: how likely it finds new images, how far to trust its guide.
+"""Evaluate a trained variational autoencoder: held-out log-evidence, and diagnostics of its guide.
 
-    uv run examples/mnist_svi.py                                # trains one
-    uv run examples/judge.py runs/mnist_svi/vae.pt              # judges it
-    uv run examples/judge.py a/vae.pt --against b/vae.pt        # and compares it with another
+    uv run examples/mnist_svi.py                                # train a model
+    uv run examples/judge.py runs/mnist_svi/vae.pt              # evaluate it
+    uv run examples/judge.py a/vae.pt --against b/vae.pt        # evaluate and compare two models
     uv run examples/judge.py runs/mnist_svi/best.pt --particles 5000 --images 10000
 
-The folder given by --output receives the report, its numbers, pictures, and draws for ArviZ as netCDF.
+The report (text and JSON), figures and posterior draws for ArviZ (netCDF) are written to the folder --output.
 
-With the --seed of mnist_svi.py and as many --images the ELBO is that of its test, but for the noise of z, of
-which mnist_svi.py draws one for each image.
+With the same --seed as mnist_svi.py and all test images, the ELBO equals the test ELBO of mnist_svi.py up to
+Monte Carlo noise: mnist_svi.py uses one draw of z per image.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from pyro_vae import plots
 
 
 def main() -> None:
-    """Load, judge, compare, draw."""
+    """Evaluate the model, compare it with another if requested, and write results and figures."""
     args = parse_arguments()
-    args.output.mkdir(parents=True, exist_ok=True)  # before the work, in case it cannot be made
+    args.output.mkdir(parents=True, exist_ok=True)  # fail before the evaluation if it cannot be created
     vae = pv.VAE.load(args.checkpoint, device=args.device)
     binarize = args.binarize
     if binarize is None and isinstance(vae.likelihood, pv.likelihoods.Bernoulli):
-        binarize = "dynamic"  # drawn once, from the seed, so that all that follows sees the same images
+        binarize = "dynamic"  # drawn once from the seed, so that all results use the same images
     images = pv.data.load(args.dataset, split=args.split, root=args.data_root)
-    if binarize not in (None, "none"):  # before some are taken, so that these are as in mnist_svi.py
+    if binarize not in (None, "none"):  # before the subset, to match mnist_svi.py
         images = images.binarized("fixed" if binarize == "dynamic" else binarize, seed=args.seed)
     total, images = len(images), images.subset(slice(args.images))
     print(
@@ -64,7 +64,7 @@ def main() -> None:
 def print_second_opinion(
     vae: pv.VAE, images: pv.data.Images, report: pv.Evaluation, args: argparse.Namespace
 ) -> None:
-    """Estimate the evidence of a few images again, by annealing, in which the guide has no part."""
+    """Estimate log p(x) of some images by annealed importance sampling, which does not use the guide."""
     annealed = pv.annealed_importance_sampling(
         vae, images, num_chains=args.chains, num_temperatures=args.temperatures, seed=args.seed
     )
@@ -80,39 +80,39 @@ def print_second_opinion(
     combined = math.hypot(error, annealed.log_evidence_mc_se)
     difference = annealed.log_evidence - mean
     print(
-        f"  difference {difference:.2f} ± {combined:.2f}; both lie below log p(x) on average, by more where "
-        "their own error is large\n"
+        f"  difference {difference:.2f} ± {combined:.2f}; both underestimate log p(x) on average, more "
+        "where their Monte Carlo error is large\n"
     )
 
 
 def print_comparison(
     other: pv.VAE, images: pv.data.Images, report: pv.Evaluation, idata: object, args: argparse.Namespace
 ) -> None:
-    """Compare two VAEs on the same images: all of them ourselves, those kept by ArviZ."""
+    """Compare two VAEs on the same images by log p(x), and on the images kept for ArviZ by `az.compare`."""
     import arviz as az  # noqa: PLC0415 (slow)
 
     rival = pv.evaluate(other, images, num_particles=args.particles, seed=args.seed)
     print(f"{args.against}\n{rival}\n")
     difference = report.per_datum.log_evidence - rival.per_datum.log_evidence
     error = difference.std() / math.sqrt(len(difference))
-    print(f"log p(x) of {args.checkpoint} less that of {args.against}, ± standard error over the images:")
+    print(f"log p(x) of {args.checkpoint} minus {args.against}, ± standard error over the images:")
     doubt = ", UNRELIABLE: see above" if max(report.unreliable, rival.unreliable) > 0.5 else ""
     print(f"  {difference.mean():.2f} ± {error:.2f} nats per image{doubt}")
     kept = images.subset(slice(args.kept))
     draws = pv.to_inference_data(other, kept, num_samples=args.samples, seed=args.seed)
     table = az.compare({str(args.checkpoint): idata, str(args.against): draws})
-    print(f"ArviZ's table, of the {len(kept)} images kept, summed over them:\n{table.to_string()}\n")
+    print(f"ArviZ's comparison, summed over {len(kept)} images:\n{table.to_string()}\n")
 
 
 @torch.no_grad()
 def draw(vae: pv.VAE, images: pv.data.Images, report: pv.Evaluation, folder: Path) -> None:
-    """Write the pictures."""
+    """Write the figures."""
     vae.eval()
-    torch.manual_seed(0)  # the pictures of one model are always the same
+    torch.manual_seed(0)  # the same figures in each run
     device = next(vae.parameters()).device
     shown = images[:10].to(device)
     some = images[:2000].to(device)
-    pictures = {
+    figures = {
         "reconstructions": plots.reconstructions(shown, vae.reconstruct(shown).clamp(0, 1)),
         "samples": plots.image_grid(
             vae.sample(64, mean=True).clamp(0, 1), title="E[x|z] for z drawn from the prior"
@@ -121,25 +121,25 @@ def draw(vae: pv.VAE, images: pv.data.Images, report: pv.Evaluation, folder: Pat
     }
     k = report.pareto_k[report.pareto_k.isfinite()]
     if len(k):
-        pictures["pareto_k"] = plots.pareto_k_histogram(k)
+        figures["pareto_k"] = plots.pareto_k_histogram(k)
     if not report.kl_per_dimension.isnan().any():
-        pictures["kl_per_dimension"] = plots.kl_per_dimension(
+        figures["kl_per_dimension"] = plots.kl_per_dimension(
             report.kl_per_dimension, report.kl_per_dimension_se
         )
         busiest = report.kl_per_dimension.argsort(descending=True)[:8].tolist()
-        standard = isinstance(vae.prior, pv.priors.StandardNormal)  # then drawn as a curve
-        pictures["aggregate_posterior"] = plots.aggregate_posterior(
+        standard = isinstance(vae.prior, pv.priors.StandardNormal)  # its density is drawn as a curve
+        figures["aggregate_posterior"] = plots.aggregate_posterior(
             vae.encode(some).sample(),
             dims=busiest,
             prior=None if standard else vae.prior().sample((len(some),)),
         )
     if report.per_datum.unit_mean.shape[1] > 1:
-        pictures["latent"] = plots.latent_scatter(
+        figures["latent"] = plots.latent_scatter(
             report.per_datum.unit_mean,
             images.labels,
             title=f"Means of q(z|x) for {len(images):,} images",
         )
-    for name, axes in pictures.items():
+    for name, axes in figures.items():
         plots.save(axes, folder / f"{name}.png")
 
 
@@ -153,7 +153,7 @@ def convergence(report: pv.Evaluation) -> object:
     axes.axhline(report.elbo, color="black", linestyle="--", linewidth=1, label="ELBO")
     axes.set(
         xscale="log",
-        xlabel="particles S for each image",
+        xlabel="particles S per image",
         ylabel="nats per image",
         title=f"Importance-weighted bound of {report.num_data:,} images",
     )
@@ -165,12 +165,12 @@ def convergence(report: pv.Evaluation) -> object:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("checkpoint", type=Path, help="a file written by vae.save, or best.pt of a run")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="another one to compare with")
+    parser.add_argument("checkpoint", type=Path, help="file written by vae.save, or best.pt of a run")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="second model, to compare with")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="mnist", metavar="NAME", help="as in mnist_svi.py (default: %(default)s)")
     add("--split", choices=("train", "test"), default="test", help="(default: %(default)s)")
@@ -178,24 +178,24 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--binarize",
         choices=("dynamic", "fixed", "threshold", "none"),
-        help="how grey levels become black and white; dynamic and fixed both draw once, from the seed "
+        help="binarisation of grey levels; dynamic and fixed both draw once, from the seed "
         "(default: dynamic for a Bernoulli likelihood, none for others)",
     )
-    add("--images", type=int, default=1000, metavar="N", help="the first N images (default: %(default)s)")
+    add("--images", type=int, default=1000, metavar="N", help="use the first N images (default: %(default)s)")
     add = parser.add_argument_group("estimates").add_argument
-    add("--particles", type=int, default=1000, metavar="S", help="draws of z for each (default: %(default)s)")
+    add("--particles", type=int, default=1000, metavar="S", help="draws per image (default: %(default)s)")
     add(
         "--annealed",
         type=int,
         default=10,
         metavar="N",
-        help="images for annealed importance sampling, 0 for none (default: %(default)s)",
+        help="images for annealed importance sampling, 0 to skip it (default: %(default)s)",
     )
-    add("--chains", type=int, default=16, help="for each of these (default: %(default)s)")
-    add("--temperatures", type=int, default=300, help="of each chain (default: %(default)s)")
-    add("--kept", type=int, default=100, metavar="N", help="images for ArviZ (default: %(default)s)")
-    add("--samples", type=int, default=200, help="draws of each for ArviZ (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add("--chains", type=int, default=16, help="annealing chains per image (default: %(default)s)")
+    add("--temperatures", type=int, default=300, help="temperatures per chain (default: %(default)s)")
+    add("--kept", type=int, default=100, metavar="N", help="images exported to ArviZ (default: %(default)s)")
+    add("--samples", type=int, default=200, help="draws per image for ArviZ (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--output", type=Path, default=Path("runs/judge"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args()

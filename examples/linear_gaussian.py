@@ -1,13 +1,12 @@
-"""Train guides on a model whose evidence is known, and watch the gap that each of them leaves.
+"""Train guides for a model whose evidence is known exactly, and compare their gaps with theory.
 
     uv run examples/linear_gaussian.py
 
-The data come from a linear-Gaussian model, z ~ N(0, I), x ~ N(Wz + b, cI), which is known and stays fixed;
-only the guide q(z|x) learns. So its ELBO can be read against the exact log p(x), and what is left of the gap
-against theory: a guide of full covariance closes it, the best diagonal one leaves ½ (Σ log M_kk − log |M|)
-with M = WᵀW + cI.
+The data come from a linear-Gaussian model, z ~ N(0, I), x ~ N(Wz + b, cI), which is known and fixed; only the
+guide q(z|x) is trained. The gap log p(x) − ELBO is therefore known exactly. In theory it is zero for the best
+guide with full covariance, and ½ (Σ log M_kk − log |M|) with M = WᵀW + cI for the best diagonal guide.
 
-The folder given by --output receives the picture.
+The figure is written to the folder --output.
 """
 
 import argparse
@@ -30,7 +29,7 @@ ESTIMATORS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_EL
 
 
 class FullCovariance(nn.Module):
-    """A guide of one's own: any module from x to a distribution over z."""
+    """User-defined guide with full covariance: any module from x to a distribution over z."""
 
     def __init__(self):
         super().__init__()
@@ -38,13 +37,13 @@ class FullCovariance(nn.Module):
         self.factor = nn.Parameter(torch.zeros(K, K))
 
     def forward(self, x: Tensor) -> dist.Distribution:
-        """Return q(z|x) with a mean that is linear in x and one covariance for all, as the posterior has."""
+        """Return q(z|x) with a mean linear in x and a constant covariance, like the exact posterior."""
         scale_tril = self.factor.tril(-1) + positive(self.factor.diagonal()).diag()
         return dist.MultivariateNormal(self.mean(x), scale_tril=scale_tril)
 
 
 def diagonal() -> nn.Module:
-    """The library's guide, with a linear layer as its network: as much as the exact posterior needs."""
+    """Return the library's diagonal guide with a linear network; the posterior mean is linear in x."""
     return pv.guides.DiagonalNormal((D,), K, network=nn.Linear(D, 2 * K))
 
 
@@ -52,7 +51,7 @@ GUIDES = {"diagonal": diagonal, "full covariance": FullCovariance}
 
 
 def known_likelihood(model: LinearGaussian) -> nn.Module:
-    """p(x|z) of the model, as a likelihood that does not learn."""
+    """Return p(x|z) of the model as a likelihood with fixed parameters."""
     network = nn.Linear(K, D)
     network.weight.data, network.bias.data = model.W, model.b
     likelihood = pv.likelihoods.Normal(K, (D,), network=network, variance=model.noise_variance.item())
@@ -62,7 +61,7 @@ def known_likelihood(model: LinearGaussian) -> nn.Module:
 def train(
     model: LinearGaussian, x: Tensor, guide: nn.Module, estimator: ELBO, *, epochs: int, seed: int
 ) -> list[float]:
-    """Fit the guide by stochastic variational inference; return the exact gap after each epoch, in nats."""
+    """Train the guide by stochastic variational inference; return the exact gap after each epoch, in nats."""
     vae = pv.VAE(prior=pv.priors.StandardNormal(K), likelihood=known_likelihood(model), guide=guide)
     gaps = []
 
@@ -89,7 +88,7 @@ def train(
 
 
 def draw(gaps: dict[tuple[str, str], list[float]], evidence: float, predicted: dict[str, float]) -> Figure:
-    """The ELBO under the evidence, and the gap between the two, by epoch."""
+    """Draw the ELBO and the evidence against the epoch, and the gap between the two."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (guide, estimator), gap in gaps.items():
@@ -107,10 +106,10 @@ def draw(gaps: dict[tuple[str, str], list[float]], evidence: float, predicted: d
         predicted["diagonal"], color="black", linestyle="--", label="best diagonal guide, theory"
     )
     left.set(xlabel="epoch", ylabel="ELBO (nats per datum)", title="ELBO of each guide, and the evidence")
-    # the first epochs are far below: show where the guides part
+    # without the first epochs, which are far below
     left.set_ylim(evidence - 6 * predicted["diagonal"], evidence + predicted["diagonal"])
     right.set(
-        xlabel="epoch", ylabel="log p(x) − ELBO (nats per datum)", title="The gap that remains", yscale="log"
+        xlabel="epoch", ylabel="log p(x) − ELBO (nats per datum)", title="Gap of each guide", yscale="log"
     )
     left.legend(loc="lower right")
     right.legend(handles=[best], loc="upper right")
@@ -118,25 +117,25 @@ def draw(gaps: dict[tuple[str, str], list[float]], evidence: float, predicted: d
 
 
 def main() -> None:
-    """Train, compare with theory, draw."""
+    """Train the guides, compare their gaps with theory, write the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=100, help="passes over the data (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/linear_gaussian"),
         metavar="DIR",
-        help="folder for the picture (default: %(default)s)",
+        help="folder for the figure (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.epochs < 1:
         parser.error("--epochs must be at least 1")
 
     torch.manual_seed(args.seed)
-    W = torch.randn(D, K) + torch.randn(D, 1)  # what the columns share, a diagonal guide cannot express
+    W = torch.randn(D, K) + torch.randn(D, 1)  # correlated columns, so that the best diagonal guide has a gap
     model = LinearGaussian(W, b=torch.randn(D), noise_variance=1.0)
     x = model.sample(N)
     evidence = model.log_evidence(x).mean().item()
@@ -149,17 +148,17 @@ def main() -> None:
         )
 
     print(f"log p(x) = {evidence:.4f}")
-    print(f"{'guide':16} {'estimator':19} {'ELBO':>9} {'gap':>8} {'theory':>8} {'off by':>8}")
+    print(f"{'guide':16} {'estimator':19} {'ELBO':>9} {'gap':>8} {'theory':>8} {'error':>8}")
     for (guide, estimator), (*_, gap) in gaps.items():
         off = (gap - predicted[guide]) / predicted["diagonal"]
         print(
             f"{guide:16} {estimator:19} {evidence - gap:9.4f} {gap:8.4f} {predicted[guide]:8.4f} {off:8.2%}"
         )
-    print("all in nats per datum; off by: the difference, as a share of the diagonal guide's gap")
+    print("all in nats per datum; error: gap − theory, relative to the theoretical gap of the diagonal guide")
     args.output.mkdir(parents=True, exist_ok=True)
-    picture = args.output / "elbo_and_gap.png"
-    draw(gaps, evidence, predicted).savefig(picture, dpi=150)
-    print(f"picture in {picture}")
+    figure = args.output / "elbo_and_gap.png"
+    draw(gaps, evidence, predicted).savefig(figure, dpi=150)
+    print(f"figure in {figure}")
 
 
 if __name__ == "__main__":

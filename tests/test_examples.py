@@ -1,4 +1,4 @@
-"""The examples run under their options, and answer a mistake in one line."""
+"""The examples run with their options, and report invalid options in one line."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def run(monkeypatch, folder, *options):
     ],
     ids=" ".join,
 )
-def test_the_example_leaves_model_numbers_and_pictures(monkeypatch, tmp_path, capsys, options):
+def test_the_example_writes_model_metrics_and_figures(monkeypatch, tmp_path, capsys, options):
     run(monkeypatch, tmp_path, *options)
     assert {path.name for path in tmp_path.iterdir()} >= FILES | {"samples.png", "vae.pt"}
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -78,7 +78,7 @@ class SeenError(ValueError):
     """Raised with the images that an example hands on."""
 
 
-def test_a_model_is_judged_by_the_images_it_was_tested_with(monkeypatch, tmp_path):
+def test_judge_evaluates_the_test_images_of_training(monkeypatch, tmp_path):
     def hand_on(*args, validation=None, **options):
         raise SeenError(args[1] if validation is None else validation)
 
@@ -100,7 +100,7 @@ def test_a_model_is_judged_by_the_images_it_was_tested_with(monkeypatch, tmp_pat
     judged = seen("judge.py", str(tmp_path / "vae.pt"), *data, "--images", "70")
     assert len(tested) == 1000
     assert torch.equal(tested[:70], judged[:])
-    assert torch.equal(tested[:], tested[:])  # at every epoch the same
+    assert torch.equal(tested[:], tested[:])  # the same in each epoch
 
 
 def test_the_example_resumes(monkeypatch, tmp_path):
@@ -110,7 +110,7 @@ def test_the_example_resumes(monkeypatch, tmp_path):
     assert [row.split(",")[0] for row in rows[1:]] == ["1", "2"]
 
 
-def test_the_example_takes_pictures_of_ones_own(monkeypatch, tmp_path):
+def test_the_example_accepts_user_images(monkeypatch, tmp_path):
     np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (50, 3, 6, 8), dtype=np.uint8))
     run(monkeypatch, tmp_path / "out", "--dataset", str(tmp_path / "mine.npy"), "--batch-size", "10")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["data"]
@@ -131,7 +131,7 @@ def test_the_example_takes_pictures_of_ones_own(monkeypatch, tmp_path):
         ),
         (("--estimator", "vimco"), "num_particles must be at least 2"),
         (("--binarize", "none"), r"outside the support of Bernoulli.*binarize="),
-        (("--conv", "--hidden", "30"), "--hidden goes without --conv"),
+        (("--conv", "--hidden", "30"), "--hidden cannot be combined with --conv"),
         (("--epochs", "0"), "--epochs must be at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -163,9 +163,9 @@ def rows(path):
 
 def test_estimators_are_compared_on_digits(monkeypatch, tmp_path, capsys):
     compare(monkeypatch, tmp_path, "--train", "elbo:1", "miwae:2")
-    pictures = {"values.png", "snr_model.png", "snr_guide.png", "training.png"}
+    figures = {"values.png", "snr_model.png", "snr_guide.png", "training.png"}
     tables = {"estimators.csv", "estimators.nc", "training.csv"}
-    assert {path.name for path in tmp_path.iterdir()} == pictures | tables
+    assert {path.name for path in tmp_path.iterdir()} == figures | tables
     names = [row["estimator"] for row in rows(tmp_path / "estimators.csv")]
     assert len(set(names)) >= 8
     assert xarray.load_dataset(tmp_path / "estimators.nc")["estimator"].values.tolist() == names
@@ -176,9 +176,9 @@ def test_estimators_are_compared_on_digits(monkeypatch, tmp_path, capsys):
     assert f"{float(trained[1]['log_evidence']):.1f} ±" in printed
 
 
-def test_estimators_are_held_against_what_is_known(monkeypatch, tmp_path, capsys):
+def test_estimators_are_compared_with_known_values(monkeypatch, tmp_path, capsys):
     compare(monkeypatch, tmp_path, "--model", "linear-gaussian", "--repeats", "20")
-    _, table = capsys.readouterr().out.split("found in 20 steps and known; nats per datum\n")
+    _, table = capsys.readouterr().out.split("from 20 steps, and known; nats per datum\n")
     lines = [line for line in table.splitlines()[1:] if "±" in line]
     assert len(lines) == len(rows(tmp_path / "estimators.csv"))
     assert sum("exactly" in line for line in lines) == 5
@@ -189,15 +189,15 @@ def test_estimators_are_held_against_what_is_known(monkeypatch, tmp_path, capsys
     ("options", "message"),
     [
         (("--train", "elob:1"), 'a name among elbo, .*; got "elob:1"'),
-        (("--train", "stl"), 'must read like "dreg:8"'),
+        (("--train", "stl"), 'must have the form "dreg:8"'),
         (("--train", "vimco:1"), "vimco:1: num_particles must be at least 2"),
-        (("--budget", "soon"), 'must read like "800steps"'),
-        (("--budget", "0s"), 'must read like "800steps"'),
+        (("--budget", "soon"), 'must have the form "800steps"'),
+        (("--budget", "0s"), 'must have the form "800steps"'),
         (("--repeats", "9"), "--repeats must be at least 10"),
         (("--checkpoint", "nowhere.pt"), "nowhere.pt"),
         (("--checkpoint", "damaged.pt"), "damaged.pt"),
         (("--checkpoint", "other.pt"), r"shape \(\*, 6\).*got \(4, 1, 28, 28\)"),
-        (("--checkpoint", "other.pt", "--model", "linear-gaussian"), "--checkpoint goes with --model digits"),
+        (("--checkpoint", "other.pt", "--model", "linear-gaussian"), "--checkpoint requires --model digits"),
         (("--output", "damaged.pt"), "damaged.pt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -1,15 +1,15 @@
-"""Train a model of a published table on MNIST, and set its log p(x) beside the published one.
+"""Train a model of a published table on MNIST, and compare its log p(x) with the published value.
 
     uv run benchmarks/published/mnist.py --list
     uv run benchmarks/published/mnist.py --row iwae-5 --epochs 40 --data-root DIR
     uv run benchmarks/published/mnist.py --row iwae-50 --device cuda      # at the published length
     uv run benchmarks/published/mnist.py --row iwae-5 --epochs 40 --resume
 
-One row a run. The folder given by --runs receives its checkpoints, that given by --results a JSON file and
-the table of all such files. A run that was stopped goes on with --resume.
+Each run trains one row. Checkpoints are written to the folder --runs, a JSON file with the results and the
+table of all such files to the folder --results. --resume continues an interrupted run.
 
-Burda's schedule has eight learning rates, 1e-3 · 10^(-i/7) for 3^i epochs each, 3,280 in all. With fewer
-epochs all eight are kept, for equally many epochs each.
+Burda's schedule has eight learning rates, 1e-3 · 10^(-i/7) for 3^i epochs each, 3,280 in total. With fewer
+epochs all eight are used for equally many epochs each.
 """
 
 import argparse
@@ -38,13 +38,13 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a paper trained all its rows."""
+    """Training settings that a paper used for all its rows."""
 
     source: str
     epochs: int
     batch_size: int
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    stages: int = 1  # of the learning rate, which falls by 10^(-1/7) after each
+    stages: int = 1  # number of learning rates; each is 10^(-1/7) times the previous one
     kl_warmup: int = 0
     patience: int | None = None
 
@@ -68,7 +68,7 @@ GATED = Recipe(
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: a model, what it maximises, and the −log p(x) that was published, in nats."""
+    """Row of a published table: model, objective, and the published −log p(x) in nats."""
 
     published: float
     recipe: Recipe
@@ -78,10 +78,10 @@ class Row:
     binarize: str = "dynamic"
 
     def estimator(self) -> ELBO:
-        """The bound that is maximised, with k draws for each image."""
+        """Return the bound to maximise, with k draws per image."""
         if self.objective == "IWAE":
             return pv.IWAE(self.k)
-        # the KL in closed form, but for two layers, where it has none
+        # analytic KL; sampled for two layers, where no closed form is known
         kind = Trace_ELBO if self.model == "two layers" else TraceMeanField_ELBO
         return kind(self.k, max_plate_nesting=1, vectorize_particles=self.k > 1)
 
@@ -106,7 +106,7 @@ ROWS = {
 
 
 class NormalLayer(nn.Module):
-    """From (*, in) to a normal distribution over (*, out), through two hidden layers."""
+    """Normal distribution over (*, out) given (*, in), by a network with two hidden layers."""
 
     def __init__(self, in_features: int, out_features: int, units: int):
         super().__init__()
@@ -118,7 +118,7 @@ class NormalLayer(nn.Module):
 
 
 class Chain(dist.TorchDistribution):
-    """p(a) p(b|a) as one distribution over the vector (a, b), or over (b, a) if `reverse`."""
+    """Joint distribution p(a) p(b|a) of the vector (a, b), or of (b, a) if `reverse`."""
 
     arg_constraints: ClassVar[dict] = {}
     support = dist.constraints.real_vector
@@ -143,7 +143,7 @@ class Chain(dist.TorchDistribution):
 
 
 class TwoLayerPrior(nn.Module):
-    """p(z2) p(z1|z2), 50 and 100 dimensions, as a distribution over (z1, z2)."""
+    """Prior p(z2) p(z1|z2) over (z1, z2), with 100 and 50 dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class TwoLayerPrior(nn.Module):
 
 
 class TwoLayerGuide(nn.Module):
-    """q(z1|x) q(z2|z1), as a distribution over (z1, z2)."""
+    """Guide q(z1|x) q(z2|z1) over (z1, z2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class TwoLayerGuide(nn.Module):
 
 
 class LowerLayer(nn.Module):
-    """The network of p(x|z1), which takes (z1, z2)."""
+    """Network of p(x|z1), applied to (z1, z2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class LowerLayer(nn.Module):
 
 
 class Gated(nn.Module):
-    """A linear layer times the sigmoid of another."""
+    """Gated linear layer: a linear layer times the sigmoid of another."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -192,7 +192,7 @@ def gated_network(in_features: int, out_features: int) -> nn.Module:
 
 
 def build(row: Row, mean: Tensor) -> pv.VAE:
-    """The model and the guide, at Glorot's start; the output starts at the mean image."""
+    """Return the model and guide with Glorot initialisation; the initial output is the mean image."""
     Bernoulli, Normal = pv.likelihoods.Bernoulli, pv.guides.DiagonalNormal
     prior: nn.Module
     guide: nn.Module
@@ -223,16 +223,16 @@ def build(row: Row, mean: Tensor) -> pv.VAE:
 
 
 def load(row: Row, split: str, root: Path | None) -> pv.data.Images:
-    """MNIST, binarised afresh at each pass; or as Larochelle and Murray binarised it once, "static"."""
+    """Load MNIST, binarised dynamically, or the fixed binarisation of Larochelle and Murray ("static")."""
     if row.binarize == "dynamic":
         return pv.data.load("mnist", split=split, root=root, binarize="dynamic")
-    (path,) = Path(root or ".").rglob("binarized_mnist*.npz")  # bits, packed along the pixels
+    (path,) = Path(root or ".").rglob("binarized_mnist*.npz")  # bits packed along the pixels
     bits = torch.from_numpy(np.unpackbits(np.load(path)[split], axis=1)).view(-1, *IMAGE)
     return pv.data.Images(255 * bits, name=f"binarised MNIST, {split}", binarize="fixed")
 
 
 def schedule(recipe: Recipe, epochs: int) -> Callable[[torch.optim.Optimizer], object]:
-    """Burda's stages of 3^i epochs at the full length, stages of equal length where there are fewer."""
+    """Return a schedule with Burda's stages of 3^i epochs, or equal stages if `epochs` is smaller."""
     ends = [
         (3 ** (i + 1) - 1) // 2 if epochs >= recipe.epochs else epochs * (i + 1) / recipe.stages
         for i in range(recipe.stages)
@@ -311,14 +311,14 @@ def main() -> None:
 
 
 def compare(results: Path, runs: Path) -> None:
-    """Note how far each result lies below the one-layer VAE of as many epochs, image by image."""
+    """Add to each result its difference to the one-layer VAE of as many epochs, paired by image."""
     for path in results.glob("*.json"):
         result = json.loads(path.read_text())
         other = runs / f"vae-1-{result['epochs']}-seed{result['seed']}" / "log_evidence.pt"
         own = runs / path.stem / "log_evidence.pt"
         if own != other and own.exists() and other.exists():
             gain, base = torch.load(own), torch.load(other)
-            if len(gain) != len(base):  # of other images
+            if len(gain) != len(base):  # different test images
                 continue
             gain = gain - base
             result["below_vae"] = [gain.mean().item(), gain.std().item() / len(gain) ** 0.5]
@@ -326,7 +326,7 @@ def compare(results: Path, runs: Path) -> None:
 
 
 def write_table(folder: Path) -> None:
-    """All results in a folder, obtained beside published."""
+    """Write and print a table of all results in a folder with the published values."""
     lines = [
         "| row | published, epochs | obtained, epochs | ± | below vae-1 of as many epochs | images, S | seed "
         "| training, evaluation, min |",

@@ -1,4 +1,4 @@
-"""What every peer trains: networks, sizes, data, and the bound that judges all of them alike."""
+"""Common setup of all peers: networks, sizes, data, and the bound by which all are evaluated."""
 
 import itertools
 import math
@@ -14,17 +14,17 @@ LEARNING_RATE = 1e-3
 PIXELS = 784
 
 
-class Skip(Exception):  # noqa: N818 (nothing has gone wrong)
-    """A peer has no such thing, for the reason given."""
+class Skip(Exception):  # noqa: N818 (not an error)
+    """A peer does not support a measurement; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A VAE of 28 × 28 black-and-white pictures, and the batch that it is trained by.
+    """VAE of 28 × 28 binary images, and its batch size.
 
-    The encoder gives location and raw scale of a diagonal normal, scale = softplus(raw) + 1e-6; the decoder
-    gives logits. Without hidden widths both are convolutional. With more than one particle the loss is the
-    IWAE's, else the negative ELBO.
+    The encoder returns location and raw scale of a diagonal normal, scale = softplus(raw) + 1e-6; the decoder
+    returns logits. Without hidden widths both are convolutional. The loss is the negative ELBO with one
+    particle, the negative IWAE bound with more.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Case:
 
     @property
     def epoch(self) -> int:
-        """Steps of a short epoch, for what knows no shorter unit."""
+        """Steps of a short epoch, for peers that cannot run single steps."""
         return max(40, 5000 // (self.batch * self.particles))
 
     def networks(self) -> tuple[nn.Sequential, nn.Sequential]:
-        """Encoder and decoder, with the same initial weights at every call."""
+        """Return encoder and decoder, with the same initial weights at each call."""
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             if not self.hidden:
@@ -83,29 +83,29 @@ def _convolutional(latent: int) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 class Order:
-    """Rows in random order, pass after pass; each pass is shuffled when it begins."""
+    """Row numbers in random order, re-shuffled each epoch."""
 
     def __init__(self, rows: int, batch: int):
         self.rows, self.batch = rows, batch
         self.order, self.taken = torch.randperm(rows), 0
 
     def several(self, steps: int) -> tuple[Tensor, int, int]:
-        """The order of this pass, and the numbers of the first batch to take and that after the last."""
+        """Return the order of this epoch, the number of the first batch to take and that after the last."""
         if self.taken == self.rows // self.batch:
             self.order, self.taken = torch.randperm(self.rows), 0
         begin, self.taken = self.taken, min(self.taken + steps, self.rows // self.batch)
         return self.order, begin, self.taken
 
     def next(self) -> Tensor:
-        """The rows of one batch."""
+        """Return the rows of one batch."""
         order, begin, end = self.several(1)
         return order[begin * self.batch : end * self.batch]
 
 
 class Batches:
-    """Batches as one writes them in PyTorch: shuffled, gathered as bytes, binarised by `torch.bernoulli`.
+    """Batches in plain PyTorch: shuffled, gathered as bytes, binarised by `torch.bernoulli`.
 
-    Or ready ones, made before, where the step alone is timed.
+    With `ready`, batches prepared in advance, so that the step alone is timed.
     """
 
     def __init__(self, case: Case, pixels: np.ndarray):
@@ -122,7 +122,7 @@ class Batches:
 
 
 def bound(case: Case, encoder: nn.Module, decoder: nn.Module, x: Tensor) -> Tensor:
-    """The ELBO of each datum, with the KL in closed form; with particles, the IWAE bound. Shape (N,)."""
+    """Return the ELBO of each example with an analytic KL, or the IWAE bound if particles > 1, shape (N,)."""
     loc, raw = encoder(x).chunk(2, dim=-1)
     scale = F.softplus(raw) + 1e-6
     if case.particles == 1:
@@ -138,13 +138,13 @@ def bound(case: Case, encoder: nn.Module, decoder: nn.Module, x: Tensor) -> Tens
 
 
 def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
-    """Bernoulli log-likelihood, summed over the pixels."""
+    """Return the Bernoulli log-likelihood, summed over the pixels."""
     terms = -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
     return terms.flatten(-1 if x.dim() < 4 else -3).sum(-1)
 
 
 def judge(case: Case, weights: list[np.ndarray], pixels: np.ndarray) -> float:
-    """The bound of a peer's weights on the first 1,000 rows, binarised at ½: nats per picture."""
+    """Return the bound at a peer's weights on the first 1,000 rows, binarised at ½, in nats per image."""
     encoder, decoder = case.networks()
     with torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(1)
@@ -155,5 +155,5 @@ def judge(case: Case, weights: list[np.ndarray], pixels: np.ndarray) -> float:
 
 
 def weights(encoder: nn.Module, decoder: nn.Module) -> list[np.ndarray]:
-    """Parameters of the encoder, then of the decoder, in the order that torch has them."""
+    """Return the parameters of the encoder, then of the decoder, in torch's order."""
     return [p.detach().numpy().copy() for p in (*encoder.parameters(), *decoder.parameters())]

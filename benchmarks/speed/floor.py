@@ -1,7 +1,7 @@
-"""The floor: the matrix products of a step and nothing else, operands laid out as suits each library.
+"""Lower bound on the time of a step: its matrix products alone, with operands in each library's best layout.
 
-A linear layer takes the products x Wᵀ; gᵀ x, for the gradient of its weight; and, unless it is the encoder's
-first, g W for the gradient of its input.
+A linear layer needs the products x Wᵀ, gᵀ x for the gradient of its weight and, except in the encoder's first
+layer, g W for the gradient of its input.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ NAMES = ("floor: MKL", "floor: oneDNN", "floor: XLA")
 
 
 def products(case: Case) -> list[tuple[int, int, int]]:
-    """Sizes (M, K, N) of the products (M × K) (K × N) of a step."""
+    """Return the sizes (M, K, N) of the products (M × K) (K × N) of a step."""
     sizes = []
     for network, rows in zip(case.networks(), (case.batch, case.batch * case.particles), strict=True):
         for module in network:
             if isinstance(module, nn.Linear):
                 i, o = module.in_features, module.out_features
                 sizes += [(rows, i, o), (o, rows, i), (rows, o, i)]
-    del sizes[2]  # the gradient of the data
+    del sizes[2]  # the gradient of the data is not needed
     return sizes
 
 

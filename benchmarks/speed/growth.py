@@ -1,10 +1,10 @@
-"""How the cost of training grows with the batch, the latent size, the particles, and the data.
+"""Measure how the time and memory of training grow with batch size, latent dimensions, particles and data.
 
     uv run benchmarks/speed/growth.py
 
-writes a table, all timings and a log-log figure to benchmarks/results. From 784-400-50 at batch 128 one size
-is varied at a time; sizes and engines are timed in turn. A step is one of `pv.SVI` on a ready batch; for the
-data size, the second epoch of `pv.fit`. Memory is the peak of the tensors that an eager step allocates.
+writes a table, all timings and a log-log figure to benchmarks/results. One size of 784-400-50 at batch 128 is
+varied at a time; sizes and engines are timed in turn. Times are those of a `pv.SVI` step on a prepared batch;
+for the data size, of the second epoch of `pv.fit`. Memory is the peak of an eager step's tensors.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def make_svi(engine: str, *, batch: int, latent: int, particles: int) -> tuple[p
 
 
 def steps(engine: str, **sizes: int) -> Callable[[float], float]:
-    """A function that takes steps for so many seconds and returns the seconds of one."""
+    """Return a function that takes steps for the given seconds and returns the seconds per step."""
     svi, x = make_svi(engine, **sizes)
-    for _ in range(17):  # the 1st, 2nd, 4th, 8th, 16th are compared with the eager step: a cost that passes
+    for _ in range(17):  # steps 1, 2, 4, 8, 16 are compared with eager ones, a one-time cost
         svi.step(x)
 
     def block(seconds: float) -> float:
@@ -79,7 +79,7 @@ def steps(engine: str, **sizes: int) -> Callable[[float], float]:
 
 
 def epochs(engine: str, data: int) -> Callable[[float], float]:
-    """A function that times the second epoch of `fit`: the first one records or compiles."""
+    """Return a function that times the second epoch of `fit`, since the first records or compiles."""
     pixels = torch.randint(0, 256, (data, 1, 28, 28), dtype=torch.uint8)
     images = pv.data.from_array(pixels).binarized("dynamic")
 
@@ -96,7 +96,7 @@ def epochs(engine: str, data: int) -> Callable[[float], float]:
 
 
 def measure(engines: list[str], rounds: int, seconds: float) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """Seconds in each round, by varied size, engine and size."""
+    """Return the seconds in each round, by varied size, engine and size."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
     for varied, sizes in SIZES.items():
         blocks = {(engine, size): make_block(varied, engine, size) for engine in engines for size in sizes}
@@ -120,19 +120,19 @@ def sizes_with(varied: str, size: int) -> dict[str, int]:
 
 
 def memory() -> dict[str, dict[int, int]]:
-    """Bytes, by varied size and size."""
+    """Return the peak bytes, by varied size and size."""
     found: dict[str, dict[int, int]] = {}
     for varied in ("batch", "latent", "particles"):
         found[varied] = {}
         for size in SIZES[varied]:
             svi, x = make_svi("eager", **sizes_with(varied, size))
-            svi.step(x)  # which makes the optimiser's state
+            svi.step(x)  # creates the optimiser's state
             found[varied][size] = peak_memory(partial(svi.step, x))
     return found
 
 
 def slope(times: dict[int, list[float]]) -> float:
-    """Of the log of the median over the log of the size, between the two largest sizes."""
+    """Return the slope of log(median time) over log(size) between the two largest sizes."""
     (n, a), (m, b) = ((size, statistics.median(times[size])) for size in sorted(times)[-2:])
     return math.log(b / a) / math.log(m / n)
 
@@ -162,7 +162,7 @@ def figure(results: dict) -> plt.Figure:
         for (engine, times), marker in zip(engines.items(), itertools.cycle("os^D")):
             milliseconds = [1000 * statistics.median(times[size]) for size in SIZES[varied]]
             axis.loglog(SIZES[varied], milliseconds, marker=marker, label=engine)
-        axis.axis(axis.axis())  # the line that follows does not widen the view
+        axis.axis(axis.axis())  # fixes the limits before the next line is drawn
         smallest, largest = SIZES[varied][0], SIZES[varied][-1]
         axis.loglog(
             [smallest, largest], [milliseconds[-1] * smallest / largest, milliseconds[-1]],

@@ -1,4 +1,4 @@
-"""Where and when a benchmark was run, and by which versions."""
+"""Machine, date and package versions of a benchmark."""
 
 import datetime
 import os
@@ -11,7 +11,7 @@ PACKAGES = ("pyro_vae", "torch", "pyro-ppl", "numpyro", "jax", "jaxlib", "pythae
 
 
 def describe() -> dict:
-    """Facts for the head of a table."""
+    """Return machine, date and versions, for the head of a table."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
@@ -23,7 +23,7 @@ def describe() -> dict:
 
 
 def head(facts: dict) -> str:
-    """Two lines for a page."""
+    """Return two lines of text for the head of a page."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     where = f"{facts['processor']}, {facts['cores']} cores, load before {facts['load before']}"
     return f"{facts['date']}, {where}.\n{versions}."

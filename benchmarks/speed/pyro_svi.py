@@ -1,4 +1,4 @@
-"""Upstream Pyro: `pyro.infer.SVI` with `pyro.optim.Adam`, as its tutorials write it."""
+"""Pyro: `pyro.infer.SVI` with `pyro.optim.Adam`, as in its tutorials."""
 
 import warnings
 
@@ -30,7 +30,7 @@ NAMES = tuple(ELBOS)
 class VAE(nn.Module):
     def __init__(self, name: str, case: Case):
         super().__init__()
-        self.name = name  # Pyro's global store tells VAEs apart by nothing else
+        self.name = name  # the only key of a VAE in Pyro's global parameter store
         self.latent = case.latent
         self.event_dim = len(case.event_shape)
         self.encoder, self.decoder = case.networks()

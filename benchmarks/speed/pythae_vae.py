@@ -1,4 +1,4 @@
-"""pythae's VAE and IWAE, stepped as its trainer does but without its DataLoader, which is slower."""
+"""VAE and IWAE of pythae, with its trainer's steps but without its DataLoader, which is slower."""
 
 import numpy as np
 import torch

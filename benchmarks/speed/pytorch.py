@@ -1,4 +1,4 @@
-"""The VAE by hand in PyTorch, with Adam's fused kernel: eager, and under `torch.compile`."""
+"""Hand-written VAE in PyTorch, with fused Adam: eager, and under `torch.compile`."""
 
 from collections.abc import Callable
 

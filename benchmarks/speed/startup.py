@@ -1,8 +1,8 @@
-"""Time and memory up to the first steps: imports, the first step by each engine, what a run holds.
+"""Measure start-up: import time, time of the first steps with each engine, and memory.
 
     uv run benchmarks/speed/startup.py
 
-writes a table and all timings to benchmarks/results. Each measurement is a fresh process; they take turns.
+writes a table and all timings to benchmarks/results. Each measurement runs in a new process, in turn.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pyro_vae.inference.svi import ENGINES
 
 RESULTS = Path(__file__).parent.parent / "results"
 IMPORTS = ("torch", "pyro", "pyro_vae")
-TARGET = 1.15  # import pyro_vae over import pyro
+TARGET = 1.15  # import time of pyro_vae over that of pyro
 IMPORT = """
 import time
 started = time.perf_counter()
@@ -54,7 +54,7 @@ COLUMNS = ("import, s", "first step, s", "second step, s", "memory before, MiB",
 
 
 def fresh_process(code: str) -> list[float]:
-    """The numbers that code prints in a process of its own."""
+    """Run code in a new process; return the numbers that it prints."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return [float(number) for number in run.stdout.split()]
 
@@ -62,7 +62,7 @@ def fresh_process(code: str) -> list[float]:
 def measure(rounds: int) -> dict:
     imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
     engines: dict[str, list[list[float]]] = {name: [] for name in ENGINES}
-    fresh_process(STEPS.format(name="eager"))  # so that all find the files in memory
+    fresh_process(STEPS.format(name="eager"))  # fills the file cache for all measurements
     for _ in range(rounds):
         for name in IMPORTS:
             imports[name] += fresh_process(IMPORT.format(name=name))

@@ -1,4 +1,4 @@
-"""The page that `peers.py` writes, from its JSON: medians over the rounds, and of ratios within a round.
+"""Format the results of `peers.py` as a page: medians over the rounds of times, and of ratios within a round.
 
 uv run benchmarks/speed/table.py benchmarks/results/peers.json
 """
@@ -15,8 +15,8 @@ BY_HAND, PYRO, LOOP = "PyTorch by hand", "Pyro SVI, TraceMeanField_ELBO", "NumPy
 OURS, TRACED, FLOOR = "pyro_vae.SVI", "pyro_vae.SVI, traced", "floor"
 BATCH_256, BATCH_20 = "784-400-50, batch 256", "784-200-200-50, batch 20"
 
-# (case, what is timed, slower, faster, factor between their times at least); a name that several share
-# stands for the fastest of them
+# (case, what is timed, slower, faster, minimal ratio of their times); a prefix shared by several peers stands
+# for the fastest of them
 TARGETS = (
     (BATCH_20, WHOLE, PYRO, OURS, 3.0),
     (BATCH_256, WHOLE, PYRO, OURS, 2.0),
@@ -44,7 +44,7 @@ Every peer trains the same networks from the same weights, in float32, by Adam w
 
 
 def markdown(results: dict) -> str:
-    """The whole page."""
+    """Return the page."""
     cases = results["cases"]
     parts = [_head(results), NOTES, *(_case(name, case) for name, case in cases.items()), _targets(cases)]
     return "\n\n".join(parts) + "\n"
@@ -96,13 +96,13 @@ def _bound(case: dict, peer: str) -> str:
 
 
 def fastest(times: dict[str, list[float]], name: str) -> str | None:
-    """The fastest of the peers that share the beginning of their names."""
+    """Return the fastest of the peers whose names start with `name`."""
     found = [peer for peer in times if peer == name or (name in (OURS, FLOOR) and peer.startswith(name))]
     return min(found, key=lambda peer: statistics.median(times[peer]), default=None)
 
 
 def ratios(times: dict[str, list[float]], slower: str, faster: str) -> list[float]:
-    """The ratio in each round; none where one of the two was not timed."""
+    """Return the ratio of times in each round; empty if one of the two was not timed."""
     a, b = fastest(times, slower), fastest(times, faster)
     return [] if a is None or b is None else [x / y for x, y in zip(times[a], times[b], strict=True)]
 

@@ -1,4 +1,4 @@
-"""A process of its own for the peers of one library. It sleeps on its pipe while others are timed."""
+"""Run the peers of one library in a separate process, which waits on its pipe while others are timed."""
 
 import importlib
 import time
@@ -14,11 +14,11 @@ LIBRARIES = ("pyro_svi", "pytorch", "pythae_vae", "numpyro_svi", "ours", "floor"
 
 
 class Absent(Exception):  # noqa: N818
-    """A peer has no such thing, or failed; the message says which."""
+    """A peer does not support a measurement, or failed; the message says which."""
 
 
 class Worker:
-    """Calls methods of `Desk` in another process."""
+    """Proxy that calls methods of `Desk` in another process."""
 
     def __init__(self, library: str, pixels: np.ndarray):
         context = get_context("spawn")
@@ -44,7 +44,7 @@ class Worker:
 
 
 class Desk:
-    """What a worker does when asked."""
+    """Requests that a worker process serves."""
 
     def __init__(self, library: str, pixels: np.ndarray):
         self.module = importlib.import_module(library)
@@ -56,14 +56,14 @@ class Desk:
         return self.module.NAMES
 
     def build(self, name: str, case: Any) -> None:
-        """Make a peer for a case; those of the case before are dropped."""
+        """Build a peer for a case, in place of an earlier peer of the same name."""
         self.peers[name] = self.module.make_peer(name, case, self.pixels)
 
     def drop(self) -> None:
         self.peers.clear()
 
     def run(self, name: str, steps: int, ready: bool) -> tuple[int, float]:
-        """Take steps, at least so many; return how many, and the seconds they took."""
+        """Take at least `steps` steps; return their number and the seconds."""
         started = time.perf_counter()
         steps = self.peers[name].run(steps, ready=ready)
         return steps, time.perf_counter() - started
@@ -72,7 +72,7 @@ class Desk:
         return self.peers[name].weights()
 
     def idle(self) -> tuple[float, float]:
-        """CPU seconds spent while waiting to be asked, which disturb the others, and the seconds waited."""
+        """Return CPU seconds spent while waiting, which disturb other processes, and seconds waited."""
         return self.idle_cpu, self.idle_wall
 
     def waited(self, cpu: float, wall: float) -> None:
@@ -95,6 +95,6 @@ def _serve(pipe: Connection, library: str, pixels: np.ndarray) -> None:
             pipe.send((True, getattr(desk, method)(*arguments)))
         except Skip as reason:
             pipe.send((False, str(reason)))
-        except Exception as error:  # told to the other end
+        except Exception as error:  # reported to the other process
             traceback.print_exc()
             pipe.send((False, f"failed: {type(error).__name__}: {error}".splitlines()[0]))

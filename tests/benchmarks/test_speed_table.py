@@ -1,4 +1,4 @@
-"""The table that judges the engines: ratios within a round, the fastest engine, targets, bounds."""
+"""Tables of the speed benchmark: ratios within a round, the fastest engine, targets, bounds."""
 
 import importlib.util
 import sys
@@ -21,7 +21,7 @@ def table():
     return module
 
 
-# three rounds; in the last the whole machine is ten times as slow
+# three rounds; in the last the whole machine is ten times slower
 TIMES = {
     "Pyro SVI, TraceMeanField_ELBO": [28.0, 40.0, 350.0],
     "PyTorch by hand": [15.0, 14.0, 140.0],
