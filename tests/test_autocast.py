@@ -73,3 +73,28 @@ def test_without_autocast_an_input_of_another_dtype_raises():
     with pytest.raises(TypeError, match=r"torch.bfloat16, the parameters are torch.float32"):
         make().encode(X.bfloat16())
     assert isinstance(make().encode(X), dist.Distribution)
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+def test_fit_in_bf16_ends_within_the_error_of_float32(engine):
+    x, test = (pv.data.load("digits", split=split, binarize="fixed") for split in ("train", "test"))
+    found = {}
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(3)
+        vae = pv.VAE(
+            prior=pv.priors.StandardNormal(8),
+            likelihood=likelihoods.Bernoulli(8, (1, 28, 28), hidden_features=(64,)),
+            guide=pv.guides.DiagonalNormal((1, 28, 28), 8, hidden_features=(64,)),
+        )
+        options = {"epochs": 3, "batch_size": 100, "engine": engine, "progress": False}
+        history = pv.fit(vae, x, validation=test, precision=precision, **options)
+        found[precision] = history[-1]
+        assert next(vae.parameters()).dtype == torch.float32
+    low, high = found["bf16"], found["float32"]
+    assert low.validation_elbo != high.validation_elbo
+    assert abs(low.validation_elbo - high.validation_elbo) < high.validation_elbo_se
+
+
+def test_an_unknown_precision_raises():
+    with pytest.raises(ValueError, match="precision must be one of float32, bf16; got 'fp8'"):
+        pv.fit(make(), X, precision="fp8", progress=False)

@@ -105,6 +105,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "clip_norm": settings.clip_norm,
         "kl_warmup": settings.kl_warmup,
         "engine": settings.engine,
+        "precision": settings.precision,
         "data": run.train.describe(),
         "validation": run.held_out.describe() if run.held_out else None,
     }

@@ -24,7 +24,7 @@ from pyro_vae.data.batches import Batches
 from pyro_vae.data.datasets import Images
 from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.training.run import Run, Settings
+from pyro_vae.training.run import PRECISIONS, Run, Settings
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.validation import require_count
@@ -81,6 +81,7 @@ def fit(
     binarize: str | None = None,
     kl_warmup: float = 0,
     engine: str = "auto",
+    precision: str = "float32",
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -120,6 +121,8 @@ def fit(
             reported stays the value at weight 1.
         engine: How the steps are taken: "auto", "eager", "traced" or "compiled"; see `SVI`. All take the same
             steps up to rounding.
+        precision: "float32" for that of the parameters, or "bf16": networks compute the steps in bfloat16, by
+            `torch.autocast`, densities and divergences in float32. Evaluation is in float32.
         patience: Stop when this many epochs in a row brought no better value (validation ELBO, or
             training bound without validation data), and return to the parameters of the best epoch.
         callbacks: Called after each epoch, in evaluation mode; see `Callback`. What they draw does not
@@ -166,6 +169,7 @@ def fit(
         clip_norm=clip_norm,
         kl_warmup=kl_warmup,
         engine=engine,
+        precision=precision,
         patience=patience,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
@@ -206,6 +210,8 @@ def _settings(
     if not isinstance(estimator, ELBO | None):
         got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
         raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
+    if others["precision"] not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {others['precision']!r}")
     if not 0 <= kl_warmup < math.inf:
         raise ValueError(f"kl_warmup must be a number of epochs, at least 0; got {kl_warmup}")
     if resume and checkpoint_dir is None:

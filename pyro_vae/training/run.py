@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at
 from pyro_vae.utils.validation import NonFiniteError
 from pyro_vae.vae import VAE
 
-__all__ = ["Run", "Settings"]
+__all__ = ["PRECISIONS", "Run", "Settings"]
+
+PRECISIONS = ("float32", "bf16")
 
 logger = logging.getLogger("pyro_vae")
 
@@ -44,6 +47,7 @@ class Settings:
     clip_norm: float | None
     kl_warmup: float
     engine: str
+    precision: str
     patience: int | None
     directory: Path | None
 
@@ -90,14 +94,21 @@ class Run:
         """Check the pair on two examples, before an existing run in the folder is overwritten."""
         x = next(self.train.in_order(min(2, len(self.train))))
         self.vae.eval()
-        self.svi.check(x)
-        self._try_batches()
+        with self._autocast():
+            self.svi.check(x)
+            self._try_batches()
         estimator = inner_estimator(self.svi.loss)
         looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
         if looks_for_plates and math.isinf(estimator.max_plate_nesting):
             # else found at the first step, by draws that a resumed run would make once more
             with evaluating(self.vae, self.device, 0):
                 estimator._guess_max_plate_nesting(self.vae.model, self.vae.guide, (x,), {})
+
+    def _autocast(self) -> AbstractContextManager:
+        """Return the context of a step; autocast keeps low-precision copies of parameters within it alone."""
+        if self.settings.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
 
     def _try_batches(self) -> None:
         """Run the pair as training will, on batches of each length that the epochs have."""
@@ -134,7 +145,8 @@ class Run:
                 self.svi.loss.steps = epoch * self.steps_per_epoch + len(self.done)
             seed_generators(self.device, seed_at(noise, len(self.done)))
             try:
-                loss = self.svi.step(batch)
+                with self._autocast():
+                    loss = self.svi.step(batch)
             except NonFiniteError as error:
                 where = f"epoch {epoch + 1}, step {len(self.done) + 1} of {self.steps_per_epoch}"
                 raise NonFiniteError(f"{where}: {error}. {self._last_good()}") from error
