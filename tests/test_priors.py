@@ -213,3 +213,10 @@ def test_parts_that_are_not_shared_are_rebuilt_apart():
 def test_wrong_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_learned_priors_start_at_unit_scale():
+    torch.testing.assert_close(priors.LearnedNormal(3)().base_dist.scale, torch.ones(3), rtol=0, atol=1e-6)
+    mixture = priors.Mixture(3, num_components=2)()
+    scale = mixture.component_distribution.base_dist.scale
+    torch.testing.assert_close(scale, torch.ones(2, 3), rtol=0, atol=1e-6)

@@ -121,3 +121,11 @@ def test_too_few_draws_raise():
         summarise(draws(3))
     with pytest.raises(ValueError, match="at least 4"):
         ZeroMeanTest(3)
+
+
+def test_the_mean_square_is_over_draws_not_blocks_or_coordinates():
+    moments = GradientMoments()
+    draws = torch.randn(23, 4, dtype=torch.float64)  # more than the blocks, and no multiple of them
+    for draw in draws:
+        moments.add(draw)
+    assert moments.mean_square == pytest.approx(float(draws.square().sum(1).mean()), rel=1e-12)

@@ -1,6 +1,7 @@
 """Annealed importance sampling against models whose evidence is known."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyro
@@ -11,6 +12,8 @@ from solved import D, data, linear_gaussian, within
 
 import pyro_vae as pv
 from pyro_vae.evaluation import draws
+from pyro_vae.evaluation.annealed_importance import AnnealedEvidence
+from pyro_vae.evaluation.importance_weights import WeightSummary
 
 N, C, T = 3, 12, 40
 
@@ -123,3 +126,16 @@ def test_numbers_below_one_raise(options, message):
     exact, vae = linear_gaussian()
     with pytest.raises(ValueError, match=message):
         anneal(vae, data(exact, N), **options)
+
+
+def test_the_monte_carlo_error_of_the_mean_is_that_of_a_mean():
+    errors = torch.tensor([0.3, 0.4, 1.2], dtype=torch.float64)
+    weights = WeightSummary(*[torch.zeros(3)] * 4)
+    evidence = AnnealedEvidence(
+        weights=replace(weights, standard_error=errors),
+        acceptance=torch.ones(3),
+        num_chains=4,
+        num_temperatures=5,
+        seed=0,
+    )
+    assert evidence.log_evidence_mc_se == pytest.approx(1.3 / 3, rel=1e-12)  # √(0.09 + 0.16 + 1.44) / 3

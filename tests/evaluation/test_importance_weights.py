@@ -118,3 +118,14 @@ def test_bounds_have_the_expectation_of_log_normal_weights():
     within(bounds[10_000][0], 0.0, bounds[10_000][1])
     means = [bound.mean() for bound, _ in bounds.values()]
     assert all(lower < upper + 0.02 for lower, upper in itertools.pairwise(means))
+
+
+@pytest.mark.parametrize(("num_particles", "tail"), [(50, 10), (400, 60)])  # ⌈min(S/5, 3√S)⌉
+def test_k_is_0_where_the_tail_and_the_weight_below_it_are_equal(num_particles, tail):
+    log_weight = torch.full((num_particles, 2), -30.0, dtype=torch.float64)
+    log_weight[: tail + 1, 0] = 0.0  # the tail, and the weight that it begins at
+    log_weight[:tail, 1] = 0.0
+    log_weight[tail:, 1] = torch.linspace(-1, -30, num_particles - tail)
+    _, k = pareto_smoothed(log_weight)
+    assert k[0] == 0
+    assert k[1] != 0

@@ -1,6 +1,7 @@
 """Latent dimensions of guides and priors that do not factorise, and of sites with further plates."""
 
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -8,8 +9,10 @@ import torch
 from solved import within
 
 from pyro_vae import terms
+from pyro_vae.data.batches import Batches
 from pyro_vae.distributions import NormalMixture
-from pyro_vae.evaluation.latents import marginals, summarise_latents
+from pyro_vae.evaluation.latents import _AGGREGATE, aggregate_posterior, marginals, summarise_latents
+from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
 
 N, K, S = 4, 3, 6
 
@@ -96,3 +99,34 @@ def test_sites_and_plates_are_concatenated():
     assert found.names == ["b", "a[0]", "a[1]"]
     torch.testing.assert_close(found.mean, torch.stack([x, loc[0, :, 0], loc[1, :, 0]], dim=1))
     torch.testing.assert_close(found.kl.sum(1), t.kl)
+
+
+def test_other_plates_count_as_a_sum_in_the_aggregate_posterior():
+    N, P = 5, 3
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            whole = pyro.sample("whole", dist.Normal(0.0, 1.0).expand([len(x), 1]))
+            with pyro.plate("parts", P, dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(x), P]))
+                pyro.sample("x", dist.Normal(whole + z, 1.0), obs=x)
+
+    def q_whole(x):
+        return dist.Normal(x.mean(-1, keepdim=True), 0.4)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("whole", q_whole(x))
+            with pyro.plate("parts", P, dim=-1):
+                pyro.sample("z", dist.Normal(x / 2, 0.6))
+
+    x = torch.randn(N, P)
+    pair = SimpleNamespace(model=model, guide=guide)
+    found = aggregate_posterior(pair, Batches(x, seed=7), max_plate_nesting=2)
+    seed_generators(torch.device("cpu"), seed_at(derived_seed(7, _AGGREGATE), 0))
+    draws = terms(model, guide, x, max_plate_nesting=2).sites.draws
+    log_q = dist.Normal(x / 2, 0.6).log_prob(draws["z"].reshape(N, 1, P)).sum(-1)  # draw n under example m
+    log_q = log_q + q_whole(x).log_prob(draws["whole"].reshape(N, 1, 1)).squeeze(-1)
+    torch.testing.assert_close(found.log_guide, log_q.diagonal().double(), rtol=1e-5, atol=1e-5)
+    expected = log_q.logsumexp(1) - math.log(N)
+    torch.testing.assert_close(found.log_aggregate, expected.double(), rtol=1e-5, atol=1e-5)

@@ -793,3 +793,10 @@ def test_trying_the_batches_leaves_statistics_alone():
     vae = with_batch_norm()
     pv.fit(vae, torch.randn(32, 6), batch_size=16, epochs=1, progress=False)
     assert vae.posterior.network[1].num_batches_tracked == 2
+
+
+def test_a_single_validation_example_has_no_error():
+    vae = normal_vae()
+    history = pv.fit(vae, torch.randn(9, 4), validation=torch.randn(1, 4), epochs=1, progress=False)
+    assert math.isfinite(history[0].validation_elbo)
+    assert math.isnan(history[0].validation_elbo_se)
