@@ -1,39 +1,42 @@
-"""Minibatches of data in memory: their order, and their binarisation on the way.
+"""Minibatches of a source: their order, and their binarisation on the way.
 
 Order and binarisation are functions of the seed, the epoch and the number of the batch alone, so that a run
 can be resumed at any batch, and reading ahead changes nothing.
 """
 
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.data.images import Images
+from pyro_vae.data.permutations import permutation
+from pyro_vae.data.sources import SMALL, Source, _TensorRows, as_source, fingerprint, nbytes
 from pyro_vae.utils.isolation import derived_seed, seed_at
-from pyro_vae.utils.validation import require_floating
 
 __all__ = ["Batches"]
 
 _ORDER, _BITS, _SPLIT, _FIXED = 10, 11, 12, 13  # streams of random numbers
-_CHUNK = 4096  # data checked at a time
+_CHUNK = 4096  # examples checked at a time
+_AHEAD = 2  # batches read before they are needed
 
 
 class Batches:
     """Data of one run, in batches.
 
     Args:
-        data: Tensor (N, *event_shape) or `Images`.
-        binarize: None, "dynamic", "fixed" or "threshold"; see `pyro_vae.data.Images`. For a tensor
-            of grey levels in [0, 1] the same three are done here.
+        data: Whatever `sources.as_source` takes.
+        binarize: None, "dynamic", "fixed" or "threshold"; see `pyro_vae.data.Images`.
         seed: Seed of the order and of the binarisation.
         device: Device of the batches; the data stay on theirs.
+        dtype: Floating-point type of batches from data other than tensors and images.
 
     Raises:
-        TypeError: If the data are of another type, or not floating-point where they are to be binarised.
-        ValueError: If they are to be binarised and lie outside [0, 1], or are binarised already.
+        TypeError: If the data are of an unsupported type, or to be binarised and not floating-point.
+        ValueError: If they are empty, or to be binarised and outside [0, 1] or binarised already.
 
     Example:
         >>> batches = Batches(torch.arange(5.0)[:, None], seed=1)
@@ -43,55 +46,41 @@ class Batches:
 
     def __init__(
         self,
-        data: Tensor | Images,
+        data: Any,
         *,
         binarize: str | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ):
-        if not isinstance(data, Tensor | Images):
-            raise TypeError(
-                "data must be a tensor (N, *event_shape) or pyro_vae.data.Images; "
-                f"got {type(data).__name__}: convert with torch.as_tensor or pyro_vae.data.from_array"
-            )
-        if isinstance(data, Tensor):
-            if data.dim() == 0 or data.layout != torch.strided:
-                raise ValueError(
-                    f"data must be a dense tensor (N, *event_shape); got {data.layout} {tuple(data.shape)}"
-                )
-            data = data.detach()
-        self.seed = seed
-        self.device = torch.device(device)
-        self.bits = torch.Generator(data.pixels.device if isinstance(data, Images) else data.device)
-        self.dynamic = False
-        if binarize is None:
-            self.data = data
-        elif isinstance(data, Images):
-            self.data = data.binarized(binarize, seed=seed)
-        else:
-            self.data = self._binarized(data, binarize)
+        fixed_seed = seed if isinstance(data, Images) else derived_seed(seed, _FIXED)
+        source = as_source(data, binarize=binarize, seed=fixed_seed, dtype=dtype or torch.get_default_dtype())
+        self._fill(source, lambda positions: positions, len(source), seed, torch.device(device))
 
-    def _binarized(self, grey: Tensor, mode: str) -> Tensor:
-        require_floating("data", grey)
-        if not ((grey >= 0) & (grey <= 1)).all():
-            raise ValueError(
-                f"binarize={mode!r} needs grey levels in [0, 1]; got {grey.min():.6g} to {grey.max():.6g}: "
-                "divide those of 0..255 by 255"
-            )
-        if mode == "fixed":
-            return torch.bernoulli(grey, generator=self.bits.manual_seed(derived_seed(self.seed, _FIXED)))
-        if mode == "threshold":
-            return (grey >= 0.5).to(grey.dtype)
-        if mode != "dynamic":
-            raise ValueError(f"binarize must be 'dynamic', 'fixed', 'threshold' or None; got {mode!r}")
-        self.dynamic = True
-        return grey
+    def _fill(
+        self,
+        source: Source,
+        rows: Callable[[Tensor], Tensor],
+        length: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.source, self.rows, self.length, self.seed, self.device = source, rows, length, seed, device
+        self.bits = torch.Generator(getattr(source, "pixels", torch.empty(0)).device)
+        if isinstance(source, _TensorRows):
+            self.bits = torch.Generator(source.tensor.device)
+        self.unchecked: Callable[[Tensor], None] | None = None
 
     def __len__(self) -> int:
-        return len(self.data)
+        return self.length
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, *event_shape)."""
+        return (self.length, *self.source.shape[1:])
 
     def split(self, fraction: float) -> tuple["Batches", "Batches"]:
-        """Hold out a random fraction of the data: the rest, and the held-out part.
+        """Hold out a random fraction of the data, by position: the rest, and the held-out part.
 
         Raises:
             ValueError: If either part would be empty.
@@ -102,18 +91,21 @@ class Batches:
                 f"a validation fraction of {fraction} of {len(self)} data leaves {count} for validation "
                 f"and {len(self) - count} for training; both need at least 1"
             )
-        order = self._order(_SPLIT, 0)
-        return self._part(order[count:], 0), self._part(order[:count], 1)
+        order = permutation(len(self), derived_seed(self.seed, _SPLIT, 0))
+        train = self._part(lambda positions: order(positions + count), len(self) - count, 0)
+        return train, self._part(order, count, 1)
 
-    def _part(self, index: Tensor, number: int) -> "Batches":
-        data = self.data.subset(index) if isinstance(self.data, Images) else self.data[index]
-        part = Batches(data, seed=derived_seed(self.seed, _SPLIT, number), device=self.device)
-        part.dynamic = self.dynamic
+    def first(self, count: int) -> "Batches":
+        """Return the first `count` examples, or all if there are fewer, with the same seed."""
+        part = object.__new__(Batches)
+        part._fill(self.source, self.rows, min(count, len(self)), self.seed, self.device)
         return part
 
-    def _order(self, *key: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, *key))
-        return torch.randperm(len(self), generator=generator)
+    def _part(self, order: Callable[[Tensor], Tensor], length: int, number: int) -> "Batches":
+        part = object.__new__(Batches)
+        seed = derived_seed(self.seed, _SPLIT, number)
+        part._fill(self.source, lambda positions: self.rows(order(positions)), length, seed, self.device)
+        return part
 
     def lengths(self, batch_size: int) -> list[int]:
         """Return the lengths of the batches of an epoch.
@@ -135,51 +127,77 @@ class Batches:
 
     def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Tensor]:
         """Yield the batches (B, *event_shape) of a pass in random order, from the batch `start` on."""
+        order = permutation(len(self), derived_seed(self.seed, _ORDER, number))
         bits = derived_seed(self.seed, _BITS, number)
-        parts = self._order(_ORDER, number).split(self.lengths(batch_size))
-        for batch in range(start, len(parts)):
-            yield self._at(parts[batch], seed_at(bits, batch))
+        lengths = self.lengths(batch_size)
+
+        def batch(which: int) -> Tensor:
+            begin = which * batch_size
+            return self._at(order(torch.arange(begin, begin + lengths[which])), seed_at(bits, which))
+
+        yield from self._ahead(batch, range(start, len(lengths)))
+        self.unchecked = None  # all have been seen
 
     def in_order(self, batch_size: int) -> Iterator[Tensor]:
         """Yield the batches (B, *event_shape) of a pass in the order of the data."""
         bits = derived_seed(self.seed, _BITS)  # the same at each pass
-        for number, index in enumerate(torch.arange(len(self)).split(batch_size)):
-            yield self._at(index, seed_at(bits, number))
 
-    def _at(self, index: Tensor, seed: int) -> Tensor:
-        if self._binarisation == "dynamic":
+        def batch(which: int) -> Tensor:
+            begin = which * batch_size
+            positions = torch.arange(begin, min(begin + batch_size, len(self)))
+            return self._at(positions, seed_at(bits, which))
+
+        yield from self._ahead(batch, range(-(-len(self) // batch_size)))
+
+    def _at(self, positions: Tensor, seed: int) -> Tensor:
+        if self.source.binarize == "dynamic":
             self.bits.manual_seed(seed)
-        if isinstance(self.data, Images):
-            return self.data.batch(index.to(self.data.pixels.device), self.bits).to(self.device)
-        batch = self.data.index_select(0, index.to(self.data.device))
-        return (torch.bernoulli(batch, generator=self.bits) if self.dynamic else batch).to(self.device)
+        return self.source.batch(self.rows(positions).to(self.bits.device), self.bits).to(self.device)
+
+    def _ahead(self, batch: Callable[[int], Tensor], numbers: range) -> Iterator[Tensor]:
+        """Yield the batches of these numbers; what is not in memory is read ahead by a thread."""
+        if isinstance(self.source, _TensorRows | Images) and nbytes(self.source) <= SMALL:
+            yield from map(batch, numbers)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            waiting: deque[Future[Tensor]] = deque()
+            try:
+                for number in numbers:
+                    waiting.append(reader.submit(batch, number))
+                    if len(waiting) > _AHEAD:
+                        yield self._checked(waiting.popleft().result())
+                while waiting:
+                    yield self._checked(waiting.popleft().result())
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _checked(self, batch: Tensor) -> Tensor:
+        if self.unchecked is not None:
+            self.unchecked(batch)
+        return batch
 
     def check(self, check_data: Callable[[Tensor], None]) -> None:
         """Pass all the data to a check, in chunks; of data that are binarised on the way, the first ones.
 
+        Of data above 1 GiB the first chunk is checked now, the others when they are first read.
+
         Raises:
-            ValueError: What the check raises, with the first index of the chunk it speaks of.
+            ValueError: Of the check, with the first index of the chunk that it refers to.
         """
         for number, chunk in enumerate(self.in_order(_CHUNK)):
             try:
                 check_data(chunk)
             except ValueError as error:
                 if number:
-                    raise ValueError(f"{error} (counting from datum {number * _CHUNK})") from error
+                    raise ValueError(f"{error} (counting from example {number * _CHUNK})") from error
                 raise
-            if self._binarisation == "dynamic":
+            if self.source.binarize == "dynamic" and isinstance(self.source, Images):
+                break
+            if nbytes(self.source) > SMALL:
+                self.unchecked = check_data
                 break
 
-    @property
-    def _binarisation(self) -> str | None:
-        return self.data.binarize if isinstance(self.data, Images) else ("dynamic" if self.dynamic else None)
-
     def describe(self) -> dict[str, Any]:
-        """Return plain values that tell these data from others: shape, binarisation and a check sum."""
-        stored = self.data.pixels if isinstance(self.data, Images) else self.data
-        content = stored.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return {
-            "shape": list(stored.shape),
-            "binarize": self._binarisation,
-            "checksum": zlib.crc32(content),
-        }
+        """Return plain values that tell these data from others; see `sources.fingerprint`."""
+        return {**fingerprint(self.source), "length": len(self)}

@@ -15,7 +15,6 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_vae.data.datasets import Images
 from pyro_vae.evaluation.draws import Pair, chunk_sizes, in_chunks, prepare_data, require_finite
 from pyro_vae.evaluation.importance_weights import WeightSummary, summarise_weights
 from pyro_vae.objectives.log_terms import PairSites, terms
@@ -64,7 +63,7 @@ class AnnealedEvidence:
 
 def annealed_importance_sampling(
     vae: Pair,
-    data: Tensor | Images,
+    data: Any,
     *,
     num_chains: int = 16,
     num_temperatures: int = 1000,

@@ -18,7 +18,6 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_vae.data.datasets import Images
 from pyro_vae.evaluation.arviz_compat import arviz_version, inference_data, write_netcdf
 from pyro_vae.evaluation.draws import Chunk, Pair, by_example, chunk_lengths, chunks, prepare_data
 from pyro_vae.evaluation.importance_weights import pareto_smoothed, summarise_weights
@@ -42,7 +41,7 @@ _DRAWS = ("chain", "draw", "datum")
 
 def to_inference_data(
     vae: Pair,
-    data: Tensor | Images,
+    data: Any,
     *,
     num_samples: int = 200,
     oversample: int = 1,

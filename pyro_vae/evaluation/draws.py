@@ -30,7 +30,6 @@ __all__ = [
     "chunk_lengths",
     "chunk_sizes",
     "chunks",
-    "first",
     "in_chunks",
     "prepare_data",
     "require_finite",
@@ -81,7 +80,7 @@ class Chunk:
         return self.log_likelihood + self.log_prior - self.log_guide
 
 
-def prepare_data(pair: Pair, data: Tensor | Images, *, binarize: str | None, seed: int) -> Batches:
+def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> Batches:
     """Validate data and parameters, and binarise the data once, so that every pass sees the same values.
 
     Args:
@@ -108,7 +107,8 @@ def prepare_data(pair: Pair, data: Tensor | Images, *, binarize: str | None, see
             raise NonFiniteError(f"parameter {name!r} is not finite: load an earlier checkpoint")
     device = next((parameter.device for parameter in parameters.values()), getattr(data, "device", "cpu"))
     binarize = "fixed" if binarize == "dynamic" else binarize
-    batches = Batches(data, binarize=binarize, seed=seed, device=device)
+    dtype = next((parameter.dtype for parameter in parameters.values()), None)
+    batches = Batches(data, binarize=binarize, seed=seed, device=device, dtype=dtype)
     batches.check(getattr(pair, "check_data", _require_data))
     return batches
 
@@ -119,19 +119,12 @@ def _require_data(x: Tensor) -> None:
         raise ValueError("the data are empty: pass at least one example")
 
 
-def first(batches: Batches, count: int) -> Batches:
-    """Return the first `count` examples, or all if there are fewer."""
-    data = batches.data
-    part = data.subset(slice(count)) if isinstance(data, Images) else data[:count]
-    return Batches(part, seed=batches.seed, device=batches.device)
-
-
 def chunk_sizes(batches: Batches, num_particles: int) -> tuple[int, int]:
     """Return the number of examples per chunk, and of their particles that are run at once.
 
     Both depend on the shape of the data and the number of particles alone.
     """
-    rows = max(1, min(_ROWS, _VALUES // math.prod(batches.data.shape[1:])))
+    rows = max(1, min(_ROWS, _VALUES // math.prod(batches.shape[1:])))
     particles = min(num_particles, _PARTICLES, rows)
     return max(1, rows // particles), particles
 

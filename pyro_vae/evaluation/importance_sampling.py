@@ -5,13 +5,13 @@ Notation: N examples, S particles z_s ~ q(z|x) per example, importance weights w
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.data.datasets import Images
-from pyro_vae.evaluation.draws import Chunk, Pair, chunks, first, prepare_data
+from pyro_vae.evaluation.draws import Chunk, Pair, chunks, prepare_data
 from pyro_vae.evaluation.importance_weights import bound_by_particles, summarise_weights
 from pyro_vae.evaluation.latents import AggregatePosterior, aggregate_posterior, summarise_latents
 from pyro_vae.evaluation.result import Evaluation, PerDatum, standard_error
@@ -25,7 +25,7 @@ __all__ = ["evaluate"]
 
 def evaluate(
     vae: Pair,
-    data: Tensor | Images,
+    data: Any,
     *,
     num_particles: int = 1000,
     binarize: str | None = None,
@@ -86,7 +86,7 @@ def evaluate(
         reduced = [_reduce(chunk) for chunk in drawn]
     aggregate = None
     if aggregate_size:
-        part = first(batches, aggregate_size)
+        part = batches.first(aggregate_size)
         with (
             evaluating(vae, batches.device, seed),
             progress_bar(len(part) ** 2, shown=progress, unit=" densities", unit_scale=True) as bar,
@@ -94,7 +94,7 @@ def evaluate(
             aggregate = aggregate_posterior(
                 vae, part, max_plate_nesting=max_plate_nesting, advance=bar.update
             )
-    size = math.prod(batches.data.shape[1:])
+    size = math.prod(batches.shape[1:])
     return _evaluation(reduced, aggregate, num_particles=num_particles, num_dimensions=size, seed=seed)
 
 

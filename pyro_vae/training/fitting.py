@@ -10,18 +10,17 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyro
 import torch
 from pyro.infer import ELBO, TraceMeanField_ELBO
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.datasets import Images
 from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.run import PRECISIONS, Run, Settings
@@ -67,7 +66,7 @@ class TensorBoard:
 
 def fit(
     vae: VAE,
-    data: Tensor | Images,
+    data: Any,
     *,
     estimator: ELBO | None = None,
     epochs: int = 10,
@@ -77,7 +76,7 @@ def fit(
     optimizer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
-    validation: float | Tensor | Images | None = None,
+    validation: Any = None,
     binarize: str | None = None,
     kl_warmup: float = 0,
     engine: str = "auto",
@@ -102,7 +101,9 @@ def fit(
 
     Args:
         vae: The model and guide to train, in place.
-        data: Training data (N, *event_shape) in the support of the likelihood.
+        data: Training data (N, *event_shape) in the support of the likelihood: a tensor, `Images`, or
+            whatever has a length and returns rows by position (NumPy, memory maps, h5py, zarr, sparse
+            matrices, data frames, map-style torch data sets). Only the rows of a batch are read and copied.
         estimator: A `pyro.infer.ELBO`; default `TraceMeanField_ELBO()`.
         epochs: Passes over the data, those before a resume included.
         batch_size: Data a step; the last batch may be smaller. By default 128, or N where there are fewer.
@@ -114,7 +115,7 @@ def fit(
         schedule: Makes a learning-rate schedule from the optimiser; stepped after each epoch. A
             `ReduceLROnPlateau` sees the negative of what `patience` watches, or itself with mode="max".
         clip_norm: Largest norm of the whole gradient of the batch's summed loss.
-        validation: Held-out data, or the fraction of `data` to hold out.
+        validation: Held-out data, or the fraction of `data` to hold out; 0 or None for neither.
         binarize: "dynamic" (fresh Bernoulli draws at each pass), "fixed" (one draw) or "threshold"
             (at ½), for grey levels under a Bernoulli likelihood.
         kl_warmup: Epochs over which the weight on the KL rises linearly from 0 to 1. What is
@@ -276,19 +277,21 @@ def _call(callbacks: Sequence[Callback], run: Run) -> bool:
 
 def _prepare(
     vae: VAE,
-    data: Tensor | Images,
-    validation: float | Tensor | Images | None,
+    data: Any,
+    validation: Any,
     binarize: str | None,
     seed: int,
 ) -> tuple[Batches, Batches | None]:
     """Check the data and split off, or take, the validation data."""
-    device = next((parameter.device for parameter in vae.parameters()), torch.device("cpu"))
-    train = Batches(data, binarize=binarize, seed=seed, device=device)
+    parameter = next(vae.parameters(), torch.empty(0))
+    options: dict[str, Any] = {"binarize": binarize, "device": parameter.device, "dtype": parameter.dtype}
+    train = Batches(data, seed=seed, **options)
     held_out = None
-    if isinstance(validation, float):
-        train, held_out = train.split(validation)
+    if isinstance(validation, Real):
+        if validation != 0:
+            train, held_out = train.split(float(validation))
     elif validation is not None:
-        held_out = Batches(validation, binarize=binarize, seed=seed + 1, device=device)
+        held_out = Batches(validation, seed=seed + 1, **options)
     for batches in (train, held_out):
         if batches is not None:
             batches.check(vae.check_data)

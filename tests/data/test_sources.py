@@ -1,0 +1,194 @@
+"""Data that are not one tensor in memory: every container gives the run that the tensor gives."""
+
+import subprocess
+import sys
+import textwrap
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae.data import batches as batches_module
+from pyro_vae.data import sources
+from pyro_vae.data.batches import Batches
+from pyro_vae.data.permutations import permutation
+from pyro_vae.utils.isolation import derived_seed
+
+N, D = 37, 5
+X = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+
+
+class Items(Dataset):
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return X[index]
+
+
+class Batched(Items):
+    def __getitems__(self, indices):
+        return [X[index] for index in indices]
+
+
+def memory_map(folder):
+    np.save(folder / "x.npy", X.numpy())
+    return np.load(folder / "x.npy", mmap_mode="r")
+
+
+CONTAINERS = {
+    "numpy": lambda folder: X.numpy(),
+    "numpy, float64": lambda folder: X.numpy().astype(np.float64),
+    "numpy, other byte order": lambda folder: X.numpy().astype(">f4"),
+    "numpy, reversed": lambda folder: np.ascontiguousarray(X.numpy()[::-1])[::-1],
+    "memory map": memory_map,
+    "h5py": lambda folder: h5py.File(folder / "x.h5", "w").create_dataset("x", data=X.numpy()),
+    "sparse": lambda folder: scipy.sparse.csr_matrix(X.numpy()),
+    "data frame": lambda folder: pd.DataFrame(X.numpy(), columns=list("abcde")),
+    "dataset": lambda folder: Items(),
+    "dataset by batches": lambda folder: Batched(),
+    "tensor dataset": lambda folder: TensorDataset(X),
+}
+
+
+def make():
+    torch.manual_seed(1)
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (D,), hidden_features=(4,)),
+        guide=pv.guides.DiagonalNormal((D,), 2, hidden_features=(4,)),
+    )
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_trains_and_evaluates_as_the_tensor(tmp_path, container):
+    data = CONTAINERS[container](tmp_path)
+    runs = []
+    for x in (X, data):
+        vae = make()
+        options = {"epochs": 2, "batch_size": 8, "validation": 0.2, "progress": False}
+        history = pv.fit(vae, x, **options)
+        report = pv.evaluate(vae, x, num_particles=5, progress=False)
+        runs.append((history.column("validation_elbo"), report.log_evidence, list(vae.parameters())))
+    assert runs[0][:2] == runs[1][:2]
+    assert all(map(torch.equal, runs[0][2], runs[1][2]))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_run_resumes_from_another_container(tmp_path, container):
+    options = {"batch_size": 8, "progress": False, "checkpoint_dir": tmp_path / "run", "resume": True}
+    pv.fit(make(), X, epochs=1, **options)
+    vae = make()
+    assert len(pv.fit(vae, CONTAINERS[container](tmp_path), epochs=2, **options)) == 2
+
+
+def test_what_has_no_rows_by_position_raises_with_what_works():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(X)
+
+    for data, message in [
+        (DataLoader(TensorDataset(X)), r"DataLoader: pass its dataset \(loader.dataset\)"),
+        (Stream(), "return rows by position .* got Stream"),
+        ((row for row in X), "return rows by position .* got generator"),
+        ([[1.0, 2.0]], "got list: convert with torch.as_tensor"),
+        (TensorDataset(X, X), "returns tuples, expected one tensor x per example"),
+        (pd.DataFrame({"a": ["x", "y"]}), "must be numbers; got .*: select or convert columns"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            pv.fit(make(), data, epochs=1, progress=False)
+    assert pv.fit(make(), DataLoader(TensorDataset(X)).dataset, epochs=1, progress=False)
+
+
+def test_a_validation_of_zero_holds_nothing_out():
+    history = pv.fit(make(), X, validation=0, epochs=1, progress=False)
+    assert np.isnan(history[0].validation_elbo)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000, 1003])
+def test_a_long_order_takes_each_row_once(size):
+    order = permutation(size, seed=3, in_memory=0)
+    rows = order(torch.arange(size))
+    assert torch.equal(rows.sort().values, torch.arange(size))
+    assert torch.equal(order(torch.arange(size // 2, size)), rows[size // 2 :])  # at any position at once
+
+
+def test_a_long_order_is_random():
+    size = 100_003
+    rows = permutation(size, seed=3, in_memory=0)(torch.arange(size)).double()
+    other = permutation(size, seed=4, in_memory=0)(torch.arange(size)).double()
+    for one, two in ((rows[:-1], rows[1:]), (rows, torch.arange(size)), (rows, other)):
+        correlation = torch.corrcoef(torch.stack([one, two.double()]))[0, 1]
+        assert abs(correlation) < 5 / size**0.5
+
+
+@pytest.fixture
+def _all_are_large(monkeypatch):
+    for module in (sources, batches_module):
+        monkeypatch.setattr(module, "SMALL", 0)
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_reading_ahead_gives_the_same_batches(tmp_path):
+    ahead = list(Batches(X, seed=2).epoch(1, batch_size=6))
+    order = permutation(N, derived_seed(2, batches_module._ORDER, 1))
+    assert all(map(torch.equal, ahead, X[order(torch.arange(N))].split(Batches(X).lengths(6))))
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_an_error_while_reading_ahead_is_raised_here():
+    class Broken(Items):
+        def __getitem__(self, index):
+            if index == 30:
+                raise OSError("row 30 cannot be read")
+            return X[index]
+
+    with pytest.raises(OSError, match="row 30"):
+        list(Batches(Broken()).in_order(4))
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_large_data_are_checked_when_they_are_first_read(monkeypatch):
+    monkeypatch.setattr(batches_module, "_CHUNK", 4)
+    spoilt = X.clone()
+    spoilt[20, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"x\[\d, 1\] = nan"):
+        pv.fit(make(), spoilt, epochs=1, batch_size=8, progress=False)
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_the_fingerprint_of_large_data_tells_a_changed_block(monkeypatch):
+    monkeypatch.setattr(sources, "_BLOCKS", 37)
+    found = [Batches(data).describe() for data in (X, X.clone(), X[:-1], X + 1)]
+    assert found[0] == found[1]
+    assert len({str(each) for each in found}) == 3
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """A file of 1 GB goes through fit with validation and checkpoints, and part of it through evaluate."""
+    rows, width = 250_000, 1024
+    file = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (rows, width))  # of zeros, sparse
+    file[:: rows // 100] = 1.0
+    del file
+    code = f"""
+        import resource, numpy as np, torch, pyro_vae as pv
+        from pyro_vae.data import batches, sources
+        torch.set_num_threads(1)
+        batches.SMALL = sources.SMALL = 2**26  # as if a large file began at 64 MB
+        vae = pv.VAE(prior=pv.priors.StandardNormal(2), likelihood=pv.likelihoods.Normal(2, ({width},),
+            hidden_features=(4,)), guide=pv.guides.DiagonalNormal(({width},), 2, hidden_features=(4,)))
+        x = np.load({str(tmp_path / "x.npy")!r}, mmap_mode="r")
+        used = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 500 * 2**20,) * 2)
+        pv.fit(vae, x, epochs=1, batch_size=1024, validation=0.3, engine="eager", progress=False,
+            checkpoint_dir={str(tmp_path / "run")!r})
+        print(pv.evaluate(vae, x[:20_000], num_particles=2, progress=False).num_data)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.stdout.strip() == "20000", run.stderr[-2000:]
