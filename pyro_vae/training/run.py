@@ -119,10 +119,10 @@ class Run:
                     self.vae.train()
                     trace = poutine.trace(self.vae.guide).get_trace(x)
                     poutine.replay(self.vae.model, trace=trace)(x)
-            except Exception as error:
+            except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 remedy = "choose another batch_size" + ", 2 or more for batch normalisation" * (length == 1)
-                raise type(error)(
+                raise ValueError(
                     f"a batch of {length} of the {len(self.train)} examples cannot be trained on: {reason}: "
                     f"{remedy}"
                 ) from error
