@@ -41,10 +41,10 @@ __all__ = [
     "Poisson",
     "build_flow",
     "grid",
-    "in_full_precision",
     "multivariate_to_diagonal_normal",
     "poisson_deviance",
     "stirling_remainder",
+    "without_autocast",
 ]
 
 _Distribution = TypeVar("_Distribution", bound=TorchDistribution)
@@ -77,7 +77,7 @@ class _ConciseErrors:
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def in_full_precision(method: _Method) -> _Method:
+def without_autocast(method: _Method) -> _Method:
     """Run a method without `torch.autocast`, whose matrix products would lose the digits of a density."""
 
     @functools.wraps(method)
@@ -96,15 +96,15 @@ def in_full_precision(method: _Method) -> _Method:
 class MultivariateNormal(dist.MultivariateNormal):
     """Pyro's `MultivariateNormal`, in full precision under `torch.autocast`."""
 
-    rsample = in_full_precision(dist.MultivariateNormal.rsample)
-    log_prob = in_full_precision(dist.MultivariateNormal.log_prob)
+    rsample = without_autocast(dist.MultivariateNormal.rsample)
+    log_prob = without_autocast(dist.MultivariateNormal.log_prob)
 
 
 class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
     """Pyro's `LowRankMultivariateNormal`, in full precision under `torch.autocast`."""
 
-    rsample = in_full_precision(dist.LowRankMultivariateNormal.rsample)
-    log_prob = in_full_precision(dist.LowRankMultivariateNormal.log_prob)
+    rsample = without_autocast(dist.LowRankMultivariateNormal.rsample)
+    log_prob = without_autocast(dist.LowRankMultivariateNormal.log_prob)
 
 
 class Bernoulli(_ConciseErrors, dist.Bernoulli):
@@ -610,7 +610,7 @@ class FlowDistribution(TorchDistribution):
         flow = self.flow.expand(torch.Size(batch_shape))
         return _copy_validation(self, FlowDistribution(flow, self.loc, self.scale, validate_args=False))
 
-    @in_full_precision
+    @without_autocast
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw z, of shape (*sample_shape, *batch_shape, K), differentiable in all parameters."""
         standard, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
@@ -618,7 +618,7 @@ class FlowDistribution(TorchDistribution):
         self._last_draw = z, log_prob - self._log_det_scale(standard)
         return z
 
-    @in_full_precision
+    @without_autocast
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density at z (*, K)."""
         if self._validate_args:

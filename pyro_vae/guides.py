@@ -21,7 +21,7 @@ from pyro_vae.distributions import (
     MultivariateNormal,
     NormalMixture,
     build_flow,
-    in_full_precision,
+    without_autocast,
 )
 from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive
 from pyro_vae.utils.serialization import rebuildable
@@ -203,7 +203,7 @@ class LowRankNormal(Guide):
         """Return the number of outputs for location, scale and V."""
         return latent_dim, latent_dim, latent_dim * rank
 
-    @in_full_precision
+    @without_autocast
     def distribution(self, *parts: Tensor) -> dist.Distribution:
         """Return N(loc, V Vᵀ + diag scale²)."""
         loc, raw_scale, factor = parts

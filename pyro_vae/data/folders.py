@@ -21,7 +21,7 @@ logger = logging.getLogger("pyro_vae")
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LEFTOVERS = ("__MACOSX", "@eaDir", "Thumbs.db")  # of archives, file servers and file managers
-_SPLITS = {"train", "test", "val", "valid", "validation"}
+_SPLITS = {"train", "test", "val", "valid", "validation"}  # subfolders that are not classes
 _GREY, _COLOUR = ("1", "L"), ("P", "RGB")
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
@@ -63,9 +63,11 @@ def load_folder(folder: Path, split: str, *, size: int | tuple[int, int] | None,
 
 
 def _split_of(folder: Path, split: str) -> Path:
-    """Return the subfolder of a split where the folder is divided into train and test, else the folder."""
+    """Return the subfolder of a split where the folder is divided into such, train among them, else it."""
     parts = {path.name for path in folder.iterdir() if path.is_dir() and not _is_leftover(path.name)}
-    if {"train", "test"} <= parts <= _SPLITS:
+    if "train" in parts and len(parts) > 1 and parts <= _SPLITS:
+        if split not in parts:
+            raise DataError(f"{folder} has the splits {', '.join(sorted(parts))}, and not {split!r}")
         return folder / split
     if split != "train":
         raise DataError(f"{folder} has no {split!r} split: load all of it and take a subset")

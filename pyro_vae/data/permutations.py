@@ -15,7 +15,7 @@ _ROUNDS = 4
 def permutation(size: int, seed: int, *, in_memory: int = _IN_MEMORY) -> Callable[[Tensor], Tensor]:
     """Return a random order of `size` rows, as a function from positions (B,) to rows (B,), both int64.
 
-    A long order is a Feistel network of four rounds over the next even power of two, walked along its cycles
+    A long order is a Feistel network of four rounds over the next power of four, walked along its cycles
     back into the range.
 
     Args:

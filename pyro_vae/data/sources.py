@@ -1,73 +1,61 @@
-"""Sources of data: whatever has a length and returns rows by position, in memory or not.
+"""Sources of data: whatever has a shape and returns rows by position, in memory or not.
 
 Tensors, `Images`, NumPy arrays and memory maps, h5py and zarr arrays, SciPy sparse matrices, data frames and
 map-style torch data sets. Nothing is copied but the rows of a batch.
 """
 
 import math
+import random
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from pyro_vae.data.images import Images
+from pyro_vae.data.images import BINARIZE_MODES, Images
+from pyro_vae.utils.isolation import isolated_generators, python_noise, restore_python_noise
 from pyro_vae.utils.validation import require_floating
 
-__all__ = ["SMALL", "Source", "as_source", "fingerprint", "nbytes"]
+__all__ = ["CHECKED_IN_FULL", "Source", "as_source"]
 
-SMALL = 2**30  # bytes up to which all of a source is checked and fingerprinted
+CHECKED_IN_FULL = 2**30  # bytes up to which all of a source is checked and fingerprinted
 _BLOCKS = 64  # of a larger one, at fixed places
-_CHUNK = 2**24  # bytes
+_BLOCK_BYTES = 2**24
 
 
-class Source(Protocol):
-    """N examples, from which batches are taken by position."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """(N, *event_shape)."""
-
-    @property
-    def binarize(self) -> str | None:
-        """How grey levels become bits; None if they do not."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the examples at positions (B,), (B, *event_shape); `generator` draws dynamic bits."""
-
-
-def as_source(data: Any, *, binarize: str | None, seed: int, dtype: torch.dtype) -> Source:
+def as_source(data: Any, *, binarize: str | None, seed: int, dtype: torch.dtype) -> "Source":
     """Return a source of any supported data.
 
     Args:
         data: See the module.
-        binarize: None, "dynamic", "fixed" or "threshold", as for `Images`; for grey levels in [0, 1].
-        seed: Of "fixed" binarisation, which holds all data in memory.
+        binarize: None, "dynamic", "fixed" or "threshold", as for `Images`; for grey levels in [0, 1]. "fixed"
+            draws all bits at once and holds them in memory.
+        seed: Of "fixed".
         dtype: Floating-point type of batches from data other than tensors and images.
 
     Raises:
         TypeError: If the data are of another kind; the message says which way works.
-        ValueError: If they have no rows, or `binarize` is unknown or its data lie outside [0, 1].
+        ValueError: If they have no rows, or `binarize` is unknown.
     """
     if isinstance(data, Images):
-        return data if binarize is None else data.binarized(binarize, seed=seed)
-    rows = _rows(data, dtype)
-    if len(rows) == 0:
+        return _ImageRows(data if binarize is None else data.binarized(binarize, seed=seed))
+    source = _rows(data, dtype)
+    if len(source) == 0:
         raise ValueError("the data are empty: there must be at least one datum")
     if binarize is None:
-        return rows
-    if binarize not in ("dynamic", "fixed", "threshold"):
-        raise ValueError(f"binarize must be 'dynamic', 'fixed', 'threshold' or None; got {binarize!r}")
-    return _Binarised(rows, binarize, seed)
+        return source
+    if binarize not in BINARIZE_MODES:
+        raise ValueError(f"binarize must be None or one of {BINARIZE_MODES}; got {binarize!r}")
+    return _Binarised(source, binarize, seed)
 
 
-def _rows(data: Any, dtype: torch.dtype) -> "_Rows":
+def _rows(data: Any, dtype: torch.dtype) -> "Source":
     if isinstance(data, Tensor):
         if data.dim() == 0 or data.layout != torch.strided:
             raise ValueError(
@@ -85,9 +73,9 @@ def _rows(data: Any, dtype: torch.dtype) -> "_Rows":
     if len(getattr(data, "shape", ())) > 0 and (hasattr(data, "__getitem__") or hasattr(data, "iloc")):
         return _ArrayRows(data, dtype)
     raise TypeError(
-        "data must be a tensor (N, *event_shape), pyro_vae.data.Images, or have a length and return rows by "
-        "position (an array, a memory map, h5py, zarr, a sparse matrix, a data frame, a map-style torch "
-        f"Dataset); got {type(data).__name__}"
+        "data must be a tensor (N, *event_shape), pyro_vae.data.Images, or have a shape and return rows by "
+        "position (an array, a memory map, h5py, zarr, a sparse matrix, a data frame), or be a map-style "
+        f"torch Dataset; got {type(data).__name__}"
         + (": convert with torch.as_tensor" if isinstance(data, list | tuple) else "")
     )
 
@@ -98,38 +86,95 @@ def _is_direct(array: np.ndarray, dtype: torch.dtype) -> bool:
     return array.dtype == expected and array.dtype.isnative and all(step >= 0 for step in array.strides)
 
 
-class _Rows:
-    """Base of all sources but `Images`."""
+class Source(ABC):
+    """N examples, from which batches are taken by position."""
 
     shape: Sequence[int]
+    """(N, *event_shape)."""
     binarize: str | None = None
-    itemsize = 4  # bytes
+    """How grey levels become bits; None if they do not."""
+    device = torch.device("cpu")
+    """Device of positions and batches."""
+    itemsize = 4
+    """Bytes of an element."""
+    in_memory = False
+    """Whether reading a batch takes no time."""
+    is_random = False
+    """Whether batches depend on the generator."""
+    runs_user_code = False
+    """Whether reading must not happen in another thread."""
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        raise NotImplementedError
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an example."""
+        return max(1, math.prod(self.shape[1:]) * self.itemsize)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether not all of it is read before the first step."""
+        return len(self) * self.row_bytes > CHECKED_IN_FULL
+
+    @abstractmethod
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the examples at positions (B,), (B, *event_shape)."""
+
+    def raw(self, index: Tensor) -> Tensor:
+        """Return the examples as they are stored, for the fingerprint."""
+        return self.batch(index, torch.Generator(self.device).manual_seed(0))
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values that tell a source from others: shape, binarisation and a check sum.
+
+        Up to 1 GiB the check sum is of all rows before dynamic binarisation, above that of 64 blocks of them.
+        """
+        size = max(1, _BLOCK_BYTES // self.row_bytes)
+        step = -(-len(self) // _BLOCKS) if self.is_large else size
+        checksum = 0
+        for start in range(0, len(self), step):
+            rows = self.raw(torch.arange(start, min(start + size, len(self)), device=self.device))
+            checksum = zlib.crc32(rows.cpu().contiguous().view(torch.uint8).numpy().data, checksum)
+        return {"shape": list(self.shape), "binarize": self.binarize, "checksum": checksum}
 
 
-class _TensorRows(_Rows):
+class _ImageRows(Source):
+    itemsize, in_memory = 1, True
+
+    def __init__(self, images: Images):
+        self.images, self.shape, self.device = images, images.shape, images.pixels.device
+        self.binarize = images.binarize
+        self.is_random = images.binarize == "dynamic"
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        return self.images.batch(index, generator)
+
+    def raw(self, index: Tensor) -> Tensor:
+        return self.images.pixels[index]
+
+
+class _TensorRows(Source):
     def __init__(self, tensor: Tensor):
-        self.tensor, self.shape, self.itemsize = tensor, tensor.shape, tensor.dtype.itemsize
+        self.tensor, self.shape, self.device = tensor, tensor.shape, tensor.device
+        self.itemsize = tensor.dtype.itemsize
+        self.in_memory = not self.is_large  # a large one may be a file that is mapped
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.tensor.index_select(0, index.to(self.tensor.device))
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        return self.tensor.index_select(0, index)
 
 
-class _ArrayRows(_Rows):
+class _ArrayRows(Source):
     """Rows of an array that need not be in memory, read in increasing order, as files want it."""
 
     def __init__(self, array: Any, dtype: torch.dtype):
-        self.array, self.dtype, self.shape = array, dtype, tuple(array.shape)
-        self.rows = getattr(array, "iloc", getattr(array, "oindex", array))  # of a data frame, of zarr
+        self.dtype, self.shape = dtype, tuple(array.shape)
+        self.indexer = getattr(array, "iloc", getattr(array, "oindex", array))  # of a data frame, of zarr
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         positions, inverse = np.unique(index.numpy(), return_inverse=True)
-        rows = self.rows[positions]
+        rows = self.indexer[positions]
         rows = rows.toarray() if hasattr(rows, "toarray") else np.asarray(rows)
         if rows.dtype.kind not in "bfiu":
             raise TypeError(f"data must be numbers; got {rows.dtype}: select or convert columns")
@@ -137,19 +182,27 @@ class _ArrayRows(_Rows):
         return batch.to(self.dtype) if batch.is_floating_point() else batch
 
 
-class _DatasetRows(_Rows):
-    """Items of a map-style torch data set: tensors, or tuples of one."""
+class _DatasetRows(Source):
+    """Items of a map-style torch data set: tensors, or tuples of one.
+
+    What its transforms draw, from torch, Python or NumPy, is a function of the batch.
+    """
+
+    is_random = runs_user_code = True
 
     def __init__(self, dataset: Any, dtype: torch.dtype):
         self.dataset, self.dtype = dataset, dtype
-        self.shape = (len(dataset), *(self.batch(torch.tensor([0])).shape[1:] if len(dataset) else ()))
+        self.shape = (len(dataset), *(self.raw(torch.tensor([0])).shape[1:] if len(dataset) else ()))
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        positions = index.tolist()
-        if hasattr(self.dataset, "__getitems__"):
-            items = self.dataset.__getitems__(positions)
-        else:
-            items = [self.dataset[position] for position in positions]
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        noise, seed = python_noise(), generator.initial_seed()
+        try:
+            with isolated_generators(self.device, seed):
+                random.seed(seed)
+                np.random.seed(seed % 2**32)  # noqa: NPY002 (which a transform may still use)
+                items = self._items(index.tolist())
+        finally:
+            restore_python_noise(noise)
         batch = default_collate(items)
         if isinstance(batch, list | tuple) and len(batch) == 1:
             batch = batch[0]
@@ -160,30 +213,45 @@ class _DatasetRows(_Rows):
             )
         return batch.to(self.dtype) if batch.is_floating_point() else batch
 
+    def _items(self, positions: list[int]) -> list[Any]:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(positions)
+        return [self.dataset[position] for position in positions]
 
-class _Binarised(_Rows):
+
+class _Binarised(Source):
     """Grey levels in [0, 1] of another source, as bits."""
 
-    def __init__(self, rows: _Rows, mode: str, seed: int):
-        self.rows, self.shape, self.binarize, self.itemsize = rows, rows.shape, mode, rows.itemsize
+    def __init__(self, source: Source, mode: str, seed: int):
+        self.source, self.binarize, self.shape, self.device = source, mode, source.shape, source.device
+        self.itemsize, self.in_memory = source.itemsize, source.in_memory
+        self.runs_user_code = source.runs_user_code
+        self.is_random = mode == "dynamic" or source.is_random
         if mode == "fixed":
-            grey = rows.batch(torch.arange(len(rows)))
+            generator = torch.Generator(source.device).manual_seed(seed)
+            grey = source.batch(torch.arange(len(source), device=source.device), generator)
             self._require_grey(grey)
-            generator = torch.Generator(grey.device).manual_seed(seed)
-            self.rows = _TensorRows(torch.bernoulli(grey, generator=generator))
+            self.source, self.in_memory = _TensorRows(torch.bernoulli(grey, generator=generator)), True
+            self.is_random = self.runs_user_code = False
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        batch = self.rows.batch(index)
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        batch = self.source.batch(index, generator)
         if self.binarize == "fixed":
             return batch
-        if self.binarize == "threshold":
+        if (
+            self.binarize == "threshold" or batch.device.type != "cpu"
+        ):  # where torch would not say what is wrong
             self._require_grey(batch)
+        if self.binarize == "threshold":
             return (batch >= 0.5).to(batch.dtype)
         try:
             return torch.bernoulli(batch, generator=generator)
         except (RuntimeError, NotImplementedError):
             self._require_grey(batch)
             raise
+
+    def raw(self, index: Tensor) -> Tensor:
+        return self.source.raw(index)
 
     def _require_grey(self, grey: Tensor) -> None:
         require_floating("data", grey)
@@ -192,28 +260,3 @@ class _Binarised(_Rows):
                 f"binarize={self.binarize!r} needs grey levels in [0, 1]; got {grey.min():.6g} to "
                 f"{grey.max():.6g}: divide those of 0..255 by 255"
             )
-
-
-def nbytes(source: Source) -> int:
-    """Return the number of bytes that all of a source takes."""
-    return math.prod(source.shape) * getattr(source, "itemsize", 1)
-
-
-def fingerprint(source: Source) -> dict[str, Any]:
-    """Return plain values that tell a source from others: shape, binarisation and a check sum.
-
-    Up to 1 GiB the check sum is of all rows before dynamic binarisation, above that of 64 blocks of them.
-    """
-    raw = source.rows if isinstance(source, _Binarised) else source
-    row_bytes = max(1, nbytes(source) // len(source))
-    size = max(1, _CHUNK // row_bytes)
-    starts = range(0, len(source), size)
-    if nbytes(source) > SMALL:
-        starts = range(0, len(source), -(-len(source) // _BLOCKS))
-        size = max(1, min(size, SMALL // (_BLOCKS * row_bytes)))
-    checksum = 0
-    for start in starts:
-        index = torch.arange(start, min(start + size, len(source)))
-        rows = raw.pixels[index] if isinstance(raw, Images) else raw.batch(index)
-        checksum = zlib.crc32(rows.cpu().contiguous().view(torch.uint8).numpy().data, checksum)
-    return {"shape": list(source.shape), "binarize": source.binarize, "checksum": checksum}

@@ -90,7 +90,8 @@ def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> B
         seed: Seed of the binarisation.
 
     Raises:
-        TypeError: If the data are not a floating-point tensor or `Images`, or `pair` has no model.
+        TypeError: If the data are of a kind that `fit` does not take, or not floating-point; or if `pair` has
+            no model.
         ValueError: If the data are empty, have the wrong shape, or lie outside the likelihood's support.
         NonFiniteError: If a parameter is infinite or NaN.
     """
@@ -99,7 +100,7 @@ def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> B
             "expected an object with Pyro functions model and guide, such as a VAE; "
             f"got {type(pair).__name__}"
         )
-    if isinstance(data, Images) and data.binarize == "dynamic":
+    if isinstance(data, Images) and data.binarize == "dynamic" and binarize != "threshold":
         data, binarize = dataclasses.replace(data, binarize=None), binarize or "dynamic"
     parameters = dict(pair.named_parameters()) if isinstance(pair, nn.Module) else {}
     for name, parameter in parameters.items():

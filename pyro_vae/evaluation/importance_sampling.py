@@ -55,7 +55,8 @@ def evaluate(
         progress: Show a progress bar in a terminal or notebook.
 
     Raises:
-        TypeError: If the data are not a floating-point tensor or `Images`, or a number is not an integer.
+        TypeError: If the data are of a kind that `fit` does not take, or not floating-point; or if a number
+            is not an integer.
         ValueError: If `num_particles` is below 1; the data are empty, have the wrong shape, or lie outside
             the likelihood's support; or the guide does not fit the model (`GuideError`).
         NonFiniteError: If a parameter or an importance weight is infinite or NaN; names it or its example.

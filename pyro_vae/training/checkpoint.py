@@ -44,7 +44,8 @@ class Checkpoint:
             self.save()
         elif resume:
             content = serialization.read(path, "run", device="cpu")
-            differing = list(_differences(content["settings"], self.settings))
+            settings = serialization.fitting(path, lambda: content["settings"])
+            differing = list(_differences(settings, self.settings))
             if differing:
                 raise serialization.CheckpointError(
                     f"{path} is of a run with other settings: {'; '.join(differing)}. "

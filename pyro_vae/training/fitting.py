@@ -102,8 +102,9 @@ def fit(
     Args:
         vae: The model and guide to train, in place.
         data: Training data (N, *event_shape) in the support of the likelihood: a tensor, `Images`, or
-            whatever has a length and returns rows by position (NumPy, memory maps, h5py, zarr, sparse
-            matrices, data frames, map-style torch data sets). Only the rows of a batch are read and copied.
+            whatever has a shape and returns rows by position (NumPy, memory maps, h5py, zarr, sparse
+            matrices, data frames, map-style torch data sets). Only the rows of a batch are read and copied,
+            except by `binarize="fixed"`.
         estimator: A `pyro.infer.ELBO`; default `TraceMeanField_ELBO()`.
         epochs: Passes over the data, those before a resume included.
         batch_size: Data a step; the last batch may be smaller. By default 128, or N where there are fewer.
@@ -137,8 +138,8 @@ def fit(
         The history, one `Epoch` each.
 
     Raises:
-        TypeError: If `vae` is not a `VAE`, the data not a floating-point tensor or `Images`, or the
-            estimator not an ELBO.
+        TypeError: If `vae` is not a `VAE`, the data of another kind or not floating-point, or the estimator
+            not an ELBO.
         ValueError: If an argument is out of range; if the data are empty, have another shape than the
             likelihood, or lie outside its support; if the guide does not fit the model (a `GuideError`,
             see `check_guide`), or the estimator is not valid for the two.

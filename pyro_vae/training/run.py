@@ -92,7 +92,7 @@ class Run:
 
     def _check_fit(self) -> None:
         """Check the pair on two examples, before an existing run in the folder is overwritten."""
-        x = next(self.train.in_order(min(2, len(self.train))))
+        x = self.train.peek(2)
         self.vae.eval()
         with self._autocast():
             self.svi.check(x)
@@ -113,7 +113,7 @@ class Run:
     def _try_batches(self) -> None:
         """Run the pair as training will, on batches of each length that the epochs have."""
         for length in sorted(set(self.train.lengths(min(self.batch_size, len(self.train))))):
-            x = next(self.train.in_order(length))
+            x = self.train.peek(length)
             try:
                 with isolated(self.vae.model, self.vae.guide), torch.no_grad():
                     self.vae.train()

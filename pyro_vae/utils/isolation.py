@@ -41,12 +41,12 @@ def derived_seed(seed: int, *key: int) -> int:
         ValueError: If the seed or an entry of the key is negative.
 
     Example:
-        >>> derived_seed(0, 1) != derived_seed(0, 2) != derived_seed(1, 2)
-        True
+        >>> len({derived_seed(0, 1), derived_seed(0, 1, 0), derived_seed(0, 2), derived_seed(1, 2)})
+        4
     """
     if min(seed, *key) < 0:
-        raise ValueError(f"seed must be a non-negative integer; got {seed}")
-    return int(np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0])
+        raise ValueError(f"seed must be a non-negative integer; got {min(seed, *key)}")
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
 def seed_at(stream: int, step: int) -> int:

@@ -194,7 +194,7 @@ def fitting(path: str | os.PathLike[str], restore: Callable[[], _Result]) -> _Re
     """Call `restore`, which applies a checkpoint's content; raise `CheckpointError` if it does not fit."""
     try:
         return restore()
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds another architecture or other settings: {error}") from error
 
 
@@ -299,7 +299,8 @@ class _BoundedAllocation(TorchDispatchMode):
 
     def __init__(self, state: Mapping[str, torch.Tensor]):
         super().__init__()
-        sizes = [tensor.untyped_storage().nbytes() for tensor in state.values()]
+        storages = [tensor.untyped_storage() for tensor in state.values()]  # that several tensors may share
+        sizes = list({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         self.largest = max([4 * size for size in sizes] + [2**20])  # of one tensor, in bytes
         self.left = 64 * sum(sizes) + 2**26  # of all, temporary ones too
 
@@ -312,10 +313,10 @@ class _BoundedAllocation(TorchDispatchMode):
 
     @staticmethod
     def _size(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
-        """Bytes that an operation may allocate, at most, if it broadcasts its arguments."""
+        """Estimate the bytes that an operation allocates if it broadcasts its arguments."""
         names = [argument.name for argument in function._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        asked = math.prod(given.get("size", given.get("repeats", ())) or (1,)) if function._schema else 1
+        asked = math.prod(given.get("size", given.get("repeats", ())) or (1,))
         if isinstance(given.get("end"), int):  # arange
             asked = max(asked, given["end"])
         for name in ("n", "m"):  # eye

@@ -94,6 +94,10 @@ def test_train_and_test_folders_are_splits(pets):
             (pets / "set" / split / "cats").mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.zeros((8, 6), np.uint8)).save(pets / "set" / split / "cats" / f"{number}.png")
     assert (len(load(pets / "set")), len(load(pets / "set", split="test"))) == (3, 2)
+    with pytest.raises(DataError, match="has the splits test, train, and not 'val'"):
+        load(pets / "set", split="val")
+    (pets / "set" / "test").rename(pets / "set" / "val")
+    assert (len(load(pets / "set")), len(load(pets / "set", split="val"))) == (3, 2)
     with pytest.raises(DataError, match="has no 'test' split"):
         load(pets, split="test")
 

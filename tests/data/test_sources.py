@@ -1,5 +1,6 @@
 """Data that are not one tensor in memory: every container gives the run that the tensor gives."""
 
+import random
 import subprocess
 import sys
 import textwrap
@@ -129,8 +130,7 @@ def test_a_long_order_is_random():
 
 @pytest.fixture
 def _all_are_large(monkeypatch):
-    for module in (sources, batches_module):
-        monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(sources, "CHECKED_IN_FULL", 0)
 
 
 @pytest.mark.usefixtures("_all_are_large")
@@ -157,7 +157,7 @@ def test_large_data_are_checked_when_they_are_first_read(monkeypatch):
     monkeypatch.setattr(batches_module, "_CHUNK", 4)
     spoilt = X.clone()
     spoilt[20, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"x\[\d, 1\] = nan"):
+    with pytest.raises(ValueError, match=r"x\[\d, 1\] = nan .*it is row 20 of the data"):
         pv.fit(make(), spoilt, epochs=1, batch_size=8, progress=False)
 
 
@@ -177,9 +177,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     del file
     code = f"""
         import resource, numpy as np, torch, pyro_vae as pv
-        from pyro_vae.data import batches, sources
+        from pyro_vae.data import sources
         torch.set_num_threads(1)
-        batches.SMALL = sources.SMALL = 2**26  # as if a large file began at 64 MB
+        sources.CHECKED_IN_FULL = 2**26  # as if a large file began at 64 MB
         vae = pv.VAE(prior=pv.priors.StandardNormal(2), likelihood=pv.likelihoods.Normal(2, ({width},),
             hidden_features=(4,)), guide=pv.guides.DiagonalNormal(({width},), 2, hidden_features=(4,)))
         x = np.load({str(tmp_path / "x.npy")!r}, mmap_mode="r")
@@ -192,3 +192,52 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(code)]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.stdout.strip() == "20000", run.stderr[-2000:]
+
+
+class Augmented(Items):
+    """Transforms that draw from torch, NumPy and Python, as people's do."""
+
+    def __getitem__(self, index):
+        noise = torch.randn(D) + float(np.random.rand()) + random.random()  # noqa: NPY002
+        return X[index] + 0.1 * noise
+
+
+def test_random_transforms_are_functions_of_the_batch(tmp_path):
+    options = {"batch_size": 8, "validation": 0.2, "progress": False}
+    whole, resumed = make(), make()
+    history = pv.fit(whole, Augmented(), epochs=3, **options)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    for epochs in (1, 3):
+        again = pv.fit(resumed, Augmented(), epochs=epochs, checkpoint_dir=tmp_path, resume=True, **options)
+    assert again.column("validation_elbo") == history.column("validation_elbo")
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+    batches = list(Batches(Augmented()).epoch(0, batch_size=8))
+    assert not torch.equal(batches[0], next(iter(Batches(Augmented()).epoch(1, batch_size=8))))
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_nothing_is_read_before_it_is_needed(monkeypatch):
+    """Of a large source the check reads one chunk, and a first look its examples alone."""
+    monkeypatch.setattr(sources, "CHECKED_IN_FULL", 0)
+    monkeypatch.setattr(batches_module, "_CHUNK", 4)
+    read = []
+
+    class Counted(Items):
+        def __getitem__(self, index):
+            read.append(index)
+            return X[index]
+
+    batches = Batches(Counted())
+    read.clear()
+    batches.check(lambda x: None)
+    assert read == [0, 1, 2, 3]
+    batches.peek(2)
+    assert read == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "threshold"])
+def test_grey_levels_outside_the_unit_interval_raise(mode):
+    with pytest.raises(ValueError, match="needs grey levels in"):
+        Batches(X, binarize=mode).check(lambda x: None)

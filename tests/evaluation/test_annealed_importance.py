@@ -26,7 +26,7 @@ def anneal(vae, x, **options):
 def test_the_estimate_is_the_evidence_within_its_error():
     exact, vae = linear_gaussian(scale=0.1)  # a guide that would mislead, were it used
     x = data(exact, N)
-    report = anneal(vae, x, num_chains=30, num_temperatures=80)
+    report = anneal(vae, x, num_chains=30, num_temperatures=120)
     truth = exact.log_evidence(x)
     within(report.weights.log_mean, truth, report.weights.standard_error)
     within(report.log_evidence, truth.mean(), report.log_evidence_mc_se)
