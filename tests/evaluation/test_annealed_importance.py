@@ -32,7 +32,7 @@ def test_the_estimate_is_the_evidence_within_its_error():
     within(report.log_evidence, truth.mean(), report.log_evidence_mc_se)
     assert report.log_evidence_mc_se < 0.05  # the prior alone has an error of 0.5 nats
     within(report.acceptance, 0.65, 0.1, count=1)
-    assert (report.num_chains, report.num_temperatures, report.seed) == (30, 80, 0)
+    assert (report.num_chains, report.num_temperatures, report.seed) == (30, 120, 0)
 
 
 def test_the_weights_are_unbiased_however_few_the_temperatures():
