@@ -12,6 +12,7 @@ from torch.distributions import constraints
 __all__ = [
     "NonFiniteError",
     "elementwise_support",
+    "first_outside",
     "known_support",
     "outside_support",
     "require_count",
@@ -121,21 +122,27 @@ def same_support(a: constraints.Constraint | None, b: constraints.Constraint | N
 def _same(value: Any, other: Any) -> bool:
     if isinstance(value, constraints.Constraint):
         return same_support(value, other)
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        return torch.equal(torch.as_tensor(value), torch.as_tensor(other))
     return value is other or bool(value == other)
 
 
 def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
+    """Return the message of `first_outside` on data, with advice for grey levels."""
+    message = first_outside(name, x, family, support)
+    return message and message + _grey_levels_hint(x, elementwise_support(support))
+
+
+def first_outside(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
     """Return a message on the first value, or event, of x outside a support; None if all are valid.
 
     Supports of whole events, such as one-hot vectors, are checked by event. The support decides whether NaN
     is valid. Infinite values are not, except in a user's own support, as torch's checks mostly accept them.
 
     Example:
-        >>> outside_support("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
+        >>> first_outside("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
         'x[1] = -3 lies outside the support of Bernoulli, 0 or 1; 1 of 2 values do'
-        >>> outside_support("x", torch.tensor([[0.0, 1.0], [1.0, 1.0]]), "OneHot", constraints.one_hot)
+        >>> first_outside("x", torch.tensor([[0.0, 1.0], [1.0, 1.0]]), "OneHot", constraints.one_hot)
         'x[1] = [1, 1] lies outside the support of OneHot, OneHot(); 1 of 2 events of shape (2,) do'
     """
     while isinstance(support, constraints.independent):
@@ -148,14 +155,16 @@ def outside_support(name: str, x: Tensor, family: str, support: constraints.Cons
     if valid.all():
         return None
     index = tuple((~valid).nonzero()[0].tolist())
-    is_binary = isinstance(support, type(constraints.boolean))
     found = x.expand(valid.shape + event_shape)[index]
-    message = (
-        f"{name}{list(index)} = {_shown(found)} lies outside the support of {family}, "
-        f"{'0 or 1' if is_binary else support}; {(~valid).sum()} of {valid.numel()} "
+    return (
+        f"{name}{list(index) or ''} = {_shown(found)} lies outside the support of {family}, "
+        f"{'0 or 1' if _is_binary(support) else support}; {(~valid).sum()} of {valid.numel()} "
         f"{f'events of shape {tuple(event_shape)}' if event_shape else 'values'} do"
     )
-    return message if event_shape else message + _grey_levels_hint(x, support, is_binary=is_binary)
+
+
+def _is_binary(support: constraints.Constraint) -> bool:
+    return isinstance(support, type(constraints.boolean))
 
 
 def _shown(value: Tensor) -> str:
@@ -165,9 +174,11 @@ def _shown(value: Tensor) -> str:
     return f"[{', '.join(entries)}{', ...' * (value.numel() > 8)}]"
 
 
-def _grey_levels_hint(x: Tensor, support: constraints.Constraint, *, is_binary: bool) -> str:
+def _grey_levels_hint(x: Tensor, support: constraints.Constraint) -> str:
     """Return advice for values that seem to be grey levels, or ""."""
-    if is_binary and ((x >= 0) & (x <= 1)).all():
+    if support.event_dim:
+        return ""
+    if _is_binary(support) and ((x >= 0) & (x <= 1)).all():
         return (
             '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold") to fit, '
             "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
