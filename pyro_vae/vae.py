@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_vae.utils import serialization
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
-from pyro_vae.utils.validation import outside_support, require_floating, to_shape
+from pyro_vae.utils.validation import known_support, outside_support, require_floating, same_support, to_shape
 
 __all__ = ["VAE"]
 
@@ -142,12 +142,15 @@ class VAE(nn.Module):
         Raises:
             TypeError: If x is not a floating-point tensor.
             ValueError: If x is empty, has another event shape, or contains a value outside the support; the
-                message names the first such value and its index.
+                message names the first such value and its index. A support that depends on z, or that the
+                distribution does not state, is not checked.
         """
         require_floating("x", x)
         with evaluation_mode(self), torch.no_grad(), isolated_generators(x.device, seed=0):
-            p = self.decode(self.prior().sample((1,)))
-        support = _check_event_shape(p, x).support
+            p, other = (self.decode(self.prior().sample((1,))) for _ in range(2))
+        support = known_support(_check_event_shape(p, x))
+        if support is None or not same_support(support, known_support(other)):
+            return
         message = outside_support("x", x, type(self.likelihood).__name__, support)
         if message:
             raise ValueError(message)

@@ -9,6 +9,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from test_agreement import LIKELIHOODS
 from torch import nn
+from torch.distributions.constraints import Constraint
 
 import pyro_vae as pv
 from pyro_vae.distributions import Bernoulli
@@ -276,6 +277,138 @@ def test_numpy_arguments_and_an_empty_network_are_accepted(tmp_path):
 def test_invalid_data_raise_with_name_and_index(name, spoil, error, message):
     with pytest.raises(error, match=message):
         make(name).check_data(spoil(data(name)))
+
+
+class OwnLikelihood(nn.Module):
+    """p(x|z) of a given family, with parameters (*, *event) that are a linear function of z."""
+
+    def __init__(self, family, shape):
+        super().__init__()
+        self.network = nn.Linear(K, int(np.prod(shape)))
+        self.family, self.shape = family, shape
+
+    def forward(self, z):
+        return self.family(self.network(z).unflatten(-1, self.shape))
+
+
+def with_likelihood(family, shape, event=None):
+    guide = pv.guides.DiagonalNormal(event or shape, K, hidden_features=(8,))
+    return pv.VAE(prior=pv.priors.StandardNormal(K), likelihood=OwnLikelihood(family, shape), guide=guide)
+
+
+def test_one_hot_letters_are_evaluated_and_trained():
+    """All letters are equally probable: log p(x|z) = −7 log 4."""
+    vae = with_likelihood(lambda logits: dist.OneHotCategorical(logits=logits).to_event(1), (7, 4)).double()
+    for parameter in vae.likelihood.parameters():
+        nn.init.zeros_(parameter)
+    x = nn.functional.one_hot(torch.randint(0, 4, (30, 7)), 4).double()
+    found = pv.evaluate(vae, x, num_particles=5, progress=False)
+    torch.testing.assert_close(
+        found.per_datum.expected_log_likelihood,
+        torch.full((30,), -7 * np.log(4), dtype=torch.float64),
+        rtol=1e-10,
+        atol=0,
+    )
+    pv.fit(vae, x, epochs=1, batch_size=15, progress=False)
+
+
+EVENT_SUPPORTS = {  # family, shape of its parameters, data (5, *event), a wrong datum
+    "one-hot": (
+        lambda logits: dist.OneHotCategorical(logits=logits),
+        (5,),
+        lambda: torch.eye(5),
+        torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0]),
+    ),
+    "multinomial": (
+        lambda logits: dist.Multinomial(6, logits=logits),
+        (5,),
+        lambda: dist.Multinomial(6, torch.ones(5)).sample((5,)),
+        torch.tensor([4.0, 3.0, 0.0, 0.0, 0.0]),
+    ),
+    "simplex": (
+        lambda raw: dist.Dirichlet(raw.exp()),
+        (5,),
+        lambda: dist.Dirichlet(torch.ones(5)).sample((5,)),
+        torch.tensor([0.5, 0.6, 0.0, 0.0, 0.0]),
+    ),
+    "lower Cholesky": (
+        lambda raw: dist.LKJCholesky(3, raw[..., 0].exp()),
+        (1,),
+        lambda: dist.LKJCholesky(3, 1.0).sample((5,)),
+        torch.full((3, 3), 2.0),
+    ),
+    "positive definite": (
+        lambda raw: dist.Wishart(raw[..., 0].exp() + 4, torch.eye(3)),
+        (1,),
+        lambda: torch.eye(3).expand(5, 3, 3),
+        -torch.eye(3),
+    ),
+    "real vector": (
+        lambda loc: dist.MultivariateNormal(loc, torch.eye(3)),
+        (3,),
+        lambda: torch.randn(5, 3),
+        torch.tensor([0.0, float("inf"), 0.0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVENT_SUPPORTS)
+def test_a_support_of_whole_events_is_checked_by_datum(name):
+    family, shape, good, bad = EVENT_SUPPORTS[name]
+    x = good().clone()
+    vae = with_likelihood(family, shape, event=x.shape[1:])
+    vae.check_data(x)
+    x[3] = bad
+    message = r"x\[3\] = \[.*\] lies outside the support of OwnLikelihood, .*; 1 of 5 events of shape \([35],"
+    if name == "real vector":
+        message = r"x\[3, 1\] = inf lies outside the support of OwnLikelihood, Real\(\); 1 of 15 values do"
+    with pytest.raises(ValueError, match=message):
+        vae.check_data(x)
+
+
+class RealOrMissing(Constraint):
+    def check(self, value):
+        return torch.ones_like(value, dtype=torch.bool)
+
+
+class NormalWithMissing(dist.Normal):
+    """A normal whose values may be missing, NaN, and then have density 1; infinite values are censored."""
+
+    support = RealOrMissing()
+
+    def log_prob(self, value):
+        missing = ~value.isfinite()
+        return super().log_prob(value.where(~missing, 0)).where(~missing, 0)
+
+
+def test_the_distribution_decides_whether_data_may_be_missing():
+    vae = with_likelihood(lambda loc: NormalWithMissing(loc, 1.0).to_event(1), (3,)).with_guide(
+        lambda x: dist.Normal(torch.zeros(len(x), K), 1.0).to_event(1)
+    )
+    x = torch.tensor([[0.0, float("nan"), 2.0], [float("inf"), 1.0, 0.0]])
+    vae.check_data(x)
+    assert pv.evaluate(vae, x, num_particles=3, progress=False).per_datum.elbo.isfinite().all()
+    with pytest.raises(ValueError, match=r"x\[0, 1\] = nan lies outside"):
+        with_likelihood(lambda loc: dist.Normal(loc, 1.0).to_event(1), (3,)).check_data(x)
+
+
+class WithoutSupport(dist.Normal):
+    @property
+    def support(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        lambda raw: dist.Uniform(0.0, raw.exp()).to_event(1),
+        lambda raw: WithoutSupport(raw, 1.0).to_event(1),
+        lambda raw: dist.Uniform(torch.zeros(3), torch.full((3,), 400.0)).expand(raw.shape).to_event(1),
+    ],
+    ids=["depends on z", "not stated", "bounds per element"],
+)
+def test_data_are_refused_only_where_no_z_allows_them(family):
+    with_likelihood(family, (3,)).check_data(torch.full((2, 3), 300.0))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Check before training that a guide fits a model, and which estimators are valid for the pair."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,8 +10,17 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTMC_ELBO,
+)
 from pyro.infer.inspect import get_dependencies
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi, label
@@ -29,11 +39,12 @@ from pyro_vae.objectives.sites import (
     Sites,
     analytic_kl,
     check_plates,
+    guide_messenger,
     kl_invalid_reason,
     latent_sites,
     registered_kl,
     require_programs,
-    run,
+    run_pair,
     sample_sites,
     site_family,
 )
@@ -167,10 +178,11 @@ def check_guide(
 ) -> GuideReport:
     """Check a model and a guide on some data, and which estimators are valid for them.
 
-    A guide fits if it draws the latent sites of the model, each in the same plates and with the same event
-    shape as in the model, from a distribution with valid parameters whose support the model's covers.
-    Subsampled plates must draw the same data in both, which Pyro ensures for plates of the same name. An
-    estimator that is wrong for plates of different names is reported as not valid.
+    As in an estimator, the guide runs first, then the model at its draws. A guide fits if it draws the latent
+    sites of the model, each in the same plates and with the same event shape as in the model, from a
+    distribution with valid parameters whose draws lie in the model's support. Subsampled plates must draw the
+    same data in both, which Pyro ensures for plates of the same name. An estimator that is wrong for plates
+    of different names is reported as not valid.
 
     The check has no side effects: it restores random generators, Pyro's parameter store, and parameters,
     gradients, buffers and attributes of modules.
@@ -205,13 +217,13 @@ def check_guide(
     """
     require_programs("check_guide(vae.model, vae.guide, x)", model, guide)
     with isolated(model, guide):
-        model_trace, guide_trace, sites = _run_fitting_pair(model, guide, data, kwargs)
-        registered = parameters(guide_trace, model_trace)
+        pair = _run_fitting_pair(model, guide, data, kwargs)
+        registered = parameters(pair.guide_trace, pair.model_trace)
         loss = Trace_ELBO().differentiable_loss(model, guide, *data, **kwargs)
         return GuideReport(
-            sites,
+            pair.reports,
             estimators={
-                type(estimator).__name__: _invalid_reason(estimator, model, guide, data, kwargs)
+                type(estimator).__name__: _failure_reason(estimator, pair)
                 for estimator in _every_estimator(max_plate_nesting)
             },
             without_gradient=_without_gradient(loss, registered),
@@ -230,7 +242,8 @@ def check_training(
 ) -> None:
     """Raise if an estimator is not valid for a pair, or a part of the guide would not be trained.
 
-    The check has no side effects, as in `check_guide`.
+    The pair runs as the estimator will run it, with its particles and its enumeration. The check has no side
+    effects, as in `check_guide`.
 
     Args:
         model: A Pyro model.
@@ -249,48 +262,86 @@ def check_training(
     if isinstance(estimator, KLWeighted):
         tried[0].estimator = copy.copy(estimator.estimator)
         tried.insert(0, tried[0].estimator)
-    enumerates = isinstance(estimator, TraceEnum_ELBO)
     with isolated(model, guide):
-        model_trace, guide_trace, _ = _run_fitting_pair(model, guide, data, kwargs, enumerates=enumerates)
-        untrained = _untrained_problem(model_trace, guide_trace, [*trained, *data])
+        pair = _run_fitting_pair(model, guide, data, kwargs, tried[0])
+        untrained = _untrained_problem(pair.model_trace, pair.guide_trace, [*trained, *data])
         if untrained:
             raise ValueError(untrained)
         for each in tried:
-            reason = _invalid_reason(each, model, guide, data, kwargs)
+            reason = _invalid_reason(each, pair)
             if reason:
                 raise ValueError(f"{label(each)} is not valid for this model and guide: {reason}")
 
 
-def _run_fitting_pair(
-    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], *, enumerates: bool = False
-) -> tuple[poutine.Trace, poutine.Trace, tuple[SiteReport, ...]]:
-    """Run a model and a guide; return their traces and site reports, or raise if the guide does not fit.
+class _Pair(NamedTuple):
+    """A pair, its arguments, traces of the guide and of the model at its draws, and site reports."""
 
-    With `enumerates`, sites that the model marks for enumeration may be missing from the guide.
+    model: Program
+    guide: Program
+    data: tuple
+    kwargs: dict[str, Any]
+    guide_trace: poutine.Trace
+    model_trace: poutine.Trace
+    reports: tuple[SiteReport, ...]
+
+
+def _run_fitting_pair(
+    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], estimator: ELBO | None = None
+) -> _Pair:
+    """Run a guide, then the model at its draws, as an estimator does; raise if the guide does not fit.
+
+    Sites that the model marks for enumeration may be missing from the guide if the estimator enumerates.
     """
-    model_trace = poutine.trace(model).get_trace(*data, **kwargs)
-    model_sites = sample_sites(model_trace)
-    guide_trace, returned = _run_guide(guide, model_sites, data, kwargs)
-    guide_sites = sample_sites(guide_trace)
+    enumerates = isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO)
+    programs = (model, guide)
+    if estimator is not None:
+        programs = _as_run_by(estimator, model, guide, data, kwargs)
+    guide_trace, returned = _run_guide(*programs, data, kwargs)
+    model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
+    model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     if enumerates:
         model_sites = {
             name: site
             for name, site in model_sites.items()
             if name in guide_sites or not site["infer"].get("enumerate")
         }
-    found = (
-        *problems(model_sites, guide_sites, returned),
-        *subsample_problems(model_trace, guide_trace),
+    plate_dims = estimator.max_plate_nesting if enumerates and estimator else math.inf
+    mismatches = problems(
+        model_sites, guide_sites, returned, plate_dims=plate_dims, model_failed=error is not None
     )
-    sites = tuple(_site_reports(model_sites, guide_sites))
+    found = (*mismatches, *subsample_problems(model_trace, guide_trace))
+    reports = tuple(_site_reports(model_sites, guide_sites))
     if found:
         found += tuple(non_finite_inputs(guide_trace, data))
-        raise GuideError("\n".join(found), GuideReport(sites, found))
-    return model_trace, guide_trace, sites
+        raise GuideError("\n".join(found), GuideReport(reports, found)) from error
+    if error is not None:
+        error.add_note("The model raised this error when it was run at the guide's draws.")
+        raise error
+    return _Pair(model, guide, data, kwargs, guide_trace, model_trace, reports)
+
+
+def _as_run_by(
+    estimator: ELBO, model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
+) -> tuple[Program, Program]:
+    """Return a pair in the particle plate and with the enumeration of an estimator."""
+    if isinstance(estimator, Estimator) and estimator.num_particles * estimator.num_groups > 1:
+        count = estimator.num_particles * estimator.num_groups
+        plate = pyro.plate("particles", count, dim=-1 - estimator.max_plate_nesting)
+        return plate(model), plate(guide)
+    enumerates = isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO)
+    vectorizes = estimator.vectorize_particles and estimator.num_particles > 1
+    if (enumerates or vectorizes) and estimator.max_plate_nesting == math.inf:
+        estimator._guess_max_plate_nesting(model, guide, data, kwargs)
+    if vectorizes:
+        model, guide = (estimator._vectorized_num_particles(program) for program in (model, guide))
+    if enumerates:  # the model's enumeration dimensions lie left of the guide's
+        guide = EnumMessenger(first_available_dim=-1 - estimator.max_plate_nesting)(guide)
+        model = EnumMessenger()(model)
+    return model, guide
 
 
 def _run_guide(
-    guide: Program, model_sites: Sites, data: tuple, kwargs: dict[str, Any]
+    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
 ) -> tuple[poutine.Trace, Any]:
     """Return the trace and the return value of a guide."""
     tracer = poutine.trace()
@@ -298,10 +349,46 @@ def _run_guide(
         with tracer:
             returned = guide(*data, **kwargs)
     except Exception as error:
-        drawn = sample_sites(tracer.trace)
-        waiting = [name for name in latent_sites(model_sites) if name not in drawn]
+        waiting = _waiting(model, tracer.trace, data, kwargs, error)
         raise GuideError(explain_failure(error, tracer.trace, waiting, data)) from error
-    return tracer.trace, returned
+    messenger = guide_messenger(guide)
+    return (tracer.trace if messenger is None else messenger.get_traces()[1]), returned
+
+
+def _waiting(
+    model: Program, partial: poutine.Trace, data: tuple, kwargs: dict[str, Any], error: Exception
+) -> list[str]:
+    """Return the latent sites that a guide had not drawn before it failed; raise if the model fails too."""
+    subsamples = partial.copy()
+    for name, site in partial.nodes.items():
+        if not (site["type"] == "sample" and site_is_subsample(site)):
+            subsamples.remove_node(name)
+    tracer = poutine.trace()
+    try:
+        with tracer:
+            poutine.replay(model, trace=subsamples)(*data, **kwargs)
+    except NotImplementedError:  # an improper prior has no draws
+        pass
+    except Exception as models_own:
+        raise models_own from error
+    drawn = sample_sites(partial)
+    return [name for name in latent_sites(sample_sites(tracer.trace)) if name not in drawn]
+
+
+def _run_model(
+    model: Program, guide: Program, guide_trace: poutine.Trace, data: tuple, kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, Exception | None]:
+    """Return the trace of a model at a guide's draws and subsamples, and the error that ended it, if any."""
+    messenger = guide_messenger(guide)
+    if messenger is not None:
+        return messenger.get_traces()[0], None
+    tracer = poutine.trace()
+    try:
+        with tracer:
+            poutine.replay(model, trace=guide_trace)(*data, **kwargs)
+    except Exception as error:
+        return tracer.trace, error
+    return tracer.trace, None
 
 
 def _site_reports(model_sites: Sites, guide_sites: Sites) -> Iterator[SiteReport]:
@@ -407,19 +494,26 @@ def _every_estimator(max_plate_nesting: int) -> list[ELBO]:
 _PYRO_ESTIMATORS = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
-def _invalid_reason(
-    estimator: ELBO, model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
-) -> str | None:
+def _failure_reason(estimator: ELBO, pair: _Pair) -> str | None:
+    """Return the reason why an estimator is not valid for a pair or the error that it raises, or None."""
+    try:
+        return _invalid_reason(estimator, pair)
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {error}"
+
+
+def _invalid_reason(estimator: ELBO, pair: _Pair) -> str | None:
     """Run an estimator and return the reason why it is not valid for a pair, or None."""
+    programs = pair.model, pair.guide
     try:
         if isinstance(estimator, TraceEnum_ELBO):
-            check_plates(*(sample_sites(run(program, data, kwargs)) for program in (guide, model)))
+            check_plates(sample_sites(pair.guide_trace), sample_sites(pair.model_trace))
         if isinstance(estimator, TraceMeanField_ELBO):
-            check_mean_field(model, guide, *data, **kwargs)
+            check_mean_field(*programs, *pair.data, **pair.kwargs)
         elif isinstance(estimator, Estimator | KLWeighted):
-            estimator.differentiable_loss(model, guide, *data, **kwargs)
+            estimator.differentiable_loss(*programs, *pair.data, **pair.kwargs)
         elif type(estimator) in _PYRO_ESTIMATORS:
-            estimator.loss(model, guide, *data, **kwargs)
+            estimator.loss(*programs, *pair.data, **pair.kwargs)
     except (ValueError, NotImplementedError) as error:
         return str(error)
     return None
@@ -458,8 +552,7 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
         ValueError: TraceMeanField_ELBO is wrong here: the model draws 'z2' given 'z1', ...
     """
     with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-        guide_trace = run(guide, data, kwargs)
-        model_trace = run(poutine.replay(model, trace=guide_trace), data, kwargs)
+        guide_trace, model_trace = run_pair(model, guide, data, kwargs)
         guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
         for name, site in guide_sites.items():
             if not is_identically_zero(site["fn"].score_parts(site["value"]).score_function):
@@ -475,7 +568,8 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
                 raise ValueError(f"TraceMeanField_ELBO is wrong here: at {name!r}, {reason}; use Trace_ELBO")
         if latent == [name for name in guide_sites if name in latent]:
             return
-        model_parents = get_dependencies(model, data, kwargs)["prior_dependencies"]
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_parents = get_dependencies(replayed, data, kwargs)["prior_dependencies"]
         guide_parents = get_dependencies(guide, data, kwargs)["prior_dependencies"]
     for name in latent:
         for parent in model_parents.get(name, ()):

@@ -4,6 +4,7 @@ Notation: p is a site of the model, q the guide's site of the same name.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae.objectives.sites import Site, Sites, latent_sites, same_scale, site_family, vectorized_plates
-from pyro_vae.utils.validation import elementwise_support
+from pyro_vae.utils.validation import elementwise_support, first_outside, known_support, same_support
 
 __all__ = [
     "explain_failure",
@@ -31,6 +32,7 @@ __all__ = [
 _FIXED_SET = (
     "(train a guide with parameters per example by SVI on the whole data set, not with fit, which shuffles)"
 )
+_NUM_DRAWS = 1000  # with which supports are compared
 _PLATE_MISMATCH = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"
 
 
@@ -70,21 +72,33 @@ def explain_failure(error: Exception, trace: poutine.Trace, waiting: list[str], 
     return message + "\nReshape or flatten the data to the shape its network expects" * bool(about_shapes)
 
 
-def problems(model_sites: Sites, guide_sites: Sites, returned: Any = None) -> Iterator[str]:
-    """Yield a message for each mismatch between the sample sites of a model and a guide run on the same data.
+def problems(
+    model_sites: Sites,
+    guide_sites: Sites,
+    returned: Any = None,
+    *,
+    plate_dims: float = math.inf,
+    model_failed: bool = False,
+) -> Iterator[str]:
+    """Yield a message for each mismatch between the sample sites of a guide and a model run at its draws.
 
     Args:
         model_sites: Sample sites of the model.
         guide_sites: Sample sites of the guide.
         returned: Return value of the guide.
+        plate_dims: Number of batch dimensions of plates; those left of them enumerate sites.
+        model_failed: Whether the model raised an error after these sites: the mismatches may explain it.
     """
-    yield from name_problems(model_sites, guide_sites, returned)
+    if not model_failed:
+        yield from name_problems(model_sites, guide_sites, returned)
     latent = latent_sites(model_sites)
     renamed = _renamed(latent, model_sites, guide_sites)
     for name, q in guide_sites.items():
         p = latent.get(renamed.get(name, name))
         if p is not None:
-            yield from _site_problems(f"the guide's site {name!r}", p, q)
+            yield from _site_problems(f"the guide's site {name!r}", p, q, plate_dims)
+            if model_failed:
+                yield from _type_problems(f"the guide's site {name!r}", p, q)
 
 
 def name_problems(model_sites: Sites, guide_sites: Sites, returned: Any = None) -> Iterator[str]:
@@ -162,10 +176,8 @@ def plates(site: Site) -> list[tuple[str, int, int]]:
 
 def support(site: Site) -> constraints.Constraint | None:
     """Return the constraint on each element of a site's value, or None if it is unknown."""
-    try:
-        return elementwise_support(site["fn"].support)
-    except NotImplementedError:
-        return None
+    found = known_support(site["fn"])
+    return found and elementwise_support(found)
 
 
 def _renamed(latent: Sites, model_sites: Sites, guide_sites: Sites) -> dict[str, str]:
@@ -201,14 +213,15 @@ def _missing_site(name: str, p: Site, guide_sites: Sites, returned: Any) -> str:
     )
 
 
-def _site_problems(where: str, p: Site, q: Site) -> Iterator[str]:
+def _site_problems(where: str, p: Site, q: Site, plate_dims: float) -> Iterator[str]:
     invalid = _invalid_parameter(q["fn"])
     if invalid:
         yield f"{where}: {invalid}"
         return
-    same_plates = [plate[1:] for plate in plates(p)] == [plate[1:] for plate in plates(q)]
+    same_plates = _same_plates(p, q)
     if not same_plates:
-        inside = " and ".join(f'`with pyro.plate("{plate}", {size}):`' for plate, _, size in plates(p))
+        missing = [plate for plate in plates(p) if plate not in plates(q)] or plates(p)
+        inside = " and ".join(f'`with pyro.plate("{plate}", {size}):`' for plate, _, size in missing)
         fix = f"draw it inside {inside}" if inside else "draw it outside all plates"
         if [plate[:2] for plate in plates(p)] == [plate[:2] for plate in plates(q)]:
             fix += f" {_FIXED_SET}"
@@ -219,7 +232,7 @@ def _site_problems(where: str, p: Site, q: Site) -> Iterator[str]:
             "add .to_event(1)" if fewer_dims else "give guide and model the same number of latent dimensions"
         )
         yield f"{where} has {_shapes(q)}, expected {_shapes(p)} as in the model: {fix}"
-    elif same_plates and p["fn"].batch_shape != q["fn"].batch_shape:
+    elif same_plates and _plate_shape(p, plate_dims) != _plate_shape(q, plate_dims):
         yield (
             f"{where} has {_shapes(q)}, expected {_shapes(p)} as in the model: draw once per example, or "
             "declare the other dimensions as event dimensions with .to_event(1)"
@@ -239,32 +252,72 @@ def _subsampling_problems(where: str, p: Site, q: Site) -> Iterator[str]:
             )
 
 
+def _same_plates(p: Site, q: Site) -> bool:
+    frames = [[(frame.dim, frame.size) for frame in vectorized_plates(site)] for site in (p, q)]
+    return len(frames[0]) == len(frames[1]) and all(
+        dim == other_dim and (size == other or -1 in (size, other))  # -1: a plate of any size
+        for (dim, size), (other_dim, other) in zip(*frames, strict=True)
+    )
+
+
+def _plate_shape(site: Site, plate_dims: float) -> tuple[int, ...]:
+    """Return a site's batch shape, without the dimensions that enumerate sites."""
+    shape = tuple(site["fn"].batch_shape)
+    if plate_dims == math.inf:
+        return shape
+    shape = shape[max(len(shape) - int(plate_dims), 0) :]
+    while shape[:1] == (1,):
+        shape = shape[1:]
+    return shape
+
+
 def _draw_problems(where: str, p: Site, q: Site) -> Iterator[str]:
-    value, expected = q["value"], p["value"]
+    value = q["value"]
+    if not torch.isfinite(value).all():
+        index, found = _first_entry(~torch.isfinite(value), value)
+        yield f"{where} draws {found} at index {index}, expected finite values: inspect its network's output"
+        return
+    fix = "use a distribution with that support, or transform one to it"
+    expected, own = known_support(p["fn"]), known_support(q["fn"])
+    if expected is None or same_support(expected, own):
+        return
+    if own is not None and own.is_discrete and not expected.is_discrete:
+        family = site_family(p)
+        yield f"{where} has support {support(q)}, expected {support(p)} as the model's {family}: {fix}"
+        return
+    for draws in (value, _more_draws(q["fn"], num_batch_dims=len(p["fn"].batch_shape))):
+        outside = first_outside("its draw", draws, f"the model's {site_family(p)}", expected)
+        if outside:
+            yield f"{where}: {outside}: {fix}"
+            return
+
+
+def _more_draws(fn: Any, *, num_batch_dims: int) -> Tensor:
+    """Draw about a thousand values, in a dimension left of `num_batch_dims` batch dimensions."""
+    shape = (*fn.batch_shape, *fn.event_shape)
+    missing = max(num_batch_dims - len(fn.batch_shape), 0)
+    try:
+        draws = fn.sample(torch.Size([_NUM_DRAWS // max(math.prod(shape), 1)]))
+    except NotImplementedError:  # some distributions make single draws only
+        draws = fn.sample()[None]
+    return draws.reshape(len(draws), *[1] * missing, *shape)
+
+
+def _type_problems(where: str, p: Site, q: Site) -> Iterator[str]:
+    """Yield a message if the draws of the guide have another type than those of the model."""
+    try:
+        value, expected = q["value"], p["fn"].sample()
+    except NotImplementedError:  # an improper prior
+        return
     if (value.dtype, value.device) != (expected.dtype, expected.device):
         yield (
             f"{where} draws {value.dtype} on {value.device}, expected {expected.dtype} on {expected.device} "
             "as in the model: convert or move one of them with .to(...)"
         )
-    elif not torch.isfinite(value).all():
-        index, found = _first_entry(~torch.isfinite(value), value)
-        yield f"{where} draws {found} at index {index}, expected finite values: inspect its network's output"
-    elif not _covers(support(p), support(q)):
-        yield (
-            f"{where} has support {support(q)}, expected {support(p)} as the model's {site_family(p)}: use a "
-            "distribution with that support, or transform one to it"
-        )
 
 
 def _shapes(site: Site) -> str:
     return f"batch shape {tuple(site['fn'].batch_shape)} and event shape {tuple(site['fn'].event_shape)}"
-
-
-def _covers(p: constraints.Constraint | None, q: constraints.Constraint | None) -> bool:
-    """Return whether the support p of a model may cover the support q of a guide."""
-    if p is None or q is None or str(p) == str(q):
-        return True
-    return str(p) == str(constraints.real) and not q.is_discrete
 
 
 def _invalid_parameter(fn: Any) -> str | None:

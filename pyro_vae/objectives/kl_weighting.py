@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
@@ -22,6 +21,7 @@ from pyro_vae.objectives.sites import (
     Program,
     Site,
     Sites,
+    guide_messenger,
     kl_invalid_reason,
     masked_log_prob,
     registered_kl,
@@ -199,7 +199,7 @@ def _weight_scales(
     estimator: ELBO, beta: float | Tensor, model: Program, guide: Program, /, *args: Any, **kwargs: Any
 ) -> _Weighted:
     """Weight the KL of one of Pyro's estimators by the scale of the latent sites, in each run of the pair."""
-    if isinstance(poutine.unwrap(guide), Messenger):
+    if guide_messenger(guide) is not None:
         raise TypeError("KLWeighted takes no GuideMessenger: pass a guide that is a function")
     scaling = _ScaleLatentSites(beta)
     with scaling:

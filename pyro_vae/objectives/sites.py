@@ -12,6 +12,8 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -23,12 +25,14 @@ __all__ = [
     "analytic_kl",
     "check_plates",
     "data_plate",
+    "guide_messenger",
     "kl_invalid_reason",
     "latent_sites",
     "masked_log_prob",
     "registered_kl",
     "require_programs",
     "run",
+    "run_pair",
     "same_scale",
     "sample_sites",
     "shared_scale",
@@ -44,7 +48,12 @@ Sites = dict[str, Site]
 def require_programs(call: str, *programs: Any) -> None:
     """Raise TypeError, showing the right call, unless all programs are callable: a VAE, for one, is not."""
     for program in programs:
-        without_forward = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
+        kind = type(program)
+        without_forward = (
+            isinstance(program, nn.Module)
+            and kind.forward is nn.Module.forward
+            and kind.__call__ in (nn.Module.__call__, PyroModule.__call__)
+        )
         if without_forward or not callable(program):
             got = type(program).__name__
             raise TypeError(f"expected a model and a guide, two Pyro functions; got {got}: call {call}")
@@ -58,6 +67,25 @@ def run(program: Program, data: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
         if str(error) != "size cannot be zero":
             raise
         raise ValueError("a plate has size 0: the batch must hold at least one example") from error
+
+
+def run_pair(
+    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Run a guide, then the model at its draws and subsamples, as Pyro's estimators do; record both."""
+    messenger = guide_messenger(guide)
+    if messenger is not None:
+        guide(*data, **kwargs)
+        model_trace, guide_trace = messenger.get_traces()
+        return guide_trace, model_trace
+    guide_trace = run(guide, data, kwargs)
+    return guide_trace, run(poutine.replay(model, trace=guide_trace), data, kwargs)
+
+
+def guide_messenger(guide: Program) -> Any:
+    """Return the handler that a guide is, if it runs the model itself as an `AutoNormalMessenger` does."""
+    unwrapped = poutine.unwrap(guide)
+    return unwrapped if isinstance(unwrapped, Messenger) else None
 
 
 def sample_sites(trace: poutine.Trace) -> Sites:

@@ -12,11 +12,14 @@ from torch.distributions import constraints
 __all__ = [
     "NonFiniteError",
     "elementwise_support",
+    "first_outside",
+    "known_support",
     "outside_support",
     "require_count",
     "require_event_and_latent",
     "require_floating",
     "require_shape",
+    "same_support",
     "to_shape",
 ]
 
@@ -94,28 +97,93 @@ def elementwise_support(support: constraints.Constraint) -> constraints.Constrai
     return support
 
 
-def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
-    """Return a message on the first value of x outside a support or not finite; None if all are valid.
+def known_support(distribution: Any) -> constraints.Constraint | None:
+    """Return the support of a distribution, or None if it states none."""
+    try:
+        support = distribution.support
+    except NotImplementedError:
+        return None
+    return None if constraints.is_dependent(elementwise_support(support)) else support
+
+
+def same_support(a: constraints.Constraint | None, b: constraints.Constraint | None) -> bool:
+    """Return whether two supports are the same, with the same bounds.
 
     Example:
-        >>> outside_support("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
-        'x[1] = -3 lies outside the support of Bernoulli, 0 or 1; 1 of 2 values do'
+        >>> same_support(constraints.interval(0, 2), constraints.interval(0, 3))
+        False
     """
-    support = elementwise_support(support)
-    outside = ~(support.check(x) & torch.isfinite(x))
-    if not outside.any():
+    if type(a) is not type(b):
+        return False
+    pairs = [(value, vars(b).get(name)) for name, value in vars(a).items()]
+    return all(_same(value, other) for value, other in pairs)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, constraints.Constraint):
+        return same_support(value, other)
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        return torch.equal(torch.as_tensor(value), torch.as_tensor(other))
+    return value is other or bool(value == other)
+
+
+def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
+    """Return the message of `first_outside` on data, with advice for grey levels."""
+    message = first_outside(name, x, family, support)
+    return message and message + _grey_levels_hint(x, elementwise_support(support))
+
+
+def first_outside(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
+    """Return a message on the first value, or event, of x outside a support; None if all are valid.
+
+    Supports of whole events, such as one-hot vectors, are checked by event. The support decides whether NaN
+    is valid. Infinite values are not, except in a user's own support, as torch's checks mostly accept them.
+
+    Example:
+        >>> first_outside("x", torch.tensor([0.0, -3.0]), "Bernoulli", constraints.boolean)
+        'x[1] = -3 lies outside the support of Bernoulli, 0 or 1; 1 of 2 values do'
+        >>> first_outside("x", torch.tensor([[0.0, 1.0], [1.0, 1.0]]), "OneHot", constraints.one_hot)
+        'x[1] = [1, 1] lies outside the support of OneHot, OneHot(); 1 of 2 events of shape (2,) do'
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    valid = torch.as_tensor(support.check(x))
+    event_shape = x.shape[valid.dim() :]  # of events that the support checks as a whole
+    if type(support).__module__.partition(".")[0] in ("torch", "pyro"):
+        infinite = torch.isinf(x)
+        valid = valid & ~(infinite.flatten(valid.dim()).any(-1) if event_shape else infinite)
+    if valid.all():
         return None
-    is_binary = isinstance(support, type(constraints.boolean))
-    index = tuple(outside.nonzero()[0].tolist())
-    message = (
-        f"{name}{list(index)} = {x[index].item():.6g} lies outside the support of {family}, "
-        f"{'0 or 1' if is_binary else support}; {outside.sum()} of {x.numel()} values do"
+    index = tuple((~valid).nonzero()[0].tolist())
+    found = x.expand(valid.shape + event_shape)[index]
+    return (
+        f"{name}{list(index) or ''} = {_shown(found)} lies outside the support of {family}, "
+        f"{'0 or 1' if _is_binary(support) else support}; {(~valid).sum()} of {valid.numel()} "
+        f"{f'events of shape {tuple(event_shape)}' if event_shape else 'values'} do"
     )
-    if is_binary and ((x >= 0) & (x <= 1)).all():
-        message += (
+
+
+def _is_binary(support: constraints.Constraint) -> bool:
+    return isinstance(support, type(constraints.boolean))
+
+
+def _shown(value: Tensor) -> str:
+    entries = [f"{entry:.6g}" for entry in value.flatten()[:8].tolist()]
+    if value.dim() == 0:
+        return entries[0]
+    return f"[{', '.join(entries)}{', ...' * (value.numel() > 8)}]"
+
+
+def _grey_levels_hint(x: Tensor, support: constraints.Constraint) -> str:
+    """Return advice for values that seem to be grey levels, or ""."""
+    if support.event_dim:
+        return ""
+    if _is_binary(support) and ((x >= 0) & (x <= 1)).all():
+        return (
             '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold") to fit, '
             "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
         )
-    elif not support.check(x.new_tensor(2.0)) and ((x >= 0) & (x <= 255)).all():  # such as [0, 1]
-        message += ". Divide grey levels 0..255 by 255"
-    return message
+    two = torch.as_tensor(support.check(torch.full_like(x, 2.0)))
+    if not two.any() and ((x >= 0) & (x <= 255)).all():  # such as [0, 1]
+        return ". Divide grey levels 0..255 by 255"
+    return ""

@@ -16,12 +16,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.inference.guide_check import GuideError, check_guide
+from pyro_vae.inference.guide_check import GuideError, check_guide, check_training
 from pyro_vae.networks import positive
 
 EVENT, K, N = (2, 3), 4, 5
@@ -214,6 +214,143 @@ def in_plate(name: str, *options: Any, enumerate_: str | None = None, **keywords
             pyro.sample("z", dist.Bernoulli(logits=x[index]), infer={"enumerate": enumerate_})
 
     return model, guide
+
+
+def drawing(q: Any) -> Callable[[Tensor], None]:
+    """A program that draws one latent variable "z" from q and observes x, if q is a prior."""
+
+    def program(x: Tensor) -> None:
+        pyro.sample("z", q)
+
+    return program
+
+
+def observing(p: Any) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        pyro.sample("z", p)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    return model
+
+
+OUTSIDE = {  # prior, guide, what the message says
+    "real for positive": (
+        dist.Gamma(2.0, 1.0),
+        dist.Normal(-9.0, 1.0),
+        r"its draw = -\d.* of the model's Gamma, GreaterThanEq\(lower_bound=0.0\); 1 of 1 values do",
+    ),
+    "real for positive, seldom outside": (
+        dist.Gamma(2.0, 1.0),
+        dist.Normal(1.0, 0.4),
+        r"its draw\[\d+\] = -0.\d+ lies outside .* Gamma, .*; \d+ of 1000 values do",
+    ),
+    "positive for an interval": (dist.Uniform(0.0, 2.0), dist.LogNormal(0.0, 1.0), r".*Interval.* of 1000"),
+    "real for counts": (dist.Poisson(2.0), dist.Normal(3.0, 1.0), r".*IntegerGreaterThan.*; 1 of 1 values"),
+    "entries of a simplex that do not add up": (
+        dist.Dirichlet(torch.ones(3)),
+        dist.Beta(torch.ones(3), 1.0).to_event(1),
+        r"its draw = \[0.\d+, 0.\d+, 0.\d+\] lies outside .* Dirichlet, Simplex\(\); 1 of 1 events of shape",
+    ),
+    "bounds of their own": (
+        dist.Uniform(torch.zeros(3), torch.tensor([1.0, 2.0, 1.0])).to_event(1),
+        dist.Uniform(torch.zeros(3), 2.0).to_event(1),
+        r"its draw.* lies outside the support of the model's Uniform",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_draws_outside_the_models_support_raise(name):
+    prior, guide, message = OUTSIDE[name]
+    with pytest.raises(GuideError, match=f"the guide's site 'z': {message}.*: use a distribution with that"):
+        check_guide(observing(prior), drawing(guide), torch.randn(N))
+
+
+@pytest.mark.parametrize(
+    ("prior", "guide"),
+    [
+        (dist.Gamma(2.0, 1.0), dist.LogNormal(0.0, 1.0)),
+        (dist.Uniform(0.0, 10.0), dist.Normal(5.0, 0.1)),
+        (dist.Dirichlet(torch.ones(3)), dist.Delta(torch.tensor([0.2, 0.5, 0.3]), event_dim=1)),
+        (dist.LKJCholesky(3, 1.0), dist.Delta(torch.eye(3), event_dim=2)),
+        (dist.OneHotCategorical(torch.ones(3)), dist.Delta(torch.eye(3)[1], event_dim=1)),
+        (dist.Bernoulli(0.3), dist.Delta(torch.tensor(1.0))),
+        (dist.Normal(0.0, 1.0), dist.Gamma(1.0, 1.0)),
+        (dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), dist.Normal(torch.zeros(2), 1.0).to_event(1)),
+    ],
+)
+def test_any_distribution_that_draws_within_the_support_fits(prior, guide):
+    assert check_guide(observing(prior), drawing(guide), torch.randn(N)).problems == ()
+
+
+def test_a_support_that_depends_on_an_earlier_draw_is_that_of_the_same_draw():
+    def program(x: Tensor, *, observe: bool) -> None:
+        top = pyro.sample("top", dist.LogNormal(0.0, 2.0))
+        z = pyro.sample("z", dist.Uniform(0.0, top) if observe else dist.Delta(top / 2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x) if observe else None
+
+    pair = (lambda x: program(x, observe=True)), (lambda x: program(x, observe=False))
+    assert check_guide(*pair, torch.randn(N)).problems == ()
+
+
+def test_draws_of_low_precision_fit_where_torch_converts_them():
+    vae = make_vae(OwnGuide(normal))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vae.encode(torch.randn(N, *EVENT)).sample().dtype == torch.bfloat16
+        model = in_plate("data")[0]
+        check_guide(model, lambda x: in_double_or_half(x, torch.bfloat16), torch.randn(N))
+    check_guide(model, lambda x: in_double_or_half(x, torch.float64), torch.randn(N))
+
+
+def in_double_or_half(x: Tensor, dtype: torch.dtype) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.5, dtype=dtype)))
+
+
+def test_a_program_without_parameters_fits():
+    model, guide = observing(dist.Normal(0.0, 1.0)), drawing(dist.Normal(0.0, 1.0))
+    report = check_guide(model, guide, torch.randn(N))
+    assert (report.problems, report.without_gradient, report.unregistered) == ((), (), ())
+    for estimator in (Trace_ELBO(), TraceEnum_ELBO(max_plate_nesting=1), TraceMeanField_ELBO()):
+        check_training(model, guide, estimator, [], torch.randn(N))
+
+
+def test_an_error_of_the_model_at_the_guides_draws_says_so():
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        assert z < 5
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(AssertionError) as caught:
+        check_guide(model, drawing(dist.Normal(9.0, 0.1)), torch.tensor(0.0))
+    assert caught.value.__notes__ == ["The model raised this error when it was run at the guide's draws."]
+
+
+def test_an_estimator_that_raises_is_not_valid_and_the_others_are():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            assert z.dim() == 1, "one particle"
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    report = check_guide(model, guide, torch.randn(N))
+    assert report.estimators["Trace_ELBO"] is None
+    assert report.estimators["IWAE"].startswith("it raises AssertionError: one particle")
+
+
+def test_a_guide_that_fails_with_an_improper_prior_is_explained():
+    def guide(x: Tensor) -> None:
+        raise KeyError("missing")
+
+    model = observing(dist.ImproperUniform(torch.distributions.constraints.positive, (), ()))
+    with pytest.raises(GuideError, match="the guide fails, given data of shape .* with KeyError: 'missing'"):
+        check_guide(model, guide, torch.randn(N))
 
 
 def test_a_plate_of_another_name_rules_out_estimators():
