@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.utils.isolation import preserved, python_noise, restore_python_noise
 
-__all__ = ["Graph", "LossAndGradients", "Untraceable", "record"]
+__all__ = ["Graph", "LossAndGradients", "Untraceable", "global_generators", "record"]
 
 aten = torch.ops.aten
 _COMPILABLE = {aten._is_all_true.default: aten.all.default}  # equal operations that Inductor supports
@@ -91,7 +91,7 @@ def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) ->
     noise = python_noise()
     hook = register_module_forward_pre_hook(lambda module, _: modules.update({id(module): module}))
     try:
-        with preserved(_all_generators(), []), recorder, _NumbersAsTensors(recorder):
+        with preserved(global_generators(), []), recorder, _NumbersAsTensors(recorder):
             loss, gradients = loss_and_gradients(*arguments)
             valid = loss.isfinite()
             for condition, expected in recorder.conditions:
@@ -114,7 +114,7 @@ def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) ->
     return Graph(module, recorder.captured, mutated, list(modules.values()), drawn_from)
 
 
-def _all_generators() -> list[Generator]:
+def global_generators() -> list[Generator]:
     """Return torch's global generators, of the CPU and of GPUs in use."""
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     return [torch.default_generator, *(torch.cuda.default_generators if in_use else ())]
@@ -123,7 +123,7 @@ def _all_generators() -> list[Generator]:
 def _generators_of(tensors: Sequence[Tensor]) -> list[Generator]:
     """Return the global generators of the CPU and of the devices that hold the tensors."""
     devices = {tensor.device for tensor in tensors}
-    return [g for g in _all_generators() if g.device.type == "cpu" or g.device in devices]
+    return [g for g in global_generators() if g.device.type == "cpu" or g.device in devices]
 
 
 class _Recorder(TorchDispatchMode):

@@ -107,7 +107,7 @@ class Replay:
         self.is_scheduled = hasattr(estimator, "differentiable_loss_at")
         self.weight = torch.ones((), dtype=torch.float64, device=some.device)  # 0-d: promotes no dtype
 
-    def step(self, number: int, *args: Any, **kwargs: Any) -> float:
+    def step(self, number: int, /, *args: Any, **kwargs: Any) -> float:
         """Take step `number`, counted from 0, and return its loss."""
         if self.disabled or _PYRO_STACK:  # a handler around the step may have any effect
             return self.eager_step(*args, **kwargs)
@@ -191,12 +191,12 @@ class Replay:
         estimator = self._inner_estimator
         nesting = estimator.max_plate_nesting
         pair = (self.model, self.guide)
-        recording = _Recording(loss_and_gradients, tensors, pair, self._guarded_objects(), self.fastest)
-        if estimator.max_plate_nesting != nesting:
+        try:
+            recording = _Recording(loss_and_gradients, tensors, pair, self._guarded_objects(), self.fastest)
+            if estimator.max_plate_nesting != nesting:
+                raise _EagerOnce("the estimator infers max_plate_nesting, with extra random draws")
+        finally:
             estimator.max_plate_nesting = nesting
-            raise _EagerOnce(
-                "the estimator infers max_plate_nesting at its first step, with extra random draws"
-            )
         return recording
 
     def _prepare(self, recording: "_Recording", tensors: Sequence[Tensor], number: int) -> None:
@@ -224,8 +224,10 @@ class Replay:
         if any(parameter._post_accumulate_grad_hooks for parameter in trained):
             raise Untraceable("a parameter has post-accumulate-gradient hooks")
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
+        if not norm.isfinite():  # a recorded condition, so that a graph's flag `invalid` says it
+            raise _EagerOnce("a gradient is not finite")
         if self.clip_norm is not None:
-            norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
             gradients = tuple(None if gradient is None else gradient * factor for gradient in gradients)
         found = dict(zip(map(id, trained), gradients, strict=True))
@@ -372,7 +374,7 @@ def _agree(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], *,
     if [tensor is None for tensor in found] != [tensor is None for tensor in expected]:
         return False
     pairs = [(f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None]
-    eps = torch.finfo(pairs[0][1].dtype).eps
+    eps = max(torch.finfo(tensor.dtype).eps for pair in pairs for tensor in pair)  # a loss may be of float64
     differences = [(f - e).norm() for f, e in pairs]
     sizes = [e.norm() for _, e in pairs]
     loss_agrees = differences[0] <= eps ** (2 / 3) * sizes[0].clamp(min=1.0)

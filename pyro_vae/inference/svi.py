@@ -1,22 +1,26 @@
 """Stochastic variational inference: one step of gradient descent on the negative ELBO.
 
 `SVI` has the interface of `pyro.infer.SVI`, with two differences. One torch optimiser holds all parameters,
-so that learning-rate schedules, a global gradient norm and checkpoints are plain torch. A loss that is not
-finite raises an error before it changes the parameters.
+so that learning-rate schedules, a global gradient norm and checkpoints are plain torch. A loss or gradient
+that is not finite raises an error before it changes the parameters.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_training
+from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.objectives.sites import require_programs
+from pyro_vae.utils.isolation import isolated
 from pyro_vae.utils.validation import NonFiniteError
 
 __all__ = ["SVI"]
@@ -105,7 +109,8 @@ class SVI:
         Arguments are those of the model and the guide. The first step calls `check`.
 
         Raises:
-            NonFiniteError: If the loss is infinite or NaN; names the site. The parameters are unchanged.
+            NonFiniteError: If the loss or a gradient is infinite or NaN; names parameter, site and datum
+                where these can be found. Parameters and the optimiser's state are unchanged, gradients None.
         """
         if self._checked != (self.model, self.guide, self.loss):
             self.check(*args, **kwargs)
@@ -136,16 +141,27 @@ class SVI:
             ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter, of
                 Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        check_training(self.model, self.guide, self.loss, trained, *args, **kwargs)
+        check_training(self.model, self.guide, self.loss, self._parameters(), *args, **kwargs)
         self._checked = (self.model, self.guide, self.loss)
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> float:
+        states = [generator.get_state() for generator in global_generators()]
+        counted = getattr(self.loss, "steps", None)
         self.optimizer.zero_grad()
-        loss = self._loss_and_gradients(*args, **kwargs)
+        try:
+            loss = self._loss_and_gradients(states, *args, **kwargs)
+            parameters = self._parameters()
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+            if not norm.isfinite():  # of finite gradients too, if their squares overflow
+                self._require_finite_gradients(loss, states, *args, **kwargs)
+        except Exception:
+            self.optimizer.zero_grad()
+            if counted is not None:  # a step that is not taken does not count in a schedule
+                self.loss.steps = counted
+            raise
         if self.clip_norm is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            clip_grads_with_norm_(parameters, self.clip_norm, norm)
         self.optimizer.step()
         return loss
 
@@ -154,42 +170,49 @@ class SVI:
         with torch.no_grad():
             return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
-    def _loss_and_gradients(self, *args: Any, **kwargs: Any) -> float:
+    def _loss_and_gradients(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> float:
+        """Compute the loss and its gradient; `states` are those of the generators, to repeat a failure."""
         try:
-            if hasattr(self.loss, "differentiable_loss"):
-                loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                value = float(loss.detach())
-                if math.isfinite(value):
-                    loss.backward()
-            else:  # TraceGraph_ELBO, for instance
-                value = float(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
+            value = self._backward(*args, **kwargs)
         except ValueError as error:  # Pyro's validation raises it for NaN parameters, for instance
-            reason = _non_finite_site(self.model, self.guide, *args, **kwargs)
+            reason = self._repeat(states, non_finite_site, self.model, self.guide, *args, **kwargs)
             if reason is None:
                 raise
             raise NonFiniteError(f"the loss cannot be computed: {reason}") from error
         if not math.isfinite(value):
-            reason = _non_finite_site(self.model, self.guide, *args, **kwargs)
-            raise NonFiniteError(f"the loss is {value}: {reason or 'on another draw every site is finite'}")
+            reason = self._repeat(states, non_finite_site, self.model, self.guide, *args, **kwargs)
+            raise NonFiniteError(f"the loss is {value}: {reason or 'each site is finite by itself'}")
         return value
 
+    def _backward(self, *args: Any, **kwargs: Any) -> float:
+        if not hasattr(self.loss, "differentiable_loss"):  # TraceGraph_ELBO, for instance
+            return float(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
+        loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+        return value
 
-def _non_finite_site(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> str | None:
-    """Run the pair again and return a message for its first parameter or site that is not finite, or None."""
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        for trace in (guide_trace, model_trace):
-            trace.compute_log_prob()
-            for name, site in trace.nodes.items():
-                if site["type"] == "param" and not torch.isfinite(site["value"]).all():
-                    return f"parameter {name!r} is not finite: try a smaller learning rate or clip_norm"
-                if site["type"] != "sample":
-                    continue
-                for what in ("value", "log_prob"):
-                    tensor = site[what]
-                    if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
-                        index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-                        found = tensor[tuple(index)].item()
-                        return f"site {name!r} has {what.replace('_', ' ')} {found} at index {index}"
-    return None
+    def _require_finite_gradients(
+        self, loss: float, states: Sequence[Tensor], /, *args: Any, **kwargs: Any
+    ) -> None:
+        parameters = self._parameters()
+        if all(is_finite(parameter.grad) for parameter in parameters):
+            return
+        self.optimizer.zero_grad()
+        backward = partial(self._backward, *args, **kwargs)
+        reason = self._repeat(states, non_finite_gradient, self.model, self.guide, parameters, backward)
+        reason = reason or "a gradient is not finite, but all are when the step is repeated"
+        raise NonFiniteError(f"the loss is {loss:.6g}, but {reason}")
+
+    def _repeat(
+        self, states: Sequence[Tensor], diagnose: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Diagnose a failed step with its random numbers, without side effects on modules or generators."""
+        with isolated(self.model, self.guide):
+            for generator, state in zip(global_generators(), states, strict=False):
+                generator.set_state(state)
+            return diagnose(*args, **kwargs)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

@@ -596,7 +596,7 @@ def test_a_guide_that_does_not_fit_and_an_estimator_not_valid_are_refused():
         )
 
 
-def test_parameters_that_stop_being_finite_are_told_without_a_checkpoint_too():
+def test_a_gradient_that_is_not_finite_is_named_without_a_checkpoint_too():
     class Guide(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -606,7 +606,7 @@ def test_parameters_that_stop_being_finite_are_told_without_a_checkpoint_too():
         def forward(self, x):
             return dist.Normal(self.linear(x), 1 + torch.sqrt(self.zero**2)).to_event(1)
 
-    with pytest.raises(pv.NonFiniteError, match="parameter 'posterior.zero' is not finite after a step"):
+    with pytest.raises(pv.NonFiniteError, match="the gradient of parameter 'posterior.zero' is not finite"):
         pv.fit(normal_vae().with_guide(Guide()), torch.randn(9, 4), epochs=1, progress=False)
 
 
