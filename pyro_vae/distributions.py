@@ -5,10 +5,8 @@ Importing this module registers its closed-form divergences with `torch.distribu
 import and therefore loaded by the first flow that is built.
 """
 
-import contextlib
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +24,7 @@ from torch.distributions import (
 )
 from torch.nn import functional as F  # noqa: N812
 
+from pyro_vae.utils.isolation import without_autocast
 from pyro_vae.utils.validation import outside_support, require_count, require_shape
 
 __all__ = [
@@ -44,7 +43,6 @@ __all__ = [
     "multivariate_to_diagonal_normal",
     "poisson_deviance",
     "stirling_remainder",
-    "without_autocast",
 ]
 
 _Distribution = TypeVar("_Distribution", bound=TorchDistribution)
@@ -74,37 +72,18 @@ class _ConciseErrors:
             raise ValueError(message) from None
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def without_autocast(method: _Method) -> _Method:
-    """Run a method without `torch.autocast`, whose matrix products would lose the digits of a density."""
-
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        enabled = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not enabled:
-            return method(*args, **kwargs)
-        with contextlib.ExitStack() as stack:
-            for kind in enabled:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            return method(*args, **kwargs)
-
-    return run  # type: ignore[return-value]
-
-
 class MultivariateNormal(dist.MultivariateNormal):
     """Pyro's `MultivariateNormal`, in full precision under `torch.autocast`."""
 
-    rsample = without_autocast(dist.MultivariateNormal.rsample)
-    log_prob = without_autocast(dist.MultivariateNormal.log_prob)
+    rsample = without_autocast()(dist.MultivariateNormal.rsample)
+    log_prob = without_autocast()(dist.MultivariateNormal.log_prob)
 
 
 class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
     """Pyro's `LowRankMultivariateNormal`, in full precision under `torch.autocast`."""
 
-    rsample = without_autocast(dist.LowRankMultivariateNormal.rsample)
-    log_prob = without_autocast(dist.LowRankMultivariateNormal.log_prob)
+    rsample = without_autocast()(dist.LowRankMultivariateNormal.rsample)
+    log_prob = without_autocast()(dist.LowRankMultivariateNormal.log_prob)
 
 
 class Bernoulli(_ConciseErrors, dist.Bernoulli):
@@ -610,7 +589,7 @@ class FlowDistribution(TorchDistribution):
         flow = self.flow.expand(torch.Size(batch_shape))
         return _copy_validation(self, FlowDistribution(flow, self.loc, self.scale, validate_args=False))
 
-    @without_autocast
+    @without_autocast()
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw z, of shape (*sample_shape, *batch_shape, K), differentiable in all parameters."""
         standard, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
@@ -618,7 +597,7 @@ class FlowDistribution(TorchDistribution):
         self._last_draw = z, log_prob - self._log_det_scale(standard)
         return z
 
-    @without_autocast
+    @without_autocast()
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density at z (*, K)."""
         if self._validate_args:

@@ -21,9 +21,9 @@ from pyro_vae.distributions import (
     MultivariateNormal,
     NormalMixture,
     build_flow,
-    without_autocast,
 )
 from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive
+from pyro_vae.utils.isolation import without_autocast
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_event_and_latent
 
@@ -203,7 +203,7 @@ class LowRankNormal(Guide):
         """Return the number of outputs for location, scale and V."""
         return latent_dim, latent_dim, latent_dim * rank
 
-    @without_autocast
+    @without_autocast()
     def distribution(self, *parts: Tensor) -> dist.Distribution:
         """Return N(loc, V Vᵀ + diag scale²)."""
         loc, raw_scale, factor = parts

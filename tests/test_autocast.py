@@ -98,3 +98,38 @@ def test_fit_in_bf16_ends_within_the_error_of_float32(engine):
 def test_an_unknown_precision_raises():
     with pytest.raises(ValueError, match="precision must be one of float32, bf16; got 'fp8'"):
         pv.fit(make(), X, precision="fp8", progress=False)
+
+
+@pytest.mark.parametrize("guide", ["FullCovarianceNormal", "LowRankNormal", "Mixture"])
+def test_gradients_of_densities_are_in_full_precision(guide):
+    """The gradient in the outputs of the networks: what autocast leaves to the densities."""
+    q = GUIDES[guide]()
+    raw = [part.detach().requires_grad_() for part in q.outputs(X)]
+    found = {}
+    for precision in ("bf16", "float32"):
+        torch.manual_seed(5)
+        with bf16() if precision == "bf16" else torch.autocast("cpu", enabled=False):
+            family = q.distribution(*raw)
+            z = family.rsample()
+            loss = (family.log_prob(z) * z.sum(-1)).sum()
+        found[precision] = torch.autograd.grad(loss, raw)
+    for low, high in zip(found["bf16"], found["float32"], strict=True):
+        torch.testing.assert_close(low, high, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_takes_its_backward_pass_without_autocast():
+    """As if autocast had been left before it."""
+    gradients = {}
+    for inside in (True, False):
+        vae = make(guide="Mixture")
+        optimizer = torch.optim.SGD(vae.parameters(), 0.0)
+        torch.manual_seed(2)
+        if inside:
+            with bf16():
+                pv.SVI(vae.model, vae.guide, optimizer, Trace_ELBO(), engine="eager").step(X)
+        else:
+            with bf16():
+                loss = Trace_ELBO().differentiable_loss(vae.model, vae.guide, X)
+            loss.backward()
+        gradients[inside] = [p.grad for p in vae.parameters()]
+    assert all(map(torch.equal, gradients[True], gradients[False]))

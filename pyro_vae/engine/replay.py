@@ -36,7 +36,13 @@ from pyro_vae.engine.compiler import NotCompiled, choose_matmul_libraries, compi
 from pyro_vae.engine.guards import PLAIN_TYPES, Guards
 from pyro_vae.engine.optimizer_step import OptimizerStep
 from pyro_vae.engine.recorder import LossAndGradients, Untraceable, record
-from pyro_vae.utils.isolation import keep_freed_memory, preserved, python_noise, restore_python_noise
+from pyro_vae.utils.isolation import (
+    keep_freed_memory,
+    preserved,
+    python_noise,
+    restore_python_noise,
+    without_autocast,
+)
 
 __all__ = ["ENGINES", "Replay"]
 
@@ -223,7 +229,8 @@ class Replay:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if any(parameter._post_accumulate_grad_hooks for parameter in trained):
             raise Untraceable("a parameter has post-accumulate-gradient hooks")
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        with without_autocast():
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
         if not norm.isfinite():  # a recorded condition, so that a graph's flag `invalid` says it
             raise _EagerOnce("a gradient is not finite")

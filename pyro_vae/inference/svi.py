@@ -20,7 +20,7 @@ from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_training
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.objectives.sites import require_programs
-from pyro_vae.utils.isolation import isolated
+from pyro_vae.utils.isolation import isolated, without_autocast
 from pyro_vae.utils.validation import NonFiniteError
 
 __all__ = ["SVI"]
@@ -190,7 +190,8 @@ class SVI:
         loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
         value = float(loss.detach())
         if math.isfinite(value):
-            loss.backward()
+            with without_autocast():  # the products of the pass have the precision of those forward
+                loss.backward()
         return value
 
     def _require_finite_gradients(

@@ -249,6 +249,8 @@ def _subsampling_problems(where: str, p: Site, q: Site) -> Iterator[str]:
                 f"{where} is scaled to {guide.full_size} examples by its plate {guide.name!r}, expected "
                 f"{model.full_size} as in the model: give the plate the model's size and subsample_size, "
                 f"{model.full_size} and {model.size}"
+                + f" {_FIXED_SET}"
+                * (guide.full_size > model.full_size)  # a guide made for a larger set
             )
 
 

@@ -4,6 +4,7 @@ Pyro draws from torch's global generators. So training, data order and evaluatio
 streams, derived from one seed, and restore them.
 """
 
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ __all__ = [
     "restore_python_noise",
     "seed_at",
     "seed_generators",
+    "without_autocast",
 ]
 
 _LARGEST_BLOCK = 31 * 2**20  # bytes
@@ -76,6 +78,24 @@ def seed_generators(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switch `torch.autocast` off in a block, or in a function that this decorates.
+
+    Matrix products of float32 tensors then keep their digits, in densities and in backward passes.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast():
+        ...     (torch.ones(1, 2) @ torch.ones(2, 1)).dtype
+        torch.float32
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager
