@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -26,10 +27,12 @@ from torch import Tensor
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi, label
 from pyro_vae.objectives.guide_problems import (
     explain_failure,
+    mask_problems,
     non_finite_inputs,
     parameters,
     plates,
     problems,
+    scale_problems,
     subsample_problems,
     support,
 )
@@ -39,6 +42,7 @@ from pyro_vae.objectives.sites import (
     Sites,
     analytic_kl,
     check_plates,
+    draw_sources,
     guide_messenger,
     kl_invalid_reason,
     latent_sites,
@@ -310,6 +314,9 @@ def _run_fitting_pair(
         model_sites, guide_sites, returned, plate_dims=plate_dims, model_failed=error is not None
     )
     found = (*mismatches, *subsample_problems(model_trace, guide_trace))
+    if not found and error is None:
+        weights = model_sites, guide_sites, partial(draw_sources, programs[1], data, kwargs)
+        found = (*mask_problems(*weights), *scale_problems(*weights))
     reports = tuple(_site_reports(model_sites, guide_sites))
     if found:
         found += tuple(non_finite_inputs(guide_trace, data))

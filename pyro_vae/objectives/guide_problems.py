@@ -6,7 +6,7 @@ Notation: p is a site of the model, q the guide's site of the same name.
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,16 +15,28 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.objectives.sites import Site, Sites, latent_sites, same_scale, site_family, vectorized_plates
+from pyro_vae.objectives.sites import (
+    Site,
+    Sites,
+    has_no_density,
+    joint_mask,
+    latent_sites,
+    same_masks,
+    same_scale,
+    site_family,
+    vectorized_plates,
+)
 from pyro_vae.utils.validation import elementwise_support, first_outside, known_support, same_support
 
 __all__ = [
     "explain_failure",
+    "mask_problems",
     "name_problems",
     "non_finite_inputs",
     "parameters",
     "plates",
     "problems",
+    "scale_problems",
     "subsample_problems",
     "support",
 ]
@@ -137,6 +149,72 @@ def subsample_problems(model_trace: poutine.Trace, guide_trace: poutine.Trace) -
                 f"the guide's plate {name!r} subsamples {len(drawn)} of {size} examples, the model's "
                 f"{others[0]!r} others, as plates share a subsample by name: rename {name!r} to {others[0]!r}"
             )
+
+
+def mask_problems(
+    model_sites: Sites, guide_sites: Sites, sources: Callable[[], dict[str, frozenset[str]]]
+) -> Iterator[str]:
+    """Yield a message for each latent site that guide and model mask differently: their bounds are wrong.
+
+    A Delta passes, as its log density is 0 with any mask, unless its value comes from auxiliary draws.
+
+    Args:
+        model_sites: Sample sites of the model.
+        guide_sites: Sample sites of the guide.
+        sources: Returns the sites that each value of the guide is computed from; see `draw_sources`.
+    """
+    for name, p in latent_sites(model_sites).items():
+        q = guide_sites.get(name)
+        if q is None or same_masks(q, p):
+            continue
+        auxiliary = _auxiliary_sources(name, guide_sites, sources)
+        unlike = [other for other in auxiliary if not same_masks(guide_sites[other], p)]
+        if has_no_density(q) and not unlike:
+            continue
+        where = f"the guide's site {name!r}"
+        if has_no_density(q):
+            q, where = guide_sites[unlike[0]], f"{where}, drawn through {unlike[0]!r},"
+        yield (
+            f"{where} has {_shown_mask(q)}, the model's has {_shown_mask(p)}: a value that counts in one of "
+            "them makes every bound wrong: put the same mask around both, `with poutine.mask(mask=...):`"
+            + " (Pyro's automatic guides put none: write the guide as a function)"
+            * bool(unlike)
+        )
+
+
+def scale_problems(
+    model_sites: Sites, guide_sites: Sites, sources: Callable[[], dict[str, frozenset[str]]]
+) -> Iterator[str]:
+    """Yield a message for each latent site that guide and model scale differently; see `mask_problems`."""
+    for name, p in latent_sites(model_sites).items():
+        q = guide_sites.get(name)
+        if q is None or same_scale(q["scale"], p["scale"]):
+            continue
+        if has_no_density(q) and not _auxiliary_sources(name, guide_sites, sources):
+            continue
+        yield (
+            f"the guide's site {name!r} is scaled by {q['scale']}, the model's by {p['scale']}: their sum is "
+            "not a log density. Scale model and guide as a whole, or weight the KL with KLWeighted"
+        )
+
+
+def _auxiliary_sources(
+    name: str, guide_sites: Sites, sources: Callable[[], dict[str, frozenset[str]]]
+) -> list[str]:
+    """Return the auxiliary sites of a guide from which a site's value is computed."""
+    auxiliary = [other for other, site in guide_sites.items() if site["infer"].get("is_auxiliary")]
+    found = sources()[name] if auxiliary else ()
+    return [other for other in auxiliary if other in found]
+
+
+def _shown_mask(site: Site) -> str:
+    mask = joint_mask(site)
+    if mask.all():
+        return "no mask"
+    index, _ = _first_entry(~mask, mask)
+    return (
+        f"a mask that counts {int(mask.sum())} of {mask.numel()} values and is first False at index {index}"
+    )
 
 
 def _subsamples(trace: poutine.Trace) -> dict[str, tuple[int, Tensor]]:

@@ -23,13 +23,14 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
-from pyro_vae.objectives.guide_problems import name_problems
+from pyro_vae.objectives.guide_problems import mask_problems, name_problems
 from pyro_vae.objectives.sites import (
     Program,
     Site,
     Sites,
     analytic_kl,
     data_plate,
+    draw_sources,
     latent_sites,
     masked_log_prob,
     require_programs,
@@ -160,8 +161,8 @@ def terms(
     Raises:
         TypeError: If `num_particles` or `max_plate_nesting` is not an integer.
         ValueError: If either is below 1, the batch is empty, or the pair does not fit: no observed site, a
-            missing or additional latent site, a site outside the data plate, different scales, a value
-            outside its support, or a batch dimension without plate. The message names the site.
+            missing or additional latent site, a site outside the data plate, different masks or scales, a
+            value outside its support, or a batch dimension without plate. The message names the site.
         Exception: Any error of the model or guide; `check_guide` explains it.
 
     Example:
@@ -194,6 +195,8 @@ def terms(
     latent = latent_sites(model_sites)
     _check_sites(latent, observed, model_sites, guide_sites)
     plate = data_plate(guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=name)
+    for problem in mask_problems(model_sites, guide_sites, partial(draw_sources, guide, data, kwargs)):
+        raise ValueError(problem)
     check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     for key, site in guide_sites.items():
         site["score_function"] = _set_log_prob(f"the guide's site {key!r}", site).score_function

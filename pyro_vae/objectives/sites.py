@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.inspect import TrackProvenance
 from pyro.nn import PyroModule
+from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -25,7 +27,10 @@ __all__ = [
     "analytic_kl",
     "check_plates",
     "data_plate",
+    "draw_sources",
     "guide_messenger",
+    "has_no_density",
+    "joint_mask",
     "kl_invalid_reason",
     "latent_sites",
     "masked_log_prob",
@@ -33,6 +38,7 @@ __all__ = [
     "require_programs",
     "run",
     "run_pair",
+    "same_masks",
     "same_scale",
     "sample_sites",
     "shared_scale",
@@ -43,6 +49,7 @@ __all__ = [
 Program = Callable[..., Any]  # a Pyro model or guide
 Site = dict[str, Any]
 Sites = dict[str, Site]
+Mask = Tensor | bool | None
 
 
 def require_programs(call: str, *programs: Any) -> None:
@@ -130,8 +137,8 @@ def registered_kl(guide_site: Site, model_site: Site) -> Tensor | None:
 
 def kl_invalid_reason(guide_site: Site, model_site: Site) -> str | None:
     """Explain why a site's registered KL differs from its E[log q − log p], or return None if it does not."""
-    masks = zip_longest(_masks(guide_site), _masks(model_site))
-    if not all(mask is other or _same_mask(mask, other) for mask, other in masks):
+    pairs = zip_longest(_masks(guide_site), _masks(model_site), fillvalue=(None, 0))
+    if not all(mask is other or _same_mask(mask, other) for (mask, _), (other, _) in pairs):
         return "guide and model have different masks, but a KL applies only one"
     *_, innermost = _layers(guide_site)
     if isinstance(innermost, Delta) and innermost.log_density.any():
@@ -226,21 +233,58 @@ def _layers(site: Site) -> Iterator[Any]:
         yield fn
 
 
-def _masks(site: Site) -> list[Tensor | bool | None]:
-    """Return a site's masks: that of `poutine.mask`, then those of `.mask` on its distributions."""
-    return [site["mask"], *(fn._mask for fn in _layers(site) if isinstance(fn, MaskedDistribution))]
+def _masks(site: Site) -> list[tuple[Mask, int]]:
+    """Return a site's masks, that of `poutine.mask` first, each with the number of event dims it lacks."""
+    masked = (fn for fn in _layers(site) if isinstance(fn, MaskedDistribution))
+    return [(site["mask"], site["fn"].event_dim), *((fn._mask, fn.event_dim) for fn in masked)]
 
 
-def _same_mask(a: Tensor | bool | None, b: Tensor | bool | None) -> bool:
+def joint_mask(site: Site) -> Tensor:
+    """Return all masks of a site as a mask that broadcasts against its values."""
+    joint = torch.tensor(True)
+    for mask, event_dim in _masks(site):
+        if mask is not None:
+            tensor = torch.as_tensor(mask)
+            joint = joint.to(tensor.device) & tensor.reshape(tensor.shape + (1,) * event_dim).bool()
+    return joint
+
+
+def same_masks(a: Site, b: Site) -> bool:
+    """Return whether two sites count the same values."""
+    pairs = list(zip_longest(_masks(a), _masks(b), fillvalue=(None, 0)))
+    if all(mask is other for (mask, _), (other, _) in pairs) and a["fn"].event_dim == b["fn"].event_dim:
+        return True  # without a look at values, which would wait for the device
+    return _same_mask(joint_mask(a), joint_mask(b))
+
+
+def _same_mask(a: Mask, b: Mask) -> bool:
     a, b = (torch.as_tensor(True if mask is None else mask) for mask in (a, b))
-    return bool((a == b).all())
+    try:
+        return bool((a == b.to(a.device)).all())
+    except RuntimeError:  # shapes that do not broadcast
+        return False
 
 
 def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
-    """Return whether two scales are equal."""
+    """Return whether two scales are equal, up to rounding: plates multiply and divide by their size."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    return math.isclose(a, b)  # plates multiply and divide by their size, which rounds
+        a, b = (torch.as_tensor(scale, dtype=torch.get_default_dtype()) for scale in (a, b))
+        return bool(torch.isclose(a, b.to(a.device)).all())
+    return math.isclose(a, b)
+
+
+def has_no_density(site: Site) -> bool:
+    """Return whether a site is a Delta whose log density is 0, whatever its mask and scale."""
+    *layers, innermost = _layers(site)
+    plain = all(isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution) for fn in layers)
+    return plain and isinstance(innermost, Delta) and not innermost.log_density.any()
+
+
+def draw_sources(program: Program, data: tuple, kwargs: dict[str, Any]) -> dict[str, frozenset[str]]:
+    """Run a program once more and return the sites that each of its values is computed from."""
+    with torch.random.fork_rng(), torch.no_grad(), poutine.block(), TrackProvenance():
+        trace = run(program, data, kwargs)
+    return {name: get_provenance(site["value"]) for name, site in sample_sites(trace).items()}
 
 
 def vectorized_plates(site: Site) -> list[Any]:
