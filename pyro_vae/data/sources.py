@@ -76,8 +76,16 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
         "data must be a tensor (N, *event_shape), pyro_vae.data.Images, or have a shape and return rows by "
         "position (an array, a memory map, h5py, zarr, a sparse matrix, a data frame), or be a map-style "
         f"torch Dataset; got {type(data).__name__}"
-        + (": convert with torch.as_tensor" if isinstance(data, list | tuple) else "")
+        + _remedy(data)
     )
+
+
+def _remedy(data: Any) -> str:
+    if not isinstance(data, list | tuple):
+        return ""
+    if any(hasattr(item, "shape") for item in data):
+        return ": a VAE takes x alone; a model of further arguments goes with pyro_vae.SVI"
+    return ": convert with torch.as_tensor"
 
 
 def _is_direct(array: np.ndarray, dtype: torch.dtype) -> bool:

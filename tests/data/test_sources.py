@@ -98,6 +98,7 @@ def test_what_has_no_rows_by_position_raises_with_what_works():
         (Stream(), "return rows by position .* got Stream"),
         ((row for row in X), "return rows by position .* got generator"),
         ([[1.0, 2.0]], "got list: convert with torch.as_tensor"),
+        ((X, X), "got tuple: a VAE takes x alone"),
         (TensorDataset(X, X), "returns tuples, expected one tensor x per example"),
         (pd.DataFrame({"a": ["x", "y"]}), "must be numbers; got .*: select or convert columns"),
     ]:
