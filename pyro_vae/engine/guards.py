@@ -1,19 +1,19 @@
 """Guards for a recorded graph: the Python values that the model read, and a check that they are unchanged.
 
-Numbers and strings that a model reads from attributes, global variables and closures become constants of its
+Numbers and strings that a model reads from attributes, variables and containers become constants of its
 graph; modules and functions become the operations that they ran. So each name is stored with the object that
 it referred to, and looked up again before the graph is replayed.
 """
 
 import dis
 import functools
-import operator
+import random
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
-from itertools import repeat
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, NoneType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import numpy as np
@@ -21,47 +21,60 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-__all__ = ["PLAIN_TYPES", "Guards"]
+from pyro_vae.engine.recorder import Untraceable
+from pyro_vae.engine.snapshot import ABSENT, Snapshot, attribute, equal
 
-PLAIN_TYPES = (Tensor, bool, int, float, str, bytes, NoneType, torch.dtype, torch.device, torch.Size)
-_LEAF_TYPES = (*PLAIN_TYPES, np.generic, np.ndarray)
-_COMPARED_BY_VALUE = (bool, int, float, str, bytes, np.generic)
+__all__ = ["PLAIN_TYPES", "Guards", "describe", "is_of_library", "library_bases"]
+
+PLAIN_TYPES = (
+    Tensor, bool, int, float, complex, str, bytes, NoneType, np.generic,
+    torch.dtype, torch.device, torch.Size,
+)  # fmt: skip
+_LEAF_TYPES = (*PLAIN_TYPES, np.ndarray)
+_NOISE_TYPES = (random.Random, np.random.Generator, np.random.RandomState)
 _MODULE_DICTS = (
     "_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples", "_forward_hooks",
     "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
-_ABSENT = object()
+_CODE = ("__code__", "__defaults__", "__kwdefaults__")
+_NOT_RUN = {"__init__", "__new__", "__post_init__", "__init_subclass__", "__del__", "__repr__", "__str__"}
+_CALLED = {"forward", "__call__"}
 _LIBRARIES = ("torch.", "pyro.", "pyro_vae.", "zuko.")
 _BASE_MODULES = (nn.Module, PyroModule)  # their own code reads `_MODULE_DICTS` only
 _PACKAGE = str(Path(__file__).parent.parent)
 _LIBRARY_FOLDERS = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
-_MAX_ITEMS = 100  # a larger dictionary is taken for data
 
 
 class Guards:
     """Names that the code of a model reads, with the objects that they referred to on construction.
 
-    The search starts at `functions` and follows the global variables and attributes that their code reads,
-    closures, defaults, decorated functions, partials, methods and dictionaries. For torch modules it includes
-    parameters, buffers, submodules and hooks; for objects of classes in torch, Pyro, zuko and pyro_vae, or
-    derived from one other than `nn.Module`, all attributes that are numbers, strings, tensors or arrays.
+    The search starts at `functions`. It follows what their code reads by name: global variables, closures,
+    defaults, attributes of objects, classes, Python modules and functions, local imports, `getattr` and
+    `hasattr` with a literal name, and methods; decorated functions and partials; items of dictionaries,
+    lists, tuples, sets and deques; elements of NumPy arrays. If the code names `os.environ` or `os.getenv`,
+    it includes all environment variables. For torch modules it includes parameters, buffers, submodules and
+    hooks; for objects of classes in torch, Pyro, zuko and pyro_vae, or derived from such a class other than
+    `nn.Module`, all attributes that are numbers, strings, tensors or arrays.
 
     Not guarded are
 
-    - attributes of classes, Python modules and functions, including methods replaced on a class;
-    - elements of lists, tuples, sets, arrays and other containers; dictionaries with more than 100 items;
-    - attributes in `__slots__`, and names that did not exist on construction;
-    - names read otherwise than as `name` or `object.name`, such as by `getattr` or a local import;
-    - values read by code that runs through operators, such as `__getitem__`, or descriptors other than
-      `property`; and by inherited, static and class methods of a class, unless an object of it is found;
-    - values read by code of installed libraries and of pyro_vae, except the attributes above;
-    - files, environment variables, clocks, and global settings of torch and Pyro.
+    - items of containers with more than 1,000 of them, except their number, and of other kinds of container;
+    - attributes that did not exist on construction, except those of `getattr` and `hasattr`;
+    - names put together at run time, such as `getattr(settings, prefix + "scale")`, and `sys.modules`;
+    - values read through descriptors other than `property` and methods;
+    - values read by code of installed libraries and of pyro_vae, except the attributes above, and attributes
+      of their Python modules and classes, including methods replaced on these;
+    - files, clocks, and global settings of torch and Pyro.
 
     Args:
         functions: Python functions, methods, classes, other callables; dictionaries that they read.
         objects: Modules and other objects whose attributes the functions read.
+        ignored: Attributes that may change, by the `id` of their owner and name.
+
+    Raises:
+        Untraceable: If the code reads an iterator, or a NumPy array of more than 64 KiB.
 
     Example:
         >>> from types import SimpleNamespace
@@ -77,134 +90,228 @@ class Guards:
         False
     """
 
-    def __init__(self, functions: Iterable[Callable | dict], objects: Iterable[Any]):
-        self.guarded: dict[tuple[int, Any], tuple[dict, Any, Any]] = {}  # namespace, name, value
-        self.dicts: list[dict] = []  # guarded as a whole: no item may be added
-        self.cells: list[CellType] = []
+    def __init__(
+        self,
+        functions: Iterable[Any],
+        objects: Iterable[Any],
+        ignored: Iterable[tuple[int, Any]] = (),
+    ):
+        self.snapshot = Snapshot(set(ignored))
         self.reads: set[str] = set()  # names of attributes in the code
-        self.objects: list[Any] = []
+        self.literals: set[str] = set()  # names that `getattr` and `hasattr` may read
+        self.objects: dict[
+            int, Any
+        ] = {}  # objects, classes, Python modules and functions that have attributes
         self._seen: dict[int, Any] = {}  # keeps its objects alive, so that ids are unique
         for value in [*objects, *functions]:
-            self._visit(value)
+            self._visit(value, None, type(value).__name__)
         size = -1
-        while size != len(self._seen) + len(self.reads):  # methods found on objects read further attributes
-            size = len(self._seen) + len(self.reads)
-            for item in list(self.objects):
+        while size != len(self._seen) + len(self.reads) + len(
+            self.objects
+        ):  # what is found reads further names
+            size = len(self._seen) + len(self.reads) + len(self.objects)
+            for item in list(self.objects.values()):
                 self._visit_attributes(item)
-        self.spaces = [space for space, _, _ in self.guarded.values()]
-        self.names = [name for _, name, _ in self.guarded.values()]
-        self.values = [value for _, _, value in self.guarded.values()]
-        self.sizes = list(map(len, self.dicts))
-        self.contents = list(map(_content, self.cells))
+        if {"environ", "getenv"} & self.reads:
+            self.snapshot.add_environment()
 
     def hold(self) -> bool:
         """Return True if each name still refers to the same object, or to an equal number or string."""
-        found = map(dict.get, self.spaces, self.names, repeat(_ABSENT))
-        if not all(map(operator.is_, found, self.values)):
-            new = list(map(dict.get, self.spaces, self.names, repeat(_ABSENT)))
-            if not all(map(_equal, new, self.values)):
-                return False
-            self.values = new
-        return (
-            all(map(_equal, map(_content, self.cells), self.contents))
-            and list(map(len, self.dicts)) == self.sizes
-        )
+        return self.snapshot.hold()
 
-    def _guard(self, space: dict, names: Iterable[Any]) -> None:
-        """Guard these names, including absent ones, and visit their values."""
-        for name in names:
-            if (id(space), name) not in self.guarded:
-                value = space.get(name, _ABSENT)
-                self.guarded[id(space), name] = (space, name, value)
-                self._visit(value)
-
-    def _visit(self, value: Any) -> None:
-        if isinstance(value, (*_LEAF_TYPES, ModuleType)) or id(value) in self._seen:
+    def _visit(self, value: Any, owner: Any, name: Any) -> None:
+        """Search a value found under a name of its owner."""
+        if isinstance(value, PLAIN_TYPES) or value is ABSENT or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, type):  # a library may call any method, such as log_prob of a distribution
-            if not _is_of_a_library(getattr(sys.modules.get(value.__module__), "__file__", None) or ""):
-                for member in vars(value).values():
-                    if isinstance(member, FunctionType):
-                        self._visit_function(member)
+        if isinstance(value, np.ndarray):
+            if not self.snapshot.add_array(value):
+                raise Untraceable(
+                    f"it reads {describe(owner, name)}, a NumPy array of {value.nbytes} bytes, too large to "
+                    "be compared at each step: turn it into a tensor by torch.as_tensor"
+                )
+        elif isinstance(value, _NOISE_TYPES):
+            self.snapshot.add_generator(value)
+        elif isinstance(value, Iterator):
+            raise Untraceable(f"it reads {describe(owner, name)}, an iterator")
+        elif isinstance(value, dict | list | set | frozenset | tuple | deque):
+            self._visit_container(value, owner, name)
+        elif isinstance(value, type):
+            self._visit_class(value)
         elif isinstance(value, FunctionType):
             self._visit_function(value)
-        elif isinstance(value, MethodType):
-            self._visit(value.__func__)
-            self._visit(value.__self__)
-        elif isinstance(value, functools.partial):
-            for part in (value.func, *value.args, value.keywords):
-                self._visit(part)
-        elif isinstance(value, dict):
-            if len(value) <= _MAX_ITEMS:
-                self._guard(value, value)
-                self.dicts.append(value)
-        elif isinstance(getattr(value, "__dict__", None), dict):
-            self._visit(getattr(value, "__wrapped__", None))
-            self.objects.append(value)
+        elif isinstance(value, ModuleType):
+            if not is_of_library(value):
+                self._list(value)
+        else:
+            self._visit_object(value)
+
+    def _visit_container(self, container: Any, owner: Any, name: Any) -> None:
+        if not is_of_library(type(container)) and hasattr(container, "__dict__"):
+            self._list(container)
+        if not isinstance(container, tuple | frozenset):
+            is_small = self.snapshot.add_container(container, owner, name)
+            if not is_small:
+                return
+        if isinstance(container, dict):
+            self._guard(container, container)
+        else:
+            for item in container:
+                self._visit(item, owner, name)
+
+    def _visit_class(self, kind: type) -> None:
+        """Search all methods, since a library may call any, such as `log_prob` of a distribution."""
+        for base in kind.__mro__:
+            if not is_of_library(base):
+                self._list(base)
+                for member in list(vars(base).values()):
+                    if isinstance(member, FunctionType | staticmethod | classmethod | property):
+                        self._visit(member, base, "")
+
+    def _visit_object(self, value: Any) -> None:
+        parts = [attribute(value, "__wrapped__", None)]
+        if isinstance(value, functools.partial):
+            parts += [value.func, value.args, value.keywords]
+        elif isinstance(value, MethodType | staticmethod | classmethod):
+            parts += [value.__func__, attribute(value, "__self__", None)]
+        elif isinstance(value, property | functools.cached_property):
+            parts += [getattr(value, "fget", None), getattr(value, "func", None)]
+        elif isinstance(attribute(value, "__dict__", None), dict) or not is_of_library(type(value)):
+            self._list(value)
+        for part in parts:
+            self._visit(part, value, "")
 
     def _visit_function(self, function: FunctionType) -> None:
-        self._visit(vars(function).get("__wrapped__"))
-        for part in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._visit(part)
-        for cell in function.__closure__ or ():
-            self.cells.append(cell)
-            self._visit(_content(cell))
-        if _is_of_a_library(function.__code__.co_filename):
+        code = function.__code__
+        self._visit(vars(function).get("__wrapped__"), function, "__wrapped__")
+        for part in (function.__defaults__, function.__kwdefaults__):
+            self._visit(part, function, "__defaults__")
+        for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
+            self._visit(self.snapshot.add_cell(cell, name, function), function, name)
+        if is_of_library(function):
             return
-        variables, attributes = _names(function.__code__)
-        self.reads |= attributes
-        known = function.__globals__
-        self._guard(known, [name for name in variables if name in known])
+        self._list(function)
+        for name in _CODE:
+            self.snapshot.add_attribute(function, name)
+        names = _Names(code)
+        self.reads |= names.attributes | names.variables | names.literals
+        self.literals |= names.literals
+        space = function.__globals__
+        for name in names.imports:
+            for full in (name, f"{space.get('__package__')}.{name}"):
+                self._visit(sys.modules.get(full), function, name)
+        module = sys.modules.get(space.get("__name__", ""))
+        self._guard(space, names.variables, module if getattr(module, "__dict__", None) is space else None)
+
+    def _list(self, item: Any) -> None:
+        """Enter an object whose attributes may be read."""
+        self.objects.setdefault(id(item), item)
+
+    def _guard(self, space: dict, names: Iterable[Any], owner: Any = None) -> None:
+        """Guard names of a dictionary, including absent ones, and search their values."""
+        owner = space if owner is None else owner
+        for name in list(names):
+            self._visit(self.snapshot.add_variable(space, name, owner), owner, name)
 
     def _visit_attributes(self, item: Any) -> None:
-        """Guard the attributes of an object that code reads, and visit its methods and properties."""
-        kind, attributes = type(item), vars(item)
-        bases = [b for b in kind.__mro__ if b.__module__.startswith(_LIBRARIES) and b not in _BASE_MODULES]
-        names = [name for name in attributes if name in self.reads]
-        if bases:  # code of a library is not searched, and may read any attribute
-            names += [name for name, value in attributes.items() if isinstance(value, _LEAF_TYPES)]
-        self._guard(attributes, names)
+        """Guard the attributes of an object that code reads."""
+        if isinstance(item, type):
+            for name in (self.reads | _CALLED).intersection(vars(item)):
+                self._visit(self.snapshot.add_attribute(item, name), item, name)
+        elif isinstance(item, ModuleType | FunctionType):
+            self._guard(vars(item), self.reads.intersection(vars(item)) | self.literals, item)
+        else:
+            self._visit_instance(item, attribute(item, "__dict__", {}))
+
+    def _visit_instance(self, item: Any, attributes: dict[str, Any]) -> None:
+        kind = type(item)
+        names = self.reads.intersection(attributes) | self.literals
+        if library_bases(kind):  # code of a library is not searched, and may read any attribute
+            names |= {name for name, value in attributes.items() if isinstance(value, _LEAF_TYPES)}
         if isinstance(item, nn.Module):
+            names.add("forward")  # absent; if it is set later, it hides the method
             for part in _MODULE_DICTS:
-                self._visit(attributes.get(part))
-        for name in {*self.reads, "forward", "__call__"}.difference(attributes, vars(object)):
-            member = getattr(kind, name, None)
-            member = getattr(member, "fget", getattr(member, "__func__", member))  # the function inside
-            if name == "forward" or (member is not None and not bases):
-                self._guard(attributes, [name])  # absent; an attribute set later would hide the method
-            if isinstance(member, FunctionType):
-                self._visit(member)
+                self._visit(attributes.get(part), item, part)
+        elif hasattr(kind, "__getattr__"):
+            self._visit_computed(
+                item, [n for n in self.reads if n not in attributes and not hasattr(kind, n)]
+            )
+        for base in kind.__mro__:
+            if not is_of_library(base):
+                self._list(base)
+                names |= (self.reads | _CALLED).intersection(vars(base))  # absent names that would hide these
+                self._visit_operators(item, base)
+        if isinstance(attributes, dict):
+            self._guard(attributes, names, item)
+
+    def _visit_operators(self, item: Any, base: type) -> None:
+        """Search methods that run without their name, such as `__getitem__`, and guard `__slots__`."""
+        for name, member in list(vars(base).items()):
+            if isinstance(member, FunctionType) and name.startswith("__") and name not in _NOT_RUN:
+                self._visit(member, base, name)
+            elif isinstance(member, MemberDescriptorType) and name in self.reads:
+                self._visit(self.snapshot.add_attribute(item, name), item, name)
+
+    def _visit_computed(self, item: Any, names: Iterable[str]) -> None:
+        """Guard attributes that a `__getattr__` finds, such as those of a configuration object."""
+        for name in names:
+            found = [attribute(item, name, ABSENT) for _ in range(2)]
+            if found[0] is not ABSENT and equal(*found):
+                self._visit(self.snapshot.add_attribute(item, name), item, name)
 
 
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # the variable has no value yet
-        return None
+def is_of_library(value: Any) -> bool:
+    """Return True for a function, class or module of the standard library, an installed one or pyro_vae."""
+    if isinstance(value, FunctionType):
+        return value.__code__.co_filename.startswith((_PACKAGE, *_LIBRARY_FOLDERS, "<frozen"))
+    module = sys.modules.get(value.__module__) if isinstance(value, type) else value
+    name = value.__module__ if isinstance(value, type) else value.__name__
+    filename = getattr(module, "__file__", None)
+    if isinstance(filename, str):
+        return filename.startswith((_PACKAGE, *_LIBRARY_FOLDERS))
+    return name.partition(".")[0] in (*sys.stdlib_module_names, "torch")
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    return type(one) is type(other) and isinstance(one, _COMPARED_BY_VALUE) and bool(one == other)
+def library_bases(kind: type) -> list[type]:
+    """Return the bases of a class in torch, Pyro, zuko and pyro_vae, other than `nn.Module`."""
+    return [b for b in kind.__mro__ if b.__module__.startswith(_LIBRARIES) and b not in _BASE_MODULES]
 
 
-def _is_of_a_library(filename: str) -> bool:
-    return filename.startswith((_PACKAGE, *_LIBRARY_FOLDERS, "<frozen"))
+def describe(owner: Any, name: Any) -> str:
+    """Name an attribute, variable or item for a message."""
+    if isinstance(owner, ModuleType):
+        return f"variable {name!r} of module {owner.__name__!r}"
+    if isinstance(owner, FunctionType):
+        return f"variable {name!r} of function {owner.__name__!r}"
+    if isinstance(owner, type):
+        return f"attribute {name!r} of class {owner.__name__!r}"
+    if isinstance(owner, dict | list | tuple):
+        return f"item {name!r} of a {type(owner).__name__}"
+    return f"attribute {name!r} of {type(owner).__name__}"
 
 
-def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the global variables, and the attributes, that a function and its inner functions read."""
-    variables, attributes = set(), set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            variables.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            attributes.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner = _names(constant)
-            variables |= inner[0]
-            attributes |= inner[1]
-    return variables, attributes
+class _Names:
+    """Names that the code of a function and of its inner functions reads."""
+
+    def __init__(self, code: CodeType):
+        self.variables: set[str] = set()  # global ones
+        self.attributes: set[str] = set()
+        self.imports: set[str] = set()
+        self.literals: set[str] = set()  # strings in code that calls `getattr` or the like
+        for instruction in dis.get_instructions(code):
+            operation, name = instruction.opname, instruction.argval
+            if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self.variables.add(name)
+            elif operation in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
+                self.attributes.add(name)
+            elif operation == "IMPORT_NAME":
+                self.imports.add(name)
+        if {"getattr", "hasattr", "attrgetter"} & (self.variables | self.attributes):
+            self.literals |= {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                inner = _Names(constant)
+                self.variables |= inner.variables
+                self.attributes |= inner.attributes
+                self.imports |= inner.imports
+                self.literals |= inner.literals
