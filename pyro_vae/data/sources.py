@@ -75,8 +75,7 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
     raise TypeError(
         "data must be a tensor (N, *event_shape), pyro_vae.data.Images, or have a shape and return rows by "
         "position (an array, a memory map, h5py, zarr, a sparse matrix, a data frame), or be a map-style "
-        f"torch Dataset; got {type(data).__name__}"
-        + _remedy(data)
+        f"torch Dataset; got {type(data).__name__}" + _remedy(data)
     )
 
 

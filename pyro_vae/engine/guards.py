@@ -7,6 +7,7 @@ it referred to, and looked up again before the graph is replayed.
 
 import dis
 import functools
+import os
 import random
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from pyro_vae.engine.recorder import Untraceable
 from pyro_vae.engine.snapshot import ABSENT, Snapshot, attribute, equal
 
-__all__ = ["PLAIN_TYPES", "Guards", "describe", "is_of_library", "library_bases"]
+__all__ = ["LIBRARIES", "PLAIN_TYPES", "Guards", "describe", "is_of_library", "library_bases"]
 
 PLAIN_TYPES = (
     Tensor, bool, int, float, complex, str, bytes, NoneType, np.generic,
@@ -39,7 +40,7 @@ _MODULE_DICTS = (
 _CODE = ("__code__", "__defaults__", "__kwdefaults__")
 _NOT_RUN = {"__init__", "__new__", "__post_init__", "__init_subclass__", "__del__", "__repr__", "__str__"}
 _CALLED = {"forward", "__call__"}
-_LIBRARIES = ("torch.", "pyro.", "pyro_vae.", "zuko.")
+LIBRARIES = ("torch.", "pyro.", "pyro_vae.", "zuko.")
 _BASE_MODULES = (nn.Module, PyroModule)  # their own code reads `_MODULE_DICTS` only
 _PACKAGE = str(Path(__file__).parent.parent)
 _LIBRARY_FOLDERS = tuple(
@@ -119,6 +120,10 @@ class Guards:
         """Return True if each name still refers to the same object, or to an equal number or string."""
         return self.snapshot.hold()
 
+    def first_change(self) -> str:
+        """Describe the first value that changed."""
+        return next((describe(change.owner, change.name) for change in self.snapshot.changes()), "a value")
+
     def _visit(self, value: Any, owner: Any, name: Any) -> None:
         """Search a value found under a name of its owner."""
         if isinstance(value, PLAIN_TYPES) or value is ABSENT or id(value) in self._seen:
@@ -147,6 +152,8 @@ class Guards:
             self._visit_object(value)
 
     def _visit_container(self, container: Any, owner: Any, name: Any) -> None:
+        if (id(owner), name) in self.snapshot.ignored:
+            return
         if not is_of_library(type(container)) and hasattr(container, "__dict__"):
             self._list(container)
         if not isinstance(container, tuple | frozenset):
@@ -274,11 +281,13 @@ def is_of_library(value: Any) -> bool:
 
 def library_bases(kind: type) -> list[type]:
     """Return the bases of a class in torch, Pyro, zuko and pyro_vae, other than `nn.Module`."""
-    return [b for b in kind.__mro__ if b.__module__.startswith(_LIBRARIES) and b not in _BASE_MODULES]
+    return [b for b in kind.__mro__ if b.__module__.startswith(LIBRARIES) and b not in _BASE_MODULES]
 
 
 def describe(owner: Any, name: Any) -> str:
     """Name an attribute, variable or item for a message."""
+    if isinstance(owner, _NOISE_TYPES) or owner is os or isinstance(owner, np.ndarray):
+        return f"the {name} of {getattr(owner, '__name__', type(owner).__name__)}"
     if isinstance(owner, ModuleType):
         return f"variable {name!r} of module {owner.__name__!r}"
     if isinstance(owner, FunctionType):

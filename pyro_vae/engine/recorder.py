@@ -89,16 +89,18 @@ def record(loss_and_gradients: LossAndGradients, arguments: Sequence[Tensor]) ->
     recorder = _Recorder(arguments)
     values = [argument.detach().clone() for argument in arguments]
     noise = python_noise()
+    torch.clear_autocast_cache()  # else casts of parameters, made before, would be constants of the graph
     hook = register_module_forward_pre_hook(lambda module, _: modules.update({id(module): module}))
     try:
         with preserved(global_generators(), []), recorder, _NumbersAsTensors(recorder):
             loss, gradients = loss_and_gradients(*arguments)
             valid = loss.isfinite()
-            for condition, expected in recorder.conditions:
+            for condition, expected in recorder.conditions_as_read():
                 valid = valid & (condition if expected else ~condition)
             outputs = [loss.detach().where(valid, math.nan), (~valid).float(), *gradients]
     finally:
         hook.remove()
+        torch.clear_autocast_cache()
         mutated = recorder.restore()
         for argument, value in zip(arguments, values, strict=True):
             if _storage(argument) in recorder.written:
@@ -137,7 +139,10 @@ class _Recorder(TorchDispatchMode):
         self.before: list[Tensor] = []  # copies of the captured tensors
         self.constant: set[int] = set()  # storage with the same content at every step
         self.written: set[int] = set()  # storage changed in place
-        self.conditions: list[tuple[Tensor, bool]] = []
+        self.conditions: list[
+            tuple[Tensor, bool, Tensor, int]
+        ] = []  # value, outcome, copy, length of the tape
+        self.generators: dict[int, tuple[Generator, Tensor]] = {}  # explicit ones, with their first states
         self.reason: str | None = None  # why no graph can be recorded
 
     @classmethod
@@ -153,6 +158,7 @@ class _Recorder(TorchDispatchMode):
                 self._capture(leaf)
             elif isinstance(leaf, Generator):
                 self.reason = "it draws from an explicit random generator"
+                self.generators.setdefault(id(leaf), (leaf, leaf.get_state()))
         out = func(*args, **kwargs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         results = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -165,7 +171,7 @@ class _Recorder(TorchDispatchMode):
         else:
             self.constant.difference_update(map(_storage, results + _written_arguments(func, args, kwargs)))
             if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-                self.conditions.append((args[0], out))
+                self.conditions.append((args[0], out, args[0].clone(), len(self.tape)))
             elif self._depends_on_values(func, args):
                 self.reason = f"it reads values of tensors into Python, by {func}"
         self.known.update(map(id, results))
@@ -214,8 +220,21 @@ class _Recorder(TorchDispatchMode):
             return any(index is not None and index.dtype in _MASK_DTYPES for index in args[1])
         return bool(_DATA_DEPENDENT.intersection(func.tags))
 
+    def conditions_as_read(self) -> list[tuple[Tensor, bool]]:
+        """Return conditions and outcomes; those that are changed in place are copied where they were read."""
+        conditions = []
+        for value, outcome, copy, position in reversed(self.conditions):
+            is_written = _storage(value) in self.written
+            if is_written:
+                self.known.add(id(copy))
+                self.tape.insert(position, (aten.clone.default, (value,), {}, copy))
+            conditions.append((copy if is_written else value, outcome))
+        return conditions
+
     def restore(self) -> list[Tensor]:
-        """Restore the captured tensors, and return those that may have changed."""
+        """Restore generators and the captured tensors; return the tensors that may have changed."""
+        for generator, state in self.generators.values():
+            generator.set_state(state)
         mutated = []
         for tensor, value in zip(self.captured, self.before, strict=True):
             # compared too, since the schema of batch normalisation does not say what it writes
@@ -282,7 +301,8 @@ class _NumbersAsTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.item and args[0].dtype.is_floating_point | (args[0].dtype == torch.bool):
-            return args[0].detach()
+            with torch.no_grad():  # a copy, since the tensor may be changed in place
+                return args[0].clone() if args[0].dim() == 0 else args[0].reshape(()).clone()
         parts = pytree.tree_leaves([part for part in args if isinstance(part, list | tuple)])
         if func in _TO_PYTHON or (func in _FROM_PYTHON and any(isinstance(part, Tensor) for part in parts)):
             self.recorder.reason = f"it reads values of tensors into Python, by {func.__name__}"

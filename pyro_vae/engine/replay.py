@@ -19,11 +19,12 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from pyro import get_param_store
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceGraph_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
@@ -33,9 +34,10 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.engine.compiler import NotCompiled, choose_matmul_libraries, compile_graph
-from pyro_vae.engine.guards import PLAIN_TYPES, Guards
+from pyro_vae.engine.guards import PLAIN_TYPES
 from pyro_vae.engine.optimizer_step import OptimizerStep
-from pyro_vae.engine.recorder import LossAndGradients, Untraceable, record
+from pyro_vae.engine.recorder import LossAndGradients, Untraceable
+from pyro_vae.engine.side_effects import SideEffect, record_with_guards
 from pyro_vae.utils.isolation import (
     keep_freed_memory,
     preserved,
@@ -50,12 +52,18 @@ logger = logging.getLogger("pyro_vae")
 
 ENGINES = ("auto", "eager", "traced", "compiled")
 
-_MAX_RECORDINGS = 32  # if shapes keep changing, recording costs more than it saves
+_MAX_RECORDINGS = 32  # that have not paid; if shapes keep changing, recording costs more than it saves
+_STEPS_TO_PAY = 100
+_MAX_VALUES = 8  # recordings for other values of arguments that are not tensors, each used once
+_MAX_MISSES = 8  # invalid uses in a row
 
 # Rough costs in seconds, the same on every machine, so that a resumed run starts to compile at the same step
 _COMPILE_TIME = 20.0
 _SAVED_PER_OPERATION = 4e-6
 _SAVED_PER_VALUE = 1e-9  # per element of an operation's output
+
+
+_Key = tuple[tuple, tuple]
 
 
 class _EagerOnce(Untraceable):
@@ -101,9 +109,13 @@ class Replay:
         self.clip_norm, self.eager_step = clip_norm, eager_step
         self.engine, self.fastest = engine, fastest
         self.optimizer_step = OptimizerStep(optimizer)
-        self.recordings: dict[tuple, _Recording] = {}
+        self.recordings: dict[_Key, _Recording] = {}
+        self.failures: dict[_Key, int] = {}
+        self.missed: set[_Key] = set()  # whose graphs were invalid many times in a row
         self.num_recordings = self.num_compilations = 0
+        self.unpaid = 0  # recordings that have not been used for long
         self.disabled = False  # every step is eager
+        self.device_types = sorted({"cpu", *(p.device.type for p in self.optimizer_step.parameters())})
         some = self.optimizer_step.parameters()[0]
         if some.device.type == "cpu":
             keep_freed_memory()
@@ -120,14 +132,12 @@ class Replay:
         if self.is_scheduled:
             self.weight.fill_(self.estimator.beta)
         try:
-            recording, tensors = self._recording(args, kwargs)
+            key, recording, tensors = self._recording(args, kwargs)
             self._prepare(recording, tensors, number)
         except Untraceable as reason:
             loss = self.eager_step(*args, **kwargs)  # raises if the arguments are invalid
-            if isinstance(reason, _EagerOnce):
-                return loss
-            self.disabled = True
-            logger.warning("SVI steps are eager from now on, without a graph: %s", reason)
+            if not isinstance(reason, _EagerOnce):
+                self._disable(reason)
             return loss
 
         graph = recording.graph
@@ -135,21 +145,49 @@ class Replay:
         values = [tensor.clone() for tensor in graph.mutated]
         for parameter in self.optimizer_step.parameters():
             parameter.grad = None  # frees memory that the new gradients reuse
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(self.device_types):
             loss, invalid, *gradients = recording.run(*tensors, *graph.captured)
             self.optimizer_step(gradients, skip=invalid)
             value = loss.item()
             if math.isfinite(value):
                 if self.is_scheduled:
                     self.estimator.steps += 1
+                self._count_step(key, recording)
                 return value
             for generator, state in zip(graph.generators, states, strict=True):
                 generator.set_state(state)
             for tensor, before in zip(graph.mutated, values, strict=True):
                 tensor.copy_(before)
-        return self.eager_step(*args, **kwargs)
+        loss = self.eager_step(*args, **kwargs)
+        self._count_miss(key, recording)
+        return loss
 
-    def _recording(self, args: tuple, kwargs: dict[str, Any]) -> "tuple[_Recording, list[Tensor]]":
+    def _disable(self, reason: object) -> None:
+        self.disabled = True
+        logger.warning("SVI steps are eager from now on, without a graph: %s", reason)
+
+    def _count_step(self, key: "_Key", recording: "_Recording") -> None:
+        """Count a step taken by a graph; note that its recording lasts, and when it has paid."""
+        recording.steps += 1
+        recording.misses = 0
+        if recording.steps == 2:
+            self.failures.pop(key, None)
+        if recording.steps == _STEPS_TO_PAY:
+            self.unpaid -= 1
+
+    def _count_miss(self, key: "_Key", recording: "_Recording") -> None:
+        """Count a step whose graph was invalid; after many in a row, record another graph, or none."""
+        recording.misses += 1
+        if recording.misses < _MAX_MISSES:
+            return
+        if key in self.missed:
+            self._disable(
+                "a condition that the model evaluates on tensors keeps differing from the recorded one"
+            )
+        self.missed.add(key)
+        del self.recordings[key]
+
+    def _recording(self, args: tuple, kwargs: dict[str, Any]) -> "tuple[_Key, _Recording, list[Tensor]]":
         """Find or create the recording for these arguments; return it and the tensors among them."""
         leaves, spec = (
             list(args),
@@ -157,8 +195,6 @@ class Replay:
         )  # common case without flattening, which takes as long as a small product
         if kwargs or not all(isinstance(arg, Tensor) for arg in args):
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        if not all(isinstance(leaf, PLAIN_TYPES) for leaf in leaves):
-            raise Untraceable(f"its arguments are not only tensors, numbers and strings: {spec}")
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         parameters = self.optimizer_step.parameters()
 
@@ -171,39 +207,59 @@ class Replay:
         key = self._key(leaves, spec, tensors, parameters)
         recording = self.recordings.get(key)
         if recording is None or not recording.guards.hold():
-            recording = self.recordings[key] = self._record(loss_and_gradients, tensors)
+            if recording is not None and recording.steps < 2:
+                self._count_failure(
+                    key, f"the model reads {recording.guards.first_change()}, which keeps changing"
+                )
+            objects = [leaf for leaf in leaves if not isinstance(leaf, PLAIN_TYPES)]
+            recording = self.recordings[key] = self._record(key, loss_and_gradients, tensors, objects)
         recording.loss_and_gradients = loss_and_gradients
-        return recording, tensors
+        return key, recording, tensors
 
-    def _key(self, leaves: list[Any], spec: Any, tensors: list[Tensor], parameters: list[Tensor]) -> tuple:
-        """Return what a recording depends on besides guards: arguments, parameters, settings of torch."""
+    def _count_failure(self, key: "_Key", reason: object) -> None:
+        """Count recordings that held for less than two steps; give up at the second in a row."""
+        self.failures[key] = self.failures.get(key, 0) + 1
+        if self.failures[key] == 2:
+            raise Untraceable(str(reason))
+
+    def _key(self, leaves: list[Any], spec: Any, tensors: list[Tensor], parameters: list[Tensor]) -> "_Key":
+        """Return what a recording depends on besides guards: arguments, parameters, settings of torch.
+
+        The first part is the structure with the tensors, the second the values of the other arguments.
+        """
         identities = [id(tensor) for tensor in tensors]
-        return (
+        structure = (
             spec,
-            *[_signature(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves],
+            *[_signature(leaf) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves],
             *[(id(p), *_signature(p), *(p._backward_hooks or ())) for p in parameters],
             id(self._inner_estimator),
             *map(identities.index, identities),  # which arguments are the same tensor
-            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+            *[torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in self.device_types],
             torch.get_default_dtype(),
+            torch.get_default_device(),
             is_validation_enabled(),
             Distribution._validate_args,
         )
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        # an object by its identity, which its recording keeps; guards compare its attributes
+        return structure, tuple(o if isinstance(o, PLAIN_TYPES) else id(o) for o in others)
 
-    def _record(self, loss_and_gradients: LossAndGradients, tensors: list[Tensor]) -> "_Recording":
-        self.num_recordings += 1
-        if self.num_recordings > _MAX_RECORDINGS:
+    def _record(
+        self, key: "_Key", loss_and_gradients: LossAndGradients, tensors: list[Tensor], objects: list[Any]
+    ) -> "_Recording":
+        if self.unpaid >= _MAX_RECORDINGS:
             raise Untraceable(f"shapes or attributes keep changing: {_MAX_RECORDINGS} graphs were recorded")
-        estimator = self._inner_estimator
-        nesting = estimator.max_plate_nesting
-        pair = (self.model, self.guide)
+        others = [r for (structure, _), r in self.recordings.items() if structure == key[0]]
+        if sum(recording.steps < 2 for recording in others) >= _MAX_VALUES:
+            raise Untraceable("its arguments other than tensors keep changing: pass numbers as tensors")
+        self.num_recordings += 1
+        self.unpaid += 1
+        functions = [self.model, self.guide, *objects]
         try:
-            recording = _Recording(loss_and_gradients, tensors, pair, self._guarded_objects(), self.fastest)
-            if estimator.max_plate_nesting != nesting:
-                raise _EagerOnce("the estimator infers max_plate_nesting, with extra random draws")
-        finally:
-            estimator.max_plate_nesting = nesting
-        return recording
+            return _Recording(loss_and_gradients, tensors, functions, self._guarded_objects(), self.fastest)
+        except SideEffect as reason:
+            self._count_failure(key, reason)
+            raise _EagerOnce(f"it may be of the first run only: {reason}") from reason
 
     def _prepare(self, recording: "_Recording", tensors: Sequence[Tensor], number: int) -> None:
         """Compile the graph if that now pays, and count the use."""
@@ -219,18 +275,23 @@ class Replay:
     def _loss_and_gradients(
         self, parameters: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        estimator = self.estimator
+        estimator, surrogate = self.estimator, None
         if self.is_scheduled:
             loss = estimator.differentiable_loss_at(self.weight, self.model, self.guide, *args, **kwargs)
         elif hasattr(estimator, "differentiable_loss"):
             loss = estimator.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        elif type(estimator) is TraceGraph_ELBO:
+            elbo, surrogate = estimator._loss_and_surrogate_loss(self.model, self.guide, args, kwargs)
+            loss = -elbo
         else:
             raise Untraceable(f"{type(estimator).__name__} has no differentiable_loss")
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if any(parameter._post_accumulate_grad_hooks for parameter in trained):
             raise Untraceable("a parameter has post-accumulate-gradient hooks")
         with without_autocast():
-            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            gradients = torch.autograd.grad(
+                loss if surrogate is None else surrogate, trained, allow_unused=True
+            )
         norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
         if not norm.isfinite():  # a recorded condition, so that a graph's flag `invalid` says it
             raise _EagerOnce("a gradient is not finite")
@@ -263,19 +324,18 @@ class _Recording:
         self,
         loss_and_gradients: LossAndGradients,
         tensors: Sequence[Tensor],
-        functions: Sequence[Callable],
+        functions: Sequence[Any],
         objects: list[Any],
         fastest: dict[str, str],
     ):
         self.loss_and_gradients = loss_and_gradients
         try:
-            self.graph = record(loss_and_gradients, tensors)
+            # the class of the estimator, since a user's estimator is called by its methods only
+            readers = [*functions, type(objects[0]), get_param_store()._params]
+            self.graph, self.guards = record_with_guards(loss_and_gradients, tensors, readers, objects)
             self.reference = copy.deepcopy(self.graph.module).forward  # matrix products of eager torch
             if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.captured]):
                 choose_matmul_libraries(self.graph.module, fastest)
-            # the class of the estimator, since a user's estimator is called by its methods only
-            readers = [*functions, type(objects[0]), get_param_store()._params]
-            self.guards = Guards(readers, [*objects, *self.graph.modules])
         except Untraceable:
             raise
         except Exception as error:
@@ -283,6 +343,9 @@ class _Recording:
         self.run = self.graph.module.forward
         self.is_compiled = self.disagreed = False
         self.uses = 0
+        self.steps = self.misses = (
+            0  # taken by the graph; in a row by the eager step, as the graph was invalid
+        )
         metas = [node.meta for node in self.graph.module.graph.nodes]
         sizes = [meta["output"].numel() for meta in metas if "output" in meta]
         saved = _SAVED_PER_OPERATION * len(sizes) + _SAVED_PER_VALUE * sum(sizes)
@@ -332,26 +395,40 @@ class _Recording:
         """
         graph = self.graph
 
+        kinds = sorted({generator.device.type for generator in graph.generators})
+
         def draw(run: Callable[..., Sequence[Any]], *inputs: Tensor) -> tuple[Sequence[Any], list[Tensor]]:
             with preserved(graph.generators, graph.mutated):
                 return run(*inputs), [generator.get_state() for generator in graph.generators]
 
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(kinds):
             (loss, invalid, *gradients), states = draw(self.run, *tensors, *graph.captured)
             (recorded_loss, _, *recorded), recorded_states = draw(self.reference, *tensors, *graph.captured)
         if invalid:
             return True, True  # the step is eager anyway
         noise = python_noise()
+        torch.clear_autocast_cache()
         (expected_loss, expected), expected_states = draw(self.loss_and_gradients, *tensors)
+        torch.clear_autocast_cache()
         restore_python_noise(noise)
 
         found, recorded = [loss, *gradients], [recorded_loss, *recorded]
         recorded_agrees = _agree(recorded, [expected_loss.detach(), *expected], power=2 / 3)
-        compiled_agrees = not self.is_compiled or _agree(found, recorded, power=1 / 2)
+        low = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
+        compiled_agrees = not self.is_compiled or _agree(found, recorded, power=1 / 2, dtypes=low)
         return (
             recorded_agrees and all(map(torch.equal, recorded_states, expected_states)),
             compiled_agrees and all(map(torch.equal, states, recorded_states)),
         )
+
+
+def _without_autocast(device_types: Sequence[str]) -> ExitStack:
+    """Switch autocast off in a block, since a graph holds the casts that were recorded."""
+    stack = ExitStack()
+    for kind in device_types:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def _with_strides_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -376,12 +453,21 @@ def _signature(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _agree(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], *, power: float) -> bool:
-    """Return True if losses agree within eps^(2/3), and all gradients as one vector within eps^power."""
+def _agree(
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    *,
+    power: float,
+    dtypes: Sequence[torch.dtype] = (),
+) -> bool:
+    """Return True if losses agree within eps^(2/3), and all gradients as one vector within eps^power.
+
+    eps is that of the least precise dtype of `dtypes` and the tensors: a loss of float64 may sum float32.
+    """
     if [tensor is None for tensor in found] != [tensor is None for tensor in expected]:
         return False
     pairs = [(f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None]
-    eps = max(torch.finfo(tensor.dtype).eps for pair in pairs for tensor in pair)  # a loss may be of float64
+    eps = max(torch.finfo(dtype).eps for dtype in [*dtypes, *(t.dtype for pair in pairs for t in pair)])
     differences = [(f - e).norm() for f, e in pairs]
     sizes = [e.norm() for _, e in pairs]
     loss_agrees = differences[0] <= eps ** (2 / 3) * sizes[0].clamp(min=1.0)

@@ -84,6 +84,7 @@ class Snapshot:
     """
 
     def __init__(self, ignored: set[tuple[int, Any]]):
+        self.ignored = ignored
         self.in_dicts = _Lookups(dict.get, _put_item)
         self.in_classes = _Lookups(MappingProxyType.get, _put_attribute)
         self.in_objects = _Lookups(attribute, _put_attribute)
@@ -150,7 +151,7 @@ class Snapshot:
 
     def add_environment(self) -> None:
         """Add the environment variables."""
-        self.environment = dict(os.environ._data)  # type: ignore[attr-defined] # 30 times faster than decoded
+        self.environment = dict(_environment())
 
     def hold(self) -> bool:
         """Return True if all values are the same objects, or equal numbers and strings."""
@@ -159,7 +160,7 @@ class Snapshot:
             and list(map(len, self.sized)) == self.sizes
             and self._items_hold()
             and list(map(np.ndarray.tobytes, self.arrays)) == self.bytes
-            and (self.environment is None or os.environ._data == self.environment)  # type: ignore[attr-defined]
+            and (self.environment is None or _environment() == self.environment)
         )
 
     def _items_hold(self) -> bool:
@@ -177,11 +178,11 @@ class Snapshot:
         for array, elements in zip(self.arrays, self.bytes, strict=True):
             if array.tobytes() != elements:
                 found.append(Change(array, "elements", elements, array.tobytes()))
-        if self.environment is not None and os.environ._data != self.environment:  # type: ignore[attr-defined]
-            found.append(Change(os, "environ", None, None))
+        if self.environment is not None and _environment() != self.environment:
+            found.append(Change(os, "environ", self.environment, dict(_environment())))
         for generator, state in self.generators:
             if _state(generator) != state:
-                found.append(Change(generator, "state", None, None))
+                found.append(Change(generator, "state", state, _state(generator)))
         return found
 
     def restore(self) -> None:
@@ -194,7 +195,7 @@ class Snapshot:
         for array, elements in zip(self.arrays, self.bytes, strict=True):
             if array.tobytes() != elements:
                 array[...] = np.frombuffer(elements, array.dtype).reshape(array.shape)
-        if self.environment is not None and os.environ._data != self.environment:  # type: ignore[attr-defined]
+        if self.environment is not None and _environment() != self.environment:
             decoded = {os.fsdecode(name): os.fsdecode(value) for name, value in self.environment.items()}
             os.environ.clear()
             os.environ.update(decoded)
@@ -213,6 +214,10 @@ def equal(one: Any, other: Any) -> bool:
     if isinstance(one, float | np.floating) and math.isnan(one):
         return math.isnan(other)
     return isinstance(one, _BY_VALUE) and bool(one == other)
+
+
+def _environment() -> dict[Any, Any]:
+    return os.environ._data  # type: ignore[attr-defined] # encoded: 30 times faster to copy
 
 
 def attribute(owner: Any, name: str, default: Any) -> Any:

@@ -148,6 +148,7 @@ class SVI:
         states = [generator.get_state() for generator in global_generators()]
         counted = getattr(self.loss, "steps", None)
         self.optimizer.zero_grad()
+        torch.clear_autocast_cache()  # of casts of the parameters before the last step
         try:
             loss = self._loss_and_gradients(states, *args, **kwargs)
             parameters = self._parameters()

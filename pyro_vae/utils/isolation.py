@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 __all__ = [
+    "ModuleStates",
     "derived_seed",
     "evaluating",
     "evaluation_mode",
@@ -171,7 +172,7 @@ def isolated(model: Any, guide: Any) -> Iterator[None]:
         >>> norm.running_mean
         tensor([0., 0., 0.])
     """
-    states = _ModuleStates()
+    states = ModuleStates()
     for program in (model, guide):
         states.save(getattr(program, "__self__", program))
     hook = register_module_forward_pre_hook(states.save)  # functions may call modules found in no attribute
@@ -191,7 +192,7 @@ def isolated(model: Any, guide: Any) -> Iterator[None]:
         states.restore()
 
 
-class _ModuleStates:
+class ModuleStates:
     """Saved buffers and attributes of modules; the first run of an autoguide, for one, adds attributes."""
 
     def __init__(self) -> None:
@@ -208,6 +209,14 @@ class _ModuleStates:
             if id(part) not in self.attributes:
                 inner = [(value, dict(value)) for value in vars(part).values() if isinstance(value, dict)]
                 self.attributes[id(part)] = part, dict(vars(part)), inner
+
+    def changes(self) -> Iterator[tuple[nn.Module, str, Any, Any]]:
+        """Yield attributes that are another object now: module, name, value before and after (or None)."""
+        for part, attributes, inner in self.attributes.values():
+            for now, before in [(vars(part), attributes), *inner]:
+                for name in {**before, **now}:
+                    if now.get(name) is not before.get(name):
+                        yield part, name, before.get(name), now.get(name)
 
     def restore(self) -> None:
         """Restore all saved states in place."""

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from test_agreement import GUIDES, LIKELIHOODS
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -468,9 +468,15 @@ class Changing:
     value = 0.0
 
 
-def reads_class_attribute(z, x):
+def changes_class_attribute(z, x):
     Changing.value += 0.1
     return z + Changing.value
+
+
+def changes_value_unseen(z, x):
+    name = "".join(["val", "ue"])  # which no guard follows
+    setattr(Changing, name, getattr(Changing, name) + 0.1)
+    return z + getattr(Changing, name)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +484,8 @@ def reads_class_attribute(z, x):
     [
         (lambda z, x: z * float(x.sum()), "it reads values of tensors into Python"),
         (lambda z, x: z + x[x > 0].mean(), "it reads values of tensors into Python"),
-        (reads_class_attribute, "disagrees with the eager step"),
+        (changes_class_attribute, "changes attribute 'value' of class 'Changing' in each run"),
+        (changes_value_unseen, "disagrees with the eager step"),
         (
             lambda z, x: z + torch.randn((), generator=torch.Generator().manual_seed(1)),
             "it draws from an explicit random generator",
@@ -487,7 +494,16 @@ def reads_class_attribute(z, x):
         (lambda z, x: z * torch.tensor([x.sum()]), "reads values of tensors into Python"),
         (lambda z, x: z * {0: 2.0}.get((x > 9).sum().item(), 1.0), "reads values of tensors into Python"),
     ],
-    ids=["number", "shape", "class attribute", "generator", "numpy", "tensor of tensors", "look-up"],
+    ids=[
+        "number",
+        "shape",
+        "class attribute",
+        "unseen",
+        "generator",
+        "numpy",
+        "tensor of tensors",
+        "look-up",
+    ],
 )
 def test_a_model_that_no_graph_represents_is_eager_with_one_warning(branch, reason, caplog):
     Changing.value = 0.0
@@ -498,15 +514,22 @@ def test_a_model_that_no_graph_represents_is_eager_with_one_warning(branch, reas
     assert svi._replay.disabled
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert reason in caplog.text
-    if branch is not reads_class_attribute:  # which depends on the number of runs
+    if branch is not changes_value_unseen:  # which depends on the number of runs
         assert_same(traced, eager, rtol=1e-6)
 
 
-def test_estimators_without_a_differentiable_loss_are_eager(caplog):
+def test_tracegraph_is_recorded():
     eager, _ = train_pair(lambda z, x: z, "eager", estimator=TraceGraph_ELBO)
     traced, svi = train_pair(lambda z, x: z, "traced", estimator=TraceGraph_ELBO)
+    assert_traced(svi)
+    assert_same(traced, eager, rtol=1e-6)
+
+
+def test_estimators_without_a_differentiable_loss_are_eager(caplog):
+    eager, _ = train_pair(lambda z, x: z, "eager", estimator=lambda: RenyiELBO(0.5, num_particles=2))
+    traced, svi = train_pair(lambda z, x: z, "traced", estimator=lambda: RenyiELBO(0.5, num_particles=2))
     assert svi._replay.disabled
-    assert "TraceGraph_ELBO has no differentiable_loss" in caplog.text
+    assert "RenyiELBO has no differentiable_loss" in caplog.text
     assert_same(traced, eager, rtol=0)
 
 
