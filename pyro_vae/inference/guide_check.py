@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from pyro.infer import (
 from pyro.infer.inspect import get_dependencies
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi, label
 from pyro_vae.objectives.guide_problems import (
@@ -64,6 +64,7 @@ __all__ = [
     "check_mean_field",
     "check_training",
     "require_fit",
+    "untrained_parameters",
 ]
 
 
@@ -453,11 +454,13 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 def _untrained_problem(
     model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Iterable[Tensor]
 ) -> str | None:
-    """Return a message for a parameter that the guide depends on and that is not among the tensors held.
+    """Return a message for a parameter that a pair depends on and that is not among the tensors held.
 
-    A parameter with a "param" site of a `VAE` may be omitted on purpose. A parameter of Pyro's global store,
-    or without a Pyro statement, may not.
+    A parameter with a "param" site of a `VAE`, or one that the model takes from a module, may be omitted on
+    purpose. One that `pyro.param` creates may not, and neither may the guide's parameters of Pyro's global
+    store or without a Pyro statement.
     """
+    held = list(held)
     registered = parameters(guide_trace, model_trace)
     stored = {id(parameter) for _, parameter in pyro.get_param_store().named_parameters()}
     known = {id(tensor) for tensor in held} | {id(leaf) for leaf in registered if id(leaf) not in stored}
@@ -479,7 +482,43 @@ def _untrained_problem(
                 f"the guide depends on {what}, but the optimiser does not hold it, so that it would not be "
                 f"trained: {fix}; or freeze it with requires_grad_(False)"
             )
-    return None
+    created = stored - {id(leaf) for leaf in registered if isinstance(leaf, nn.Parameter)}
+    waiting = created - {id(tensor) for tensor in held}
+    names = [name for leaf, name in registered.items() if id(leaf) in waiting]
+    return _untrained_message(names) if names else None
+
+
+def untrained_parameters(trained: Iterable[Tensor], known: Container[str] = ()) -> str | None:
+    """Return a message if Pyro's global store holds parameters that an optimiser does not, or None.
+
+    To be called when the store has grown during a step: a parameter that the programs first met then is in
+    no optimiser that was made before.
+
+    Args:
+        trained: The parameters of the optimiser.
+        known: Names of the parameters that were in the store before, which are not reported.
+
+    Example:
+        >>> _ = pyro.param("late", torch.tensor(0.0))
+        >>> untrained_parameters([])  # doctest: +ELLIPSIS
+        "the optimiser does not hold 'late' of Pyro's global store (pyro.param or pyro.module), ..."
+        >>> pyro.clear_param_store()
+    """
+    held = {id(tensor) for tensor in trained}
+    names = [
+        name
+        for name, parameter in pyro.get_param_store().named_parameters()
+        if name not in known and parameter.requires_grad and id(parameter) not in held
+    ]
+    return _untrained_message(names) if names else None
+
+
+def _untrained_message(names: list[str]) -> str:
+    return (
+        f"the optimiser does not hold {', '.join(map(repr, names))} of Pyro's global store (pyro.param or "
+        "pyro.module), so that it would not be trained: run guide and model with such arguments before you "
+        "make the optimiser, add it by optimizer.add_param_group, or train by pyro.infer.SVI"
+    )
 
 
 def _every_estimator(max_plate_nesting: int) -> list[ELBO]:

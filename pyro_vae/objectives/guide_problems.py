@@ -323,10 +323,14 @@ def _site_problems(where: str, p: Site, q: Site, plate_dims: float) -> Iterator[
 def _subsampling_problems(where: str, p: Site, q: Site) -> Iterator[str]:
     for model, guide in zip(vectorized_plates(p), vectorized_plates(q), strict=True):
         if model.full_size != guide.full_size and not same_scale(p["scale"], q["scale"]):
+            fix = "give the plate the model's size"
+            if guide.size < model.full_size:
+                fix += f" and subsample_size, {model.full_size} and {model.size}"
+            if guide.size == guide.full_size:
+                fix += f" {_FIXED_SET}"
             yield (
                 f"{where} is scaled to {guide.full_size} examples by its plate {guide.name!r}, expected "
-                f"{model.full_size} as in the model: give the plate the model's size and subsample_size, "
-                f"{model.full_size} and {model.size}"
+                f"{model.full_size} as in the model: {fix}"
             )
 
 

@@ -31,6 +31,7 @@ from pyro_vae.objectives.sites import (
     analytic_kl,
     data_plate,
     draw_sources,
+    guide_messenger,
     latent_sites,
     masked_log_prob,
     require_programs,
@@ -184,6 +185,11 @@ def terms(
     require_programs("terms(vae.model, vae.guide, x)", model, guide)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
+    if guide_messenger(guide) is not None:
+        raise ValueError(
+            "the guide runs the model itself, as AutoNormalMessenger does, so that their terms cannot be "
+            "separated: pass a guide that is a function, such as AutoNormal, or use Trace_ELBO"
+        )
     # Pyro quotes the plate's name in its error if another plate uses the same dimension.
     name = f"particles, outside max_plate_nesting={max_plate_nesting} plates"
     particles: AbstractContextManager = nullcontext()
