@@ -37,6 +37,7 @@ from pyro_vae.objectives.guide_problems import (
     support,
 )
 from pyro_vae.objectives.kl_weighting import KLWeighted
+from pyro_vae.objectives.log_terms import particle_plate
 from pyro_vae.objectives.sites import (
     Program,
     Sites,
@@ -297,22 +298,21 @@ def _run_fitting_pair(
 
     Sites that the model marks for enumeration may be missing from the guide if the estimator enumerates.
     """
-    enumerates = isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO)
     programs = (model, guide)
     if estimator is not None:
         programs = _as_run_by(estimator, model, guide, data, kwargs)
     guide_trace, returned = _run_guide(*programs, data, kwargs)
     model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-    if enumerates:
+    dims = {site["infer"].get("_enumerate_dim") for site in (*model_sites.values(), *guide_sites.values())}
+    if isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO):
         model_sites = {
             name: site
             for name, site in model_sites.items()
             if name in guide_sites or not site["infer"].get("enumerate")
         }
-    plate_dims = estimator.max_plate_nesting if enumerates and estimator else math.inf
     mismatches = problems(
-        model_sites, guide_sites, returned, plate_dims=plate_dims, model_failed=error is not None
+        model_sites, guide_sites, returned, enumerated=dims - {None}, model_failed=error is not None
     )
     found = (*mismatches, *subsample_problems(model_trace, guide_trace))
     if not found and error is None:
@@ -332,14 +332,17 @@ def _as_run_by(
     estimator: ELBO, model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
 ) -> tuple[Program, Program]:
     """Return a pair in the particle plate and with the enumeration of an estimator."""
-    if isinstance(estimator, Estimator) and estimator.num_particles * estimator.num_groups > 1:
+    if isinstance(estimator, Estimator):
         count = estimator.num_particles * estimator.num_groups
-        plate = pyro.plate("particles", count, dim=-1 - estimator.max_plate_nesting)
-        return plate(model), plate(guide)
+        plate = particle_plate(count, estimator.max_plate_nesting)
+        return (plate(model), plate(guide)) if count > 1 else (model, guide)
     enumerates = isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO)
     vectorizes = estimator.vectorize_particles and estimator.num_particles > 1
     if (enumerates or vectorizes) and estimator.max_plate_nesting == math.inf:
-        estimator._guess_max_plate_nesting(model, guide, data, kwargs)
+        try:
+            estimator._guess_max_plate_nesting(model, guide, data, kwargs)
+        except Exception:  # the run of the pair as it is will explain the error
+            return model, guide
     if vectorizes:
         model, guide = (estimator._vectorized_num_particles(program) for program in (model, guide))
     if enumerates:  # the model's enumeration dimensions lie left of the guide's
@@ -364,11 +367,11 @@ def _run_guide(
 
 
 def _waiting(
-    model: Program, partial: poutine.Trace, data: tuple, kwargs: dict[str, Any], error: Exception
+    model: Program, drawn: poutine.Trace, data: tuple, kwargs: dict[str, Any], error: Exception
 ) -> list[str]:
     """Return the latent sites that a guide had not drawn before it failed; raise if the model fails too."""
-    subsamples = partial.copy()
-    for name, site in partial.nodes.items():
+    subsamples = drawn.copy()
+    for name, site in drawn.nodes.items():
         if not (site["type"] == "sample" and site_is_subsample(site)):
             subsamples.remove_node(name)
     tracer = poutine.trace()
@@ -379,7 +382,6 @@ def _waiting(
         pass
     except Exception as models_own:
         raise models_own from error
-    drawn = sample_sites(partial)
     return [name for name in latent_sites(sample_sites(tracer.trace)) if name not in drawn]
 
 

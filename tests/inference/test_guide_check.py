@@ -6,6 +6,7 @@ prints the messages for deliberately broken guides, as listed in broken_guides.t
 """
 
 import dataclasses
+import functools
 import re
 import textwrap
 from collections.abc import Callable
@@ -138,6 +139,37 @@ def test_no_broken_guide_is_evaluated_or_trained(name):
         with pytest.raises(GuideError) as caught:
             use(x)
         assert str(caught.value).partition(":")[0] == str(error_of(name)).partition(":")[0]
+
+
+@pytest.mark.parametrize("name", [n for n in BROKEN if n != "another device"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Trace_ELBO(num_particles=2, vectorize_particles=True),
+        TraceEnum_ELBO(),
+        TraceEnum_ELBO(max_plate_nesting=1),
+        pv.IWAE(2),
+    ],
+    ids=["particles", "enumeration, guessed plates", "enumeration", "IWAE"],
+)
+def test_a_broken_guide_is_explained_under_every_tracing(name, estimator):
+    vae = make_vae(BROKEN[name]())
+    with pytest.raises(GuideError) as caught:
+        check_training(vae.model, vae.guide, estimator, vae.parameters(), torch.randn(N, *EVENT))
+    assert str(caught.value).split()[:4] == str(error_of(name)).split()[:4]
+
+
+def test_too_many_plates_for_the_estimator_name_its_argument():
+    def program(x: Tensor, *, observe: bool = False) -> None:
+        with pyro.plate("rows", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pair = functools.partial(program, observe=True), program
+    with pytest.raises(ValueError, match="particles, outside max_plate_nesting=1 plates"):
+        check_training(*pair, pv.IWAE(2), [], torch.randn(N))
+    check_training(*pair, pv.IWAE(2, max_plate_nesting=2), [], torch.randn(N))
 
 
 def test_errors_of_terms_point_to_check_guide():
