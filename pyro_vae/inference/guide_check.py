@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from pyro.infer import (
 from pyro.infer.inspect import get_dependencies
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi, label
 from pyro_vae.objectives.guide_problems import (
@@ -37,6 +37,7 @@ from pyro_vae.objectives.guide_problems import (
     support,
 )
 from pyro_vae.objectives.kl_weighting import KLWeighted
+from pyro_vae.objectives.log_terms import particle_plate
 from pyro_vae.objectives.sites import (
     Program,
     Sites,
@@ -64,6 +65,7 @@ __all__ = [
     "check_mean_field",
     "check_training",
     "require_fit",
+    "untrained_parameters",
 ]
 
 
@@ -296,22 +298,21 @@ def _run_fitting_pair(
 
     Sites that the model marks for enumeration may be missing from the guide if the estimator enumerates.
     """
-    enumerates = isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO)
     programs = (model, guide)
     if estimator is not None:
         programs = _as_run_by(estimator, model, guide, data, kwargs)
     guide_trace, returned = _run_guide(*programs, data, kwargs)
     model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-    if enumerates:
+    dims = {site["infer"].get("_enumerate_dim") for site in (*model_sites.values(), *guide_sites.values())}
+    if isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO):
         model_sites = {
             name: site
             for name, site in model_sites.items()
             if name in guide_sites or not site["infer"].get("enumerate")
         }
-    plate_dims = estimator.max_plate_nesting if enumerates and estimator else math.inf
     mismatches = problems(
-        model_sites, guide_sites, returned, plate_dims=plate_dims, model_failed=error is not None
+        model_sites, guide_sites, returned, enumerated=dims - {None}, model_failed=error is not None
     )
     found = (*mismatches, *subsample_problems(model_trace, guide_trace))
     if not found and error is None:
@@ -331,14 +332,17 @@ def _as_run_by(
     estimator: ELBO, model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
 ) -> tuple[Program, Program]:
     """Return a pair in the particle plate and with the enumeration of an estimator."""
-    if isinstance(estimator, Estimator) and estimator.num_particles * estimator.num_groups > 1:
+    if isinstance(estimator, Estimator):
         count = estimator.num_particles * estimator.num_groups
-        plate = pyro.plate("particles", count, dim=-1 - estimator.max_plate_nesting)
-        return plate(model), plate(guide)
+        plate = particle_plate(count, estimator.max_plate_nesting)
+        return (plate(model), plate(guide)) if count > 1 else (model, guide)
     enumerates = isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO)
     vectorizes = estimator.vectorize_particles and estimator.num_particles > 1
     if (enumerates or vectorizes) and estimator.max_plate_nesting == math.inf:
-        estimator._guess_max_plate_nesting(model, guide, data, kwargs)
+        try:
+            estimator._guess_max_plate_nesting(model, guide, data, kwargs)
+        except Exception:  # the run of the pair as it is will explain the error
+            return model, guide
     if vectorizes:
         model, guide = (estimator._vectorized_num_particles(program) for program in (model, guide))
     if enumerates:  # the model's enumeration dimensions lie left of the guide's
@@ -363,11 +367,11 @@ def _run_guide(
 
 
 def _waiting(
-    model: Program, partial: poutine.Trace, data: tuple, kwargs: dict[str, Any], error: Exception
+    model: Program, drawn: poutine.Trace, data: tuple, kwargs: dict[str, Any], error: Exception
 ) -> list[str]:
     """Return the latent sites that a guide had not drawn before it failed; raise if the model fails too."""
-    subsamples = partial.copy()
-    for name, site in partial.nodes.items():
+    subsamples = drawn.copy()
+    for name, site in drawn.nodes.items():
         if not (site["type"] == "sample" and site_is_subsample(site)):
             subsamples.remove_node(name)
     tracer = poutine.trace()
@@ -378,7 +382,6 @@ def _waiting(
         pass
     except Exception as models_own:
         raise models_own from error
-    drawn = sample_sites(partial)
     return [name for name in latent_sites(sample_sites(tracer.trace)) if name not in drawn]
 
 
@@ -453,11 +456,13 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 def _untrained_problem(
     model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Iterable[Tensor]
 ) -> str | None:
-    """Return a message for a parameter that the guide depends on and that is not among the tensors held.
+    """Return a message for a parameter that a pair depends on and that is not among the tensors held.
 
-    A parameter with a "param" site of a `VAE` may be omitted on purpose. A parameter of Pyro's global store,
-    or without a Pyro statement, may not.
+    A parameter with a "param" site of a `VAE`, or one that the model takes from a module, may be omitted on
+    purpose. One that `pyro.param` creates may not, and neither may the guide's parameters of Pyro's global
+    store or without a Pyro statement.
     """
+    held = list(held)
     registered = parameters(guide_trace, model_trace)
     stored = {id(parameter) for _, parameter in pyro.get_param_store().named_parameters()}
     known = {id(tensor) for tensor in held} | {id(leaf) for leaf in registered if id(leaf) not in stored}
@@ -479,7 +484,43 @@ def _untrained_problem(
                 f"the guide depends on {what}, but the optimiser does not hold it, so that it would not be "
                 f"trained: {fix}; or freeze it with requires_grad_(False)"
             )
-    return None
+    created = stored - {id(leaf) for leaf in registered if isinstance(leaf, nn.Parameter)}
+    waiting = created - {id(tensor) for tensor in held}
+    names = [name for leaf, name in registered.items() if id(leaf) in waiting]
+    return _untrained_message(names) if names else None
+
+
+def untrained_parameters(trained: Iterable[Tensor], known: Container[str] = ()) -> str | None:
+    """Return a message if Pyro's global store holds parameters that an optimiser does not, or None.
+
+    To be called when the store has grown during a step: a parameter that the programs first met then is in
+    no optimiser that was made before.
+
+    Args:
+        trained: The parameters of the optimiser.
+        known: Names of the parameters that were in the store before, which are not reported.
+
+    Example:
+        >>> _ = pyro.param("late", torch.tensor(0.0))
+        >>> untrained_parameters([])  # doctest: +ELLIPSIS
+        "the optimiser does not hold 'late' of Pyro's global store (pyro.param or pyro.module), ..."
+        >>> pyro.clear_param_store()
+    """
+    held = {id(tensor) for tensor in trained}
+    names = [
+        name
+        for name, parameter in pyro.get_param_store().named_parameters()
+        if name not in known and parameter.requires_grad and id(parameter) not in held
+    ]
+    return _untrained_message(names) if names else None
+
+
+def _untrained_message(names: list[str]) -> str:
+    return (
+        f"the optimiser does not hold {', '.join(map(repr, names))} of Pyro's global store (pyro.param or "
+        "pyro.module), so that it would not be trained: run guide and model with such arguments before you "
+        "make the optimiser, add it by optimizer.add_param_group, or train by pyro.infer.SVI"
+    )
 
 
 def _every_estimator(max_plate_nesting: int) -> list[ELBO]:

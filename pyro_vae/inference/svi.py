@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
-from pyro_vae.inference.guide_check import check_training
+from pyro_vae.inference.guide_check import check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.objectives.sites import require_programs
 from pyro_vae.utils.isolation import isolated, without_autocast
@@ -111,9 +111,11 @@ class SVI:
         Raises:
             NonFiniteError: If the loss or a gradient is infinite or NaN; names parameter, site and datum
                 where these can be found. Parameters and the optimiser's state are unchanged, gradients None.
+            ValueError: If the programs enter a parameter in Pyro's store that the optimiser does not hold.
         """
         if self._checked != (self.model, self.guide, self.loss):
             self.check(*args, **kwargs)
+        num_stored = len(pyro.get_param_store())
         if self.engine == "eager":
             loss = self._eager_step(*args, **kwargs)
         else:
@@ -127,8 +129,17 @@ class SVI:
                     fastest=self.fastest_products,
                 )
             loss = self._replay.step(self.steps, *args, **kwargs)
+        self._require_trained(num_stored)
         self.steps += 1
         return loss
+
+    def _require_trained(self, num_stored: int) -> None:
+        """Raise if programs have entered parameters in Pyro's store that the optimiser does not hold."""
+        names = list(pyro.get_param_store())
+        if len(names) > num_stored:
+            problem = untrained_parameters(self._parameters(), known=names[:num_stored])
+            if problem:
+                raise ValueError(problem)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Check, without side effects, that the guide fits, and that the estimator and the optimiser suit it.
@@ -146,11 +157,13 @@ class SVI:
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> float:
         states = [generator.get_state() for generator in global_generators()]
+        num_stored = len(pyro.get_param_store())
         counted = getattr(self.loss, "steps", None)
         self.optimizer.zero_grad()
         torch.clear_autocast_cache()  # of casts of the parameters before the last step
         try:
             loss = self._loss_and_gradients(states, *args, **kwargs)
+            self._require_trained(num_stored)
             parameters = self._parameters()
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])

@@ -6,7 +6,7 @@ Notation: p is a site of the model, q the guide's site of the same name.
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def problems(
     guide_sites: Sites,
     returned: Any = None,
     *,
-    plate_dims: float = math.inf,
+    enumerated: Collection[int] = (),
     model_failed: bool = False,
 ) -> Iterator[str]:
     """Yield a message for each mismatch between the sample sites of a guide and a model run at its draws.
@@ -98,7 +98,7 @@ def problems(
         model_sites: Sample sites of the model.
         guide_sites: Sample sites of the guide.
         returned: Return value of the guide.
-        plate_dims: Number of batch dimensions of plates; those left of them enumerate sites.
+        enumerated: Batch dimensions that enumerate sites, counted from the right, negative.
         model_failed: Whether the model raised an error after these sites: the mismatches may explain it.
     """
     if not model_failed:
@@ -108,7 +108,7 @@ def problems(
     for name, q in guide_sites.items():
         p = latent.get(renamed.get(name, name))
         if p is not None:
-            yield from _site_problems(f"the guide's site {name!r}", p, q, plate_dims)
+            yield from _site_problems(f"the guide's site {name!r}", p, q, enumerated)
             if model_failed:
                 yield from _type_problems(f"the guide's site {name!r}", p, q)
 
@@ -291,7 +291,7 @@ def _missing_site(name: str, p: Site, guide_sites: Sites, returned: Any) -> str:
     )
 
 
-def _site_problems(where: str, p: Site, q: Site, plate_dims: float) -> Iterator[str]:
+def _site_problems(where: str, p: Site, q: Site, enumerated: Collection[int]) -> Iterator[str]:
     invalid = _invalid_parameter(q["fn"])
     if invalid:
         yield f"{where}: {invalid}"
@@ -310,7 +310,7 @@ def _site_problems(where: str, p: Site, q: Site, plate_dims: float) -> Iterator[
             "add .to_event(1)" if fewer_dims else "give guide and model the same number of latent dimensions"
         )
         yield f"{where} has {_shapes(q)}, expected {_shapes(p)} as in the model: {fix}"
-    elif same_plates and _plate_shape(p, plate_dims) != _plate_shape(q, plate_dims):
+    elif same_plates and _plate_shape(p, enumerated) != _plate_shape(q, enumerated):
         yield (
             f"{where} has {_shapes(q)}, expected {_shapes(p)} as in the model: draw once per example, or "
             "declare the other dimensions as event dimensions with .to_event(1)"
@@ -323,12 +323,14 @@ def _site_problems(where: str, p: Site, q: Site, plate_dims: float) -> Iterator[
 def _subsampling_problems(where: str, p: Site, q: Site) -> Iterator[str]:
     for model, guide in zip(vectorized_plates(p), vectorized_plates(q), strict=True):
         if model.full_size != guide.full_size and not same_scale(p["scale"], q["scale"]):
+            fix = "give the plate the model's size"
+            if guide.size < model.full_size:
+                fix += f" and subsample_size, {model.full_size} and {model.size}"
+            if guide.size == guide.full_size:
+                fix += f" {_FIXED_SET}"
             yield (
                 f"{where} is scaled to {guide.full_size} examples by its plate {guide.name!r}, expected "
-                f"{model.full_size} as in the model: give the plate the model's size and subsample_size, "
-                f"{model.full_size} and {model.size}"
-                + f" {_FIXED_SET}"
-                * (guide.full_size > model.full_size)  # a guide made for a larger set
+                f"{model.full_size} as in the model: {fix}"
             )
 
 
@@ -340,15 +342,15 @@ def _same_plates(p: Site, q: Site) -> bool:
     )
 
 
-def _plate_shape(site: Site, plate_dims: float) -> tuple[int, ...]:
-    """Return a site's batch shape, without the dimensions that enumerate sites."""
+def _plate_shape(site: Site, enumerated: Collection[int]) -> tuple[int, ...]:
+    """Return a site's batch shape without the dimensions that enumerate sites."""
     shape = tuple(site["fn"].batch_shape)
-    if plate_dims == math.inf:
+    if not enumerated:
         return shape
-    shape = shape[max(len(shape) - int(plate_dims), 0) :]
-    while shape[:1] == (1,):
-        shape = shape[1:]
-    return shape
+    kept = [1 if axis - len(shape) in enumerated else size for axis, size in enumerate(shape)]
+    while kept[:1] == [1]:
+        del kept[0]
+    return tuple(kept)
 
 
 def _draw_problems(where: str, p: Site, q: Site) -> Iterator[str]:

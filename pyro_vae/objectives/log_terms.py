@@ -31,6 +31,7 @@ from pyro_vae.objectives.sites import (
     analytic_kl,
     data_plate,
     draw_sources,
+    guide_messenger,
     latent_sites,
     masked_log_prob,
     require_programs,
@@ -41,7 +42,7 @@ from pyro_vae.objectives.sites import (
 )
 from pyro_vae.utils.validation import require_count
 
-__all__ = ["Terms", "terms"]
+__all__ = ["Terms", "particle_plate", "terms"]
 
 
 @dataclass(frozen=True)
@@ -184,17 +185,20 @@ def terms(
     require_programs("terms(vae.model, vae.guide, x)", model, guide)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
-    # Pyro quotes the plate's name in its error if another plate uses the same dimension.
-    name = f"particles, outside max_plate_nesting={max_plate_nesting} plates"
-    particles: AbstractContextManager = nullcontext()
-    if num_particles > 1:
-        particles = pyro.plate(name, num_particles, dim=-1 - max_plate_nesting)
+    if guide_messenger(guide) is not None:
+        raise ValueError(
+            "the guide runs the model itself, as AutoNormalMessenger does, so that their terms cannot be "
+            "separated: pass a guide that is a function, such as AutoNormal, or use Trace_ELBO"
+        )
+    particles = particle_plate(num_particles, max_plate_nesting) if num_particles > 1 else nullcontext()
     guide_trace, model_trace, draws = _run_pair(model, guide, data, kwargs, particles)
     guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
     observed = {key: site for key, site in model_sites.items() if site["is_observed"]}
     latent = latent_sites(model_sites)
     _check_sites(latent, observed, model_sites, guide_sites)
-    plate = data_plate(guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=name)
+    plate = data_plate(
+        guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=_particles(max_plate_nesting)
+    )
     for problem in mask_problems(model_sites, guide_sites, partial(draw_sources, guide, data, kwargs)):
         raise ValueError(problem)
     check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
@@ -220,6 +224,16 @@ def terms(
         scale=shared_scale(guide_sites, model_sites, sites.num_data),
         sites=sites,
     )
+
+
+def particle_plate(num_particles: int, max_plate_nesting: int) -> pyro.plate:
+    """Return the plate of particles, left of the plates of a pair."""
+    return pyro.plate(_particles(max_plate_nesting), num_particles, dim=-1 - max_plate_nesting)
+
+
+def _particles(max_plate_nesting: int) -> str:
+    # Pyro quotes the plate's name in its error if another plate uses the same dimension.
+    return f"particles, outside max_plate_nesting={max_plate_nesting} plates"
 
 
 def _run_pair(

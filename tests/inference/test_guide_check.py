@@ -6,6 +6,7 @@ prints the messages for deliberately broken guides, as listed in broken_guides.t
 """
 
 import dataclasses
+import functools
 import re
 import textwrap
 from collections.abc import Callable
@@ -17,11 +18,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal, AutoNormalMessenger
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.inference.guide_check import GuideError, check_guide, check_training
+from pyro_vae.inference.guide_check import GuideError, check_guide, check_training, untrained_parameters
 from pyro_vae.networks import positive
 
 EVENT, K, N = (2, 3), 4, 5
@@ -138,6 +139,37 @@ def test_no_broken_guide_is_evaluated_or_trained(name):
         with pytest.raises(GuideError) as caught:
             use(x)
         assert str(caught.value).partition(":")[0] == str(error_of(name)).partition(":")[0]
+
+
+@pytest.mark.parametrize("name", [n for n in BROKEN if n != "another device"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Trace_ELBO(num_particles=2, vectorize_particles=True),
+        TraceEnum_ELBO(),
+        TraceEnum_ELBO(max_plate_nesting=1),
+        pv.IWAE(2),
+    ],
+    ids=["particles", "enumeration, guessed plates", "enumeration", "IWAE"],
+)
+def test_a_broken_guide_is_explained_under_every_tracing(name, estimator):
+    vae = make_vae(BROKEN[name]())
+    with pytest.raises(GuideError) as caught:
+        check_training(vae.model, vae.guide, estimator, vae.parameters(), torch.randn(N, *EVENT))
+    assert str(caught.value).split()[:4] == str(error_of(name)).split()[:4]
+
+
+def test_too_many_plates_for_the_estimator_name_its_argument():
+    def program(x: Tensor, *, observe: bool = False) -> None:
+        with pyro.plate("rows", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pair = functools.partial(program, observe=True), program
+    with pytest.raises(ValueError, match="particles, outside max_plate_nesting=1 plates"):
+        check_training(*pair, pv.IWAE(2), [], torch.randn(N))
+    check_training(*pair, pv.IWAE(2, max_plate_nesting=2), [], torch.randn(N))
 
 
 def test_errors_of_terms_point_to_check_guide():
@@ -397,7 +429,7 @@ def test_a_plate_of_another_size_than_the_models_raises():
     x = torch.randn(50)
     model, guide = in_plate("data", size=7)
     with pytest.raises(
-        GuideError, match="is scaled to 7 examples by its plate 'data', expected 50 .*, 50 and 7$"
+        GuideError, match=r"is scaled to 7 examples by its plate 'data', expected 50 .*, 50 and 7 \(train"
     ):
         check_guide(model, guide, x, subsample_size=7)
     scaled = pyro.poutine.scale(guide, 50 / 7)
@@ -554,6 +586,72 @@ def test_parameters_without_a_pyro_statement_are_reported():
 
     vae = make_vae(registered)
     assert check_guide(vae.model, vae.guide, torch.randn(N, *EVENT)).unregistered == ()
+
+
+@pytest.fixture
+def store():
+    yield pyro.get_param_store()
+    pyro.clear_param_store()
+
+
+def test_parameters_first_met_after_the_optimiser_was_made_are_named(store):
+    def guide(x: Tensor, y: Tensor | None = None) -> None:
+        a = pyro.param("a", torch.tensor(0.0))
+        if y is not None:
+            a = a + pyro.param("b", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(a, 1.0))
+
+    x = torch.randn(N)
+    guide(x)
+    trained = [parameter for _, parameter in store.named_parameters()]
+    assert untrained_parameters(trained) is None
+    guide(x, x)
+    message = untrained_parameters(trained)
+    assert message.startswith("the optimiser does not hold 'b' of Pyro's global store")
+    assert "optimizer.add_param_group" in message
+    assert untrained_parameters(trained, known={"a", "b"}) is None
+    assert untrained_parameters([*trained, store["b"].unconstrained()]) is None
+    pyro.module("frozen", nn.Linear(2, 3).requires_grad_(False).eval())
+    assert untrained_parameters(trained, known={"b"}) is None
+
+
+def test_a_parameter_that_the_model_creates_is_trained_or_raises(store):
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.randn(N)
+    with pytest.raises(ValueError, match="the optimiser does not hold 'loc' of .* run guide and model"):
+        check_training(model, guide, Trace_ELBO(), [], x)
+    model(x)
+    check_training(model, guide, Trace_ELBO(), [store["loc"].unconstrained()], x)
+    with pytest.raises(ValueError, match="the optimiser does not hold 'loc'"):
+        check_training(model, guide, Trace_ELBO(), [], x)
+
+    decoder = nn.Linear(1, 1)  # of a module: a part of the model may rest on purpose
+
+    def of_a_module(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(decoder(z[:, None])[:, 0], 1.0), obs=x)
+
+    check_training(of_a_module, guide, Trace_ELBO(), [], x)
+
+
+def test_a_guide_that_runs_the_model_itself_is_for_pyros_estimators(store):
+    model = make_vae().model
+    report = check_guide(model, AutoNormalMessenger(model), torch.randn(N, *EVENT))
+    assert report.problems == ()
+    assert report.estimators["Trace_ELBO"] is None
+    assert report.estimators["IWAE"].startswith("the guide runs the model itself")
 
 
 def test_the_check_has_no_side_effects():

@@ -294,3 +294,57 @@ def test_wrong_arguments_raise():
         pv.SVI(vae.model, vae.guide, adam, lambda *_: 0)
     with pytest.raises(ValueError, match="clip_norm must be positive; got 0"):
         pv.SVI(vae.model, vae.guide, adam, Trace_ELBO(), clip_norm=0)
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+def test_a_parameter_first_met_at_a_later_step_is_not_left_untrained(engine):
+    x = torch.full((6,), 3.0)
+
+    def model(x, y=None):
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, y=None):
+        a = pyro.param("a", torch.tensor(0.0))
+        if y is not None:
+            a = a + pyro.param("b", torch.tensor(0.0))
+        with pyro.plate("data", 6):
+            pyro.sample("z", dist.Normal(a, 1.0).expand([6]))
+
+    with pyro.get_param_store().scope():
+        guide(x)
+        held = [parameter for _, parameter in pyro.get_param_store().named_parameters()]
+        svi = pv.SVI(model, guide, torch.optim.SGD(held, 0.01), Trace_ELBO(), engine=engine)
+        svi.step(x)
+        with pytest.raises(ValueError, match="does not hold 'b' of Pyro's global store.*add_param_group"):
+            svi.step(x, y=x)
+        store = pyro.get_param_store()
+        svi.optimizer.add_param_group({"params": [dict(store.named_parameters())["b"]]})
+        svi.step(x, y=x)
+        assert store["b"] != 0
+
+
+def test_parameters_of_other_pairs_are_none_of_its_business():
+    def pair(name):
+        def model(x):
+            with pyro.plate("data", 3):
+                pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+        def guide(x):
+            loc = pyro.param(name, torch.tensor(0.0))
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Normal(loc, 1.0).expand([3]))
+
+        return model, guide
+
+    x = torch.ones(3)
+    with pyro.get_param_store().scope():
+        steps = []
+        for name in ("one", "two"):
+            model, guide = pair(name)
+            guide(x)
+            held = [dict(pyro.get_param_store().named_parameters())[name]]
+            steps.append(pv.SVI(model, guide, torch.optim.SGD(held, 0.01), Trace_ELBO()).step)
+            steps[0](x)
+        steps[1](x)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.contrib.easyguide import EasyGuide
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTMC_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -144,6 +153,92 @@ def particle_shapes() -> Pair:
             pyro.sample("z", dist.Normal(w * x, 1.0))
 
     return model, guide, (torch.randn(N),)
+
+
+def hidden_markov() -> Pair:
+    """Sequences of several lengths with enumerated states: hmm.py."""
+    lengths = torch.tensor([2, 3, 1])
+
+    @config_enumerate
+    def model(x, lengths):
+        with poutine.mask(mask=True):
+            probs = pyro.sample("probs", dist.Dirichlet(0.9 * torch.eye(2) + 0.1).to_event(1))
+            rates = pyro.sample("rates", dist.Beta(0.1, 0.9).expand([2, 4]).to_event(2))
+        tones = pyro.plate("tones", 4, dim=-1)
+        with pyro.plate("sequences", len(x), 2, dim=-2) as batch:
+            state = 0
+            for t in pyro.markov(range(3)):
+                with poutine.mask(mask=(t < lengths[batch]).unsqueeze(-1)):
+                    state = pyro.sample(f"state_{t}", dist.Categorical(probs[state]))
+                    with tones as tone:
+                        pyro.sample(f"x_{t}", dist.Bernoulli(rates[state, tone]), obs=x[batch, t])
+
+    def on_numbers(x, lengths):
+        return model(x, lengths)
+
+    guide = AutoDelta(poutine.block(on_numbers, expose=["probs", "rates"]))
+    return model, guide, (torch.bernoulli(torch.full((3, 3, 4), 0.5)), lengths)
+
+
+def topics() -> Pair:
+    """Documents that the guide subsamples, words whose topics are enumerated: lda.py."""
+
+    def model(x):
+        with pyro.plate("topics", 2):
+            weights = pyro.sample("weights", dist.Gamma(0.5, 1.0))
+            words = pyro.sample("words", dist.Dirichlet(torch.ones(5)))
+        with pyro.plate("documents", x.shape[1]) as index:
+            mixture = pyro.sample("mixture", dist.Dirichlet(weights))
+            with pyro.plate("places", len(x)):
+                topic = pyro.sample("topic", dist.Categorical(mixture), infer={"enumerate": "parallel"})
+                pyro.sample("word", dist.Categorical(words[topic]), obs=x[:, index])
+
+    def guide(x):
+        positive = constraints.positive
+        weights = pyro.param("weights_q", torch.ones(2), constraint=positive)
+        words = pyro.param("words_q", torch.ones(2, 5), constraint=positive)
+        with pyro.plate("topics", 2):
+            pyro.sample("weights", dist.Gamma(weights, 1.0))
+            pyro.sample("words", dist.Dirichlet(words))
+        logits = pyro.param("logits", torch.zeros(2))
+        with pyro.plate("documents", x.shape[1], 3) as index:
+            mixture = logits.softmax(-1).expand(len(index), 2)
+            pyro.sample("mixture", dist.Delta(mixture, event_dim=1))
+
+    return model, guide, (torch.randint(0, 5, (4, N)),)
+
+
+def capture() -> Pair:
+    """Enumerated states of animals and an automatic guide of the rest: cjs.py."""
+
+    @config_enumerate
+    def model(x):
+        survival = pyro.sample("survival", dist.Uniform(0.0, 1.0))
+        seen = pyro.sample("seen", dist.Uniform(0.0, 1.0))
+        with pyro.plate("animals", len(x)):
+            alive = torch.ones(len(x))
+            for t in pyro.markov(range(3)):
+                alive = pyro.sample(f"alive_{t}", dist.Bernoulli(survival * alive))
+                pyro.sample(f"x_{t}", dist.Bernoulli(seen * alive), obs=x[:, t])
+
+    hidden = poutine.block(model, expose=["survival", "seen"])
+    x = torch.zeros(N, 3)
+    x[:, 0] = 1
+    return model, AutoDiagonalNormal(hidden), (x,)
+
+
+def scaled_latents() -> Pair:
+    """Annealed latent variables, scaled in both programs: dmm.py."""
+
+    def program(x, *, observe):
+        w = pyro.param("w", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=0.3):
+                z = pyro.sample("z", dist.Normal(0.0 if observe else w * x, 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return partial(program, observe=True), partial(program, observe=False), (torch.randn(N),)
 
 
 def coin() -> tuple[Callable, tuple]:
@@ -357,6 +452,17 @@ PAIRS: dict[str, tuple[Callable[[], Pair], Any]] = {
         lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
     ),
     "shapes of particles, IWAE": (particle_shapes, lambda: pv.IWAE(3)),
+    "hmm": (hidden_markov, lambda: TraceEnum_ELBO(max_plate_nesting=2)),
+    "lda": (topics, lambda: TraceEnum_ELBO(max_plate_nesting=2)),
+    "lda, guessed plates": (topics, TraceEnum_ELBO),
+    "cjs": (capture, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
+    "cjs, particles": (
+        capture,
+        lambda: TraceEnum_ELBO(max_plate_nesting=1, num_particles=2, vectorize_particles=True),
+    ),
+    "annealed": (scaled_latents, Trace_ELBO),
+    "annealed, Rényi": (scaled_latents, lambda: RenyiELBO(alpha=0.5, num_particles=3)),
+    "gmm, TMC": (mixture, lambda: TraceTMC_ELBO(max_plate_nesting=1)),
     "mle_map, MAP": (coin_map, Trace_ELBO),
     "mle_map, MLE": (coin_mle, Trace_ELBO),
     "svi_part_i": (coin_posterior, Trace_ELBO),
