@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
