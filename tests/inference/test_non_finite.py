@@ -10,6 +10,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.objectives.estimators import label
 
 ENGINES = ["eager", "traced", pytest.param("compiled", marks=pytest.mark.slow)]
 
@@ -121,7 +122,7 @@ def test_parameters_and_optimizer_rest_and_training_goes_on(engine, clip_norm, o
         pv.VIMCO(3),
         pv.KLWeighted(Trace_ELBO(), lambda step: 0.1 * step),
     ],
-    ids=str,
+    ids=label,
 )
 def test_every_estimator_names_the_datum(estimator):
     pair = Counts()
