@@ -21,9 +21,9 @@ from pyro_vae.objectives.sites import (
     has_no_density,
     joint_mask,
     latent_sites,
+    outer_family,
     same_masks,
     same_scale,
-    site_family,
     vectorized_plates,
 )
 from pyro_vae.utils.validation import elementwise_support, first_outside, known_support, same_support
@@ -360,15 +360,15 @@ def _draw_problems(where: str, p: Site, q: Site) -> Iterator[str]:
         yield f"{where} draws {found} at index {index}, expected finite values: inspect its network's output"
         return
     fix = "use a distribution with that support, or transform one to it"
+    family = f"the model's {outer_family(p)}"
     expected, own = known_support(p["fn"]), known_support(q["fn"])
     if expected is None or same_support(expected, own):
         return
     if own is not None and own.is_discrete and not expected.is_discrete:
-        family = site_family(p)
-        yield f"{where} has support {support(q)}, expected {support(p)} as the model's {family}: {fix}"
+        yield f"{where} has support {support(q)}, expected {support(p)} as {family}: {fix}"
         return
     for draws in (value, _more_draws(q["fn"], num_batch_dims=len(p["fn"].batch_shape))):
-        outside = first_outside("its draw", draws, f"the model's {site_family(p)}", expected)
+        outside = first_outside("its draw", draws, family, expected)
         if outside:
             yield f"{where}: {outside}: {fix}"
             return

@@ -34,6 +34,7 @@ __all__ = [
     "kl_invalid_reason",
     "latent_sites",
     "masked_log_prob",
+    "outer_family",
     "registered_kl",
     "require_programs",
     "run",
@@ -50,6 +51,8 @@ Program = Callable[..., Any]  # a Pyro model or guide
 Site = dict[str, Any]
 Sites = dict[str, Site]
 Mask = Tensor | bool | None
+
+_WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 
 
 def require_programs(call: str, *programs: Any) -> None:
@@ -115,6 +118,11 @@ def site_family(site: Site) -> str:
     """Return the class name of a site's innermost base distribution."""
     *_, innermost = _layers(site)
     return type(innermost).__name__
+
+
+def outer_family(site: Site) -> str:
+    """Return the class name of a site's distribution inside `.to_event`, `.mask` and `.expand`."""
+    return next(type(fn).__name__ for fn in _layers(site) if not isinstance(fn, _WRAPPERS))
 
 
 def analytic_kl(guide_site: Site, model_site: Site) -> Tensor | None:
@@ -276,7 +284,7 @@ def same_scale(a: float | Tensor, b: float | Tensor) -> bool:
 def has_no_density(site: Site) -> bool:
     """Return whether a site is a Delta whose log density is 0, whatever its mask and scale."""
     *layers, innermost = _layers(site)
-    plain = all(isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution) for fn in layers)
+    plain = all(isinstance(fn, _WRAPPERS) for fn in layers)
     return plain and isinstance(innermost, Delta) and not innermost.log_density.any()
 
 

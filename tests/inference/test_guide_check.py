@@ -272,6 +272,11 @@ OUTSIDE = {  # prior, guide, what the message says
         dist.Normal(-9.0, 1.0),
         r"its draw = -\d.* of the model's Gamma, GreaterThanEq\(lower_bound=0.0\); 1 of 1 values do",
     ),
+    "real for half of a normal": (
+        dist.HalfNormal(1.0),
+        dist.Normal(-9.0, 1.0),
+        r".* the model's HalfNormal, ",
+    ),
     "real for positive, seldom outside": (
         dist.Gamma(2.0, 1.0),
         dist.Normal(1.0, 0.4),
