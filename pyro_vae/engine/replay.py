@@ -276,6 +276,8 @@ class Replay:
         self, parameters: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         estimator, surrogate = self.estimator, None
+        if type(estimator).__name__.startswith("Jit"):
+            raise Untraceable(f"{type(estimator).__name__} compiles itself: pass the class without Jit")
         if self.is_scheduled:
             loss = estimator.differentiable_loss_at(self.weight, self.model, self.guide, *args, **kwargs)
         elif hasattr(estimator, "differentiable_loss"):
@@ -339,7 +341,8 @@ class _Recording:
         except Untraceable:
             raise
         except Exception as error:
-            raise Untraceable(f"recording it raised {type(error).__name__}: {error}") from error
+            reason = (str(error).splitlines() or [""])[0]
+            raise Untraceable(f"recording it raised {type(error).__name__}: {reason}") from error
         self.run = self.graph.module.forward
         self.is_compiled = self.disagreed = False
         self.uses = 0

@@ -7,7 +7,8 @@ needs the eager step. Only values that a library caches may change, such as the 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from pyro import get_param_store
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.engine.guards import LIBRARIES, Guards, describe, library_bases
@@ -44,6 +45,10 @@ def record_with_guards(
     """
     functions = list(functions)
     before = Guards(functions, objects)
+    store = get_param_store()
+    spaces = [store._params, store._constraints, store._param_to_name]
+    spaces += [vars(item) for item in objects if not isinstance(item, nn.Module)]  # the estimator
+    saved = [(space, dict(space)) for space in spaces]
     states = ModuleStates()
     for item in [*objects, *before.objects.values()]:
         states.save(item)
@@ -54,8 +59,11 @@ def record_with_guards(
         changes = [change for change in changes if not equal(change.before, change.after)]
     finally:
         hook.remove()
-        states.restore()
         before.snapshot.restore()
+        states.restore()
+        for space, content in saved:
+            space.clear()
+            space.update(content)
     captured = {id(tensor) for tensor in graph.captured}
     for change in changes:
         if not _is_cache(change, captured):

@@ -8,7 +8,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    JitTrace_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from test_agreement import GUIDES, LIKELIHOODS
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -531,6 +538,52 @@ def test_estimators_without_a_differentiable_loss_are_eager(caplog):
     assert svi._replay.disabled
     assert "RenyiELBO has no differentiable_loss" in caplog.text
     assert_same(traced, eager, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
+def test_a_loss_that_compiles_itself_takes_the_eager_steps(caplog):
+    """Its first run draws once more, which a recording must not spend."""
+    losses = []
+    for engine in ("eager", "traced"):
+        torch.manual_seed(1)
+        net = nn.Linear(1, 1)
+
+        def model(x):
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x, net=net):
+            pyro.module("net", net)
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", dist.Normal(net(x[:, None])[:, 0], 0.7))
+
+        with pyro.get_param_store().scope():
+            svi = pv.SVI(model, guide, adam(net.parameters()), JitTrace_ELBO(), engine=engine)
+            losses.append([svi.step(torch.linspace(-1.0, 1.0, BATCH)) for _ in range(4)])
+    assert losses[0] == losses[1]
+    assert "JitTrace_ELBO compiles itself: pass the class without Jit" in caplog.text
+
+
+def test_parameters_of_the_store_first_met_in_a_recording_are_made_once(caplog):
+    losses = []
+    for engine in ("eager", "traced"):
+        weight = nn.Parameter(torch.tensor(0.1))
+        with pyro.get_param_store().scope():
+
+            def read(z, x):
+                return z * pyro.param(
+                    "scale", lambda: torch.rand(()), pyro.distributions.constraints.positive
+                )
+
+            model, guide = pair(weight, read)
+            estimator = Trace_ELBO(max_plate_nesting=1)
+            svi = pv.SVI(model, guide, torch.optim.Adam([weight], 0.1), estimator, engine=engine)
+            svi._checked = (svi.model, svi.guide, svi.loss)
+            torch.manual_seed(2)
+            losses.append([svi.step(torch.linspace(-1.0, 1.0, BATCH)) for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert_traced(svi)
 
 
 def test_enumeration():
