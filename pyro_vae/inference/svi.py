@@ -42,6 +42,7 @@ class SVI:
         engine: How to run a step; all engines give the same numbers. "eager" runs Pyro at every step,
             "traced" the graph of tensor operations recorded at the first step, "compiled" that graph compiled
             to machine code, which takes some seconds. "auto" is traced, and compiled once that saves time.
+            A model that changes Python values as it runs, such as a counter, takes eager steps.
 
     Raises:
         TypeError: If the model or the guide is not callable, the optimiser is not a torch optimiser, or the
