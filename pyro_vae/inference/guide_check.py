@@ -510,7 +510,10 @@ def untrained_parameters(trained: Iterable[Tensor], known: Container[str] = ()) 
     names = [
         name
         for name, parameter in pyro.get_param_store().named_parameters()
-        if name not in known and parameter.requires_grad and id(parameter) not in held
+        if name not in known
+        and parameter.requires_grad
+        and id(parameter) not in held
+        and not name.startswith("__baseline_avg")  # state of TraceGraph_ELBO, which no gradient moves
     ]
     return _untrained_message(names) if names else None
 

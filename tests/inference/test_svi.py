@@ -348,3 +348,35 @@ def test_parameters_of_other_pairs_are_none_of_its_business():
             steps.append(pv.SVI(model, guide, torch.optim.SGD(held, 0.01), Trace_ELBO()).step)
             steps[0](x)
         steps[1](x)
+
+
+def test_a_decaying_average_baseline_trains_as_in_pyro():
+    """TraceGraph_ELBO keeps its average in Pyro's store, where no optimiser holds it."""
+    y = torch.linspace(-1.0, 2.0, 9)
+
+    def first_losses(make):
+        w = torch.nn.Parameter(torch.tensor(0.1))
+
+        def model(y):
+            with pyro.plate("d", len(y)):
+                k = pyro.sample("k", dist.Bernoulli(0.5))
+                pyro.sample("y", dist.Normal(k, 1.0), obs=y)
+
+        def guide(y):
+            pyro.param("w", w)
+            baseline = {"use_decaying_avg_baseline": True}
+            with pyro.plate("d", len(y)):
+                pyro.sample("k", dist.Bernoulli(logits=w * y), infer={"baseline": baseline})
+
+        with pyro.get_param_store().scope():
+            svi = make(model, guide, w)
+            torch.manual_seed(1)
+            return [svi.step(y) for _ in range(4)]
+
+    upstream = first_losses(
+        lambda m, g, w: pyro.infer.SVI(m, g, pyro.optim.Adam({"lr": 0.01}), TraceGraph_ELBO())
+    )
+    ours = first_losses(
+        lambda m, g, w: pv.SVI(m, g, torch.optim.Adam([w], 0.01), TraceGraph_ELBO(), engine="eager")
+    )
+    assert ours == pytest.approx(upstream, rel=1e-6)
