@@ -84,7 +84,6 @@ def _is_cache(change: Change, captured: set[int]) -> bool:
         return True
     if library_bases(kind) and str(change.name).startswith("_"):
         return True
-    hooks = getattr(
-        change.owner, "_forward_pre_hooks", {}
-    ).values()  # old weight_norm, spectral_norm, pruning
+    # old weight_norm, spectral_norm and pruning set the attribute in a hook
+    hooks = getattr(change.owner, "_forward_pre_hooks", {}).values()
     return change.name in [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks]

@@ -98,6 +98,7 @@ class SVI:
         self.steps = 0
         self.fastest_products: dict[str, str] = {}
         self._checked: tuple = ()
+        self._met_late: set[str] = set()  # names in Pyro's store
         self._replay: Replay | None = None
         self._replayed: tuple = ()
 
@@ -137,11 +138,14 @@ class SVI:
 
     def _require_trained(self, num_stored: int) -> None:
         """Raise if programs have entered parameters in Pyro's store that the optimiser does not hold."""
-        names = list(pyro.get_param_store())
-        if len(names) > num_stored:
-            problem = untrained_parameters(self._parameters(), known=names[:num_stored])
+        store = pyro.get_param_store()
+        if len(store) > num_stored:
+            self._met_late.update(list(store)[num_stored:])
+        if self._met_late:  # again at each step, until the optimiser holds them
+            problem = untrained_parameters(self._parameters(), known=set(store) - self._met_late)
             if problem:
                 raise ValueError(problem)
+            self._met_late.clear()
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Check, without side effects, that the guide fits, and that the estimator and the optimiser suit it.

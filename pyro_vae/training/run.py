@@ -240,7 +240,7 @@ class Run:
     def _last_good(self) -> str:
         folder = self.settings.directory
         kept = f"The checkpoint {folder / 'last.pt'} is kept. " if folder else ""
-        return kept + "Try a smaller learning_rate, or clip_norm"
+        return kept + "If data and model are right there, try a smaller learning_rate, or clip_norm"
 
     def how_to_resume(self) -> str:
         """Return what an interrupted user can do."""
