@@ -9,9 +9,10 @@ A step of `Replay`:
 
 1. find the recording for the shapes and dtypes of the arguments, or record one;
 2. compile the graph if that now pays; compare it with the eager function at the uses listed above;
-3. run the graph, which returns the loss, the flag `invalid` and the gradients;
+3. run the graph, which returns the loss, the flag `invalid` and the gradients; a gradient that is not finite
+   sets the flag too;
 4. update the parameters, which the device skips if `invalid` is 1.0;
-5. read the loss, NaN if `invalid` is 1.0. If it is finite, the step is done;
+5. read the loss and the flag. If the loss is finite and the flag 0.0, the step is done;
 6. otherwise restore what the graph changed, and take the step eagerly.
 """
 
@@ -45,6 +46,7 @@ from pyro_vae.utils.isolation import (
     restore_python_noise,
     without_autocast,
 )
+from pyro_vae.utils.validation import flag_non_finite
 
 __all__ = ["ENGINES", "Replay"]
 
@@ -148,9 +150,10 @@ class Replay:
             parameter.grad = None  # frees memory that the new gradients reuse
         with torch.no_grad(), _without_autocast(self.device_types):
             loss, invalid, *gradients = recording.run(*tensors, *graph.captured)
+            invalid = flag_non_finite(gradients, invalid)
             self.optimizer_step(gradients, skip=invalid)
             value = loss.item()
-            if math.isfinite(value):
+            if math.isfinite(value) and not invalid:
                 if self.is_scheduled:
                     self.estimator.steps += 1
                 self._count_step(key, recording)
@@ -295,10 +298,8 @@ class Replay:
             gradients = torch.autograd.grad(
                 loss if surrogate is None else surrogate, trained, allow_unused=True
             )
-        norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
-        if not norm.isfinite():  # a recorded condition, so that a graph's flag `invalid` says it
-            raise _EagerOnce("a gradient is not finite")
         if self.clip_norm is not None:
+            norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
             gradients = tuple(None if gradient is None else gradient * factor for gradient in gradients)
         found = dict(zip(map(id, trained), gradients, strict=True))
@@ -408,6 +409,7 @@ class _Recording:
         with torch.no_grad(), _without_autocast(kinds):
             (loss, invalid, *gradients), states = draw(self.run, *tensors, *graph.captured)
             (recorded_loss, _, *recorded), recorded_states = draw(self.reference, *tensors, *graph.captured)
+            invalid = flag_non_finite(recorded, invalid)
         if invalid:
             return True, True  # the step is eager anyway
         noise = python_noise()

@@ -14,7 +14,7 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
 from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
@@ -22,7 +22,7 @@ from pyro_vae.inference.guide_check import check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.objectives.sites import require_programs
 from pyro_vae.utils.isolation import isolated, without_autocast
-from pyro_vae.utils.validation import NonFiniteError
+from pyro_vae.utils.validation import NonFiniteError, flag_non_finite
 
 __all__ = ["SVI"]
 
@@ -171,9 +171,7 @@ class SVI:
             loss = self._loss_and_gradients(states, *args, **kwargs)
             self._require_trained(num_stored)
             parameters = self._parameters()
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
-            if not norm.isfinite():  # of finite gradients too, if their squares overflow
+            if flag_non_finite((p.grad for p in parameters), torch.zeros(())):
                 self._require_finite_gradients(loss, states, *args, **kwargs)
         except Exception:
             self.optimizer.zero_grad()
@@ -181,7 +179,7 @@ class SVI:
                 self.loss.steps = counted
             raise
         if self.clip_norm is not None:
-            clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            clip_grad_norm_(parameters, self.clip_norm)
         self.optimizer.step()
         return loss
 

@@ -13,6 +13,7 @@ __all__ = [
     "NonFiniteError",
     "elementwise_support",
     "first_outside",
+    "flag_non_finite",
     "known_support",
     "outside_support",
     "require_count",
@@ -26,6 +27,29 @@ __all__ = [
 
 class NonFiniteError(ValueError):
     """A loss, gradient or parameter became infinite or NaN."""
+
+
+def flag_non_finite(tensors: Iterable[Tensor | None], flag: Tensor) -> Tensor:
+    """Set `flag`, of shape (), to 1.0 if an element of the tensors is not finite, and return it.
+
+    All tensors are read in one call, as by `torch.amp.GradScaler`.
+
+    Example:
+        >>> flag_non_finite([torch.ones(2), None, torch.tensor([1.0, torch.inf])], torch.zeros(()))
+        tensor(1.)
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is not None:
+            values = tensor._values() if tensor.is_sparse else tensor
+            values = torch.view_as_real(values) if values.is_complex() else values
+            groups.setdefault((values.device, values.dtype), []).append(values)
+    for (device, _), members in groups.items():
+        found, scale = (value.to(device, torch.float32) for value in (flag, torch.ones(())))
+        torch._amp_foreach_non_finite_check_and_unscale_(members, found, scale)  # a scale of 1.0 is skipped
+        if found is not flag:
+            flag.copy_(torch.maximum(flag, found.to(flag.device)))
+    return flag
 
 
 def require_count(name: str, value: Any, *, minimum: int = 1) -> None:
