@@ -22,7 +22,7 @@ from pyro_vae.evaluation import (
     to_inference_data,
 )
 from pyro_vae.inference import SVI, GuideError, GuideReport, check_guide, check_mean_field
-from pyro_vae.objectives import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, Terms, terms
+from pyro_vae.objectives import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Pair, Renyi, Terms, terms
 from pyro_vae.training import Epoch, History, TensorBoard, fit
 from pyro_vae.utils.serialization import CheckpointError
 from pyro_vae.utils.validation import NonFiniteError
@@ -46,6 +46,7 @@ __all__ = [
     "History",
     "KLWeighted",
     "NonFiniteError",
+    "Pair",
     "Renyi",
     "TensorBoard",
     "Terms",

@@ -9,7 +9,6 @@ from typing import Any
 
 from pyro import get_param_store
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.engine.guards import LIBRARIES, Guards, describe, library_bases
 from pyro_vae.engine.recorder import Graph, LossAndGradients, Untraceable, record
@@ -52,13 +51,12 @@ def record_with_guards(
     states = ModuleStates()
     for item in [*objects, *before.objects.values()]:
         states.save(item)
-    hook = register_module_forward_pre_hook(states.save)  # functions may call modules that no guard finds
     try:
-        graph = record(loss_and_gradients, tensors)
+        with states.followed():
+            graph = record(loss_and_gradients, tensors)
         changes = [*(Change(*change) for change in states.changes()), *before.snapshot.changes()]
         changes = [change for change in changes if not equal(change.before, change.after)]
     finally:
-        hook.remove()
         before.snapshot.restore()
         states.restore()
         for space, content in saved:

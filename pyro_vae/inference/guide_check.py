@@ -2,12 +2,11 @@
 
 import copy
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
@@ -38,6 +37,7 @@ from pyro_vae.objectives.guide_problems import (
 )
 from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.log_terms import particle_plate
+from pyro_vae.objectives.pair import stored_parameters
 from pyro_vae.objectives.sites import (
     Program,
     Sites,
@@ -270,7 +270,7 @@ def check_training(
         tried.insert(0, tried[0].estimator)
     with isolated(model, guide):
         pair = _run_fitting_pair(model, guide, data, kwargs, tried[0])
-        untrained = _untrained_problem(pair.model_trace, pair.guide_trace, [*trained, *data])
+        untrained = _untrained_problem(pair, [*trained, *data])
         if untrained:
             raise ValueError(untrained)
         for each in tried:
@@ -453,29 +453,25 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _untrained_problem(
-    model_trace: poutine.Trace, guide_trace: poutine.Trace, held: Iterable[Tensor]
-) -> str | None:
+def _untrained_problem(pair: _Pair, held: Iterable[Tensor]) -> str | None:
     """Return a message for a parameter that a pair depends on and that is not among the tensors held.
 
     A parameter with a "param" site of a `VAE`, or one that the model takes from a module, may be omitted on
-    purpose. One that `pyro.param` creates may not, and neither may the guide's parameters of Pyro's global
-    store or without a Pyro statement.
+    purpose. One that `pyro.param` creates may not, and neither may the guide's parameters of a store or
+    without a Pyro statement.
     """
     held = list(held)
-    registered = parameters(guide_trace, model_trace)
-    stored = {id(parameter) for _, parameter in pyro.get_param_store().named_parameters()}
+    registered = parameters(pair.guide_trace, pair.model_trace)
+    stored = {id(parameter) for parameter in stored_parameters(pair.model, pair.guide).values()}
     known = {id(tensor) for tensor in held} | {id(leaf) for leaf in registered if id(leaf) not in stored}
-    draws = sample_sites(guide_trace).values()
+    draws = sample_sites(pair.guide_trace).values()
     terms = [site["value"].sum() + site["fn"].log_prob(site["value"]).sum() for site in draws]
     for leaf in [leaf for term in terms for leaf in _leaves(term)]:
         if id(leaf) not in known:
             what = f"a parameter of shape {tuple(leaf.shape)} without a Pyro statement"
             fix = "give the module that owns it to the VAE as the guide"
             if leaf in registered:
-                what = (
-                    f"the parameter {registered[leaf]!r} of Pyro's global store (pyro.param or pyro.module)"
-                )
+                what = f"the parameter {registered[leaf]!r} (of pyro.param or pyro.module)"
                 fix = (
                     "run the guide once before you make the optimiser, if its first run creates its "
                     f"parameters, as in an autoguide; {fix}; train by pyro.infer.SVI"
@@ -490,28 +486,25 @@ def _untrained_problem(
     return _untrained_message(names) if names else None
 
 
-def untrained_parameters(trained: Iterable[Tensor], known: Container[str] = ()) -> str | None:
-    """Return a message if Pyro's global store holds parameters that an optimiser does not, or None.
+def untrained_parameters(trained: Iterable[Tensor], stored: Mapping[str, Tensor]) -> str | None:
+    """Return a message if stored parameters are not among those of an optimiser, or None.
 
-    To be called when the store has grown during a step: a parameter that the programs first met then is in
-    no optimiser that was made before.
+    To be called when a store has grown during a step: a parameter that the programs first met then is in no
+    optimiser that was made before.
 
     Args:
         trained: The parameters of the optimiser.
-        known: Names of the parameters that were in the store before, which are not reported.
+        stored: The unconstrained parameters by name.
 
     Example:
-        >>> _ = pyro.param("late", torch.tensor(0.0))
-        >>> untrained_parameters([])  # doctest: +ELLIPSIS
-        "the optimiser does not hold 'late' of Pyro's global store (pyro.param or pyro.module), ..."
-        >>> pyro.clear_param_store()
+        >>> untrained_parameters([], {"late": torch.zeros(2, requires_grad=True)})  # doctest: +ELLIPSIS
+        "the optimiser does not hold 'late' (of pyro.param or pyro.module), ..."
     """
     held = {id(tensor) for tensor in trained}
     names = [
         name
-        for name, parameter in pyro.get_param_store().named_parameters()
-        if name not in known
-        and parameter.requires_grad
+        for name, parameter in stored.items()
+        if parameter.requires_grad
         and id(parameter) not in held
         and not name.startswith("__baseline_avg")  # state of TraceGraph_ELBO, which no gradient moves
     ]
@@ -520,9 +513,9 @@ def untrained_parameters(trained: Iterable[Tensor], known: Container[str] = ()) 
 
 def _untrained_message(names: list[str]) -> str:
     return (
-        f"the optimiser does not hold {', '.join(map(repr, names))} of Pyro's global store (pyro.param or "
-        "pyro.module), so that it would not be trained: run guide and model with such arguments before you "
-        "make the optimiser, add it by optimizer.add_param_group, or train by pyro.infer.SVI"
+        f"the optimiser does not hold {', '.join(map(repr, names))} (of pyro.param or pyro.module), so that "
+        "it would not be trained: run guide and model with such arguments before you make the optimiser, add "
+        "it by optimizer.add_param_group, or train by pyro.infer.SVI"
     )
 
 

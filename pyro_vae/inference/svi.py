@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
@@ -20,6 +19,7 @@ from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
+from pyro_vae.objectives.pair import stored_parameters
 from pyro_vae.objectives.sites import require_programs
 from pyro_vae.utils.isolation import isolated, without_autocast
 from pyro_vae.utils.validation import NonFiniteError, flag_non_finite
@@ -118,7 +118,7 @@ class SVI:
         """
         if self._checked != (self.model, self.guide, self.loss):
             self.check(*args, **kwargs)
-        num_stored = len(pyro.get_param_store())
+        num_stored = len(self._stored())
         if self.engine == "eager":
             loss = self._eager_step(*args, **kwargs)
         else:
@@ -137,12 +137,13 @@ class SVI:
         return loss
 
     def _require_trained(self, num_stored: int) -> None:
-        """Raise if programs have entered parameters in Pyro's store that the optimiser does not hold."""
-        store = pyro.get_param_store()
-        if len(store) > num_stored:
-            self._met_late.update(list(store)[num_stored:])
+        """Raise if programs have entered parameters in a store that the optimiser does not hold."""
+        stored = self._stored()
+        if len(stored) > num_stored:
+            self._met_late.update(list(stored)[num_stored:])
         if self._met_late:  # again at each step, until the optimiser holds them
-            problem = untrained_parameters(self._parameters(), known=set(store) - self._met_late)
+            late = {name: stored[name] for name in self._met_late if name in stored}
+            problem = untrained_parameters(self._parameters(), late)
             if problem:
                 raise ValueError(problem)
             self._met_late.clear()
@@ -163,7 +164,7 @@ class SVI:
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> float:
         states = [generator.get_state() for generator in global_generators()]
-        num_stored = len(pyro.get_param_store())
+        num_stored = len(self._stored())
         counted = getattr(self.loss, "steps", None)
         self.optimizer.zero_grad()
         torch.clear_autocast_cache()  # of casts of the parameters before the last step
@@ -232,6 +233,9 @@ class SVI:
             for generator, state in zip(global_generators(), states, strict=False):
                 generator.set_state(state)
             return diagnose(*args, **kwargs)
+
+    def _stored(self) -> dict[str, Tensor]:
+        return stored_parameters(self.model, self.guide)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

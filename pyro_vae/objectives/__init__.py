@@ -3,6 +3,7 @@
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi
 from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.log_terms import Terms, terms
+from pyro_vae.objectives.pair import Pair
 
 __all__ = [
     "CIWAE",
@@ -13,6 +14,7 @@ __all__ = [
     "DReG",
     "Estimator",
     "KLWeighted",
+    "Pair",
     "Renyi",
     "Terms",
     "terms",

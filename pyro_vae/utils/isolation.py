@@ -17,9 +17,11 @@ from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Generator, Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "ModuleStates",
+    "before_change",
     "derived_seed",
     "evaluating",
     "evaluation_mode",
@@ -175,11 +177,11 @@ def isolated(model: Any, guide: Any) -> Iterator[None]:
     states = ModuleStates()
     for program in (model, guide):
         states.save(getattr(program, "__self__", program))
-    hook = register_module_forward_pre_hook(states.save)  # functions may call modules found in no attribute
     store = pyro.get_param_store()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with (
+            states.followed(),
             torch.random.fork_rng(devices=cuda),
             torch.enable_grad(),
             store.scope(store.get_state()),
@@ -188,7 +190,6 @@ def isolated(model: Any, guide: Any) -> Iterator[None]:
         ):
             yield
     finally:
-        hook.remove()
         states.restore()
 
 
@@ -199,11 +200,22 @@ class ModuleStates:
         self.attributes: dict[int, tuple[nn.Module, dict, list[tuple[dict, dict]]]] = {}
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Save modules as they run in a block, also those that functions call and no attribute shows."""
+        hook = register_module_forward_pre_hook(self.save)
+        _FOLLOWED.append(self)
+        try:
+            yield
+        finally:
+            _FOLLOWED.remove(self)
+            hook.remove()
+
     def save(self, module: Any, *_: Any) -> None:
         """Save the state of a module and its submodules, except of those saved before."""
         if not isinstance(module, nn.Module) or id(module) in self.attributes:
             return
-        for buffer in module.buffers():
+        for buffer in filter(lambda buffer: not is_lazy(buffer), module.buffers()):
             self.buffers.setdefault(id(buffer), (buffer, buffer.clone()))
         for part in module.modules():
             if id(part) not in self.attributes:
@@ -224,9 +236,22 @@ class ModuleStates:
             for now, before in [(vars(part), attributes), *inner]:
                 now.clear()
                 now.update(before)
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Restore the values of buffers alone."""
         with torch.no_grad():
             for buffer, old in self.buffers.values():
                 buffer.copy_(old)
+
+
+_FOLLOWED: list[ModuleStates] = []
+
+
+def before_change(module: nn.Module) -> None:
+    """Save the state of a module that is about to be changed, wherever modules are followed."""
+    for states in _FOLLOWED:
+        states.save(module)
 
 
 def keep_freed_memory() -> None:

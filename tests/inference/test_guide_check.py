@@ -613,7 +613,7 @@ def test_parameters_first_met_after_the_optimiser_was_made_are_named(store):
     assert untrained_parameters(trained) is None
     guide(x, x)
     message = untrained_parameters(trained)
-    assert message.startswith("the optimiser does not hold 'b' of Pyro's global store")
+    assert message.startswith("the optimiser does not hold 'b' \(of pyro.param")
     assert "optimizer.add_param_group" in message
     assert untrained_parameters(trained, known={"a", "b"}) is None
     assert untrained_parameters([*trained, store["b"].unconstrained()]) is None

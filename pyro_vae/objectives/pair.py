@@ -1,0 +1,333 @@
+"""A pair: a Pyro model and a guide as one module that owns their parameters.
+
+Pyro keeps what `pyro.param` and `pyro.module` name in one global store, where two programs that use the same
+names share parameters without being told. A `Pair` runs its programs with a store of its own in place of that
+one, and registers what they create in it like any module's parameters.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple, Self
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+from pyro_vae.objectives.sites import Program, guide_messenger, require_programs, run_pair
+from pyro_vae.utils import serialization
+from pyro_vae.utils.isolation import ModuleStates, before_change, evaluation_mode
+
+__all__ = ["OwnParameters", "Pair", "Programs", "as_programs", "make_parameters", "stored_parameters"]
+
+
+class Programs(NamedTuple):
+    """A model and a guide as they are, with the parameters that Pyro's global store holds."""
+
+    model: Program
+    guide: Program
+
+
+def as_programs(call: str, pair: Any) -> Any:
+    """Return an object with the attributes model and guide: `pair` itself, or the two of a 2-tuple.
+
+    Args:
+        call: The right call, for the message.
+        pair: An object with both, such as a `VAE` or a `Pair`, or a tuple (model, guide).
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(pair, tuple) and len(pair) == 2 and not hasattr(pair, "model"):
+        pair = Programs(*pair)
+    if not (callable(getattr(pair, "model", None)) and callable(getattr(pair, "guide", None))):
+        raise TypeError(
+            "expected an object with Pyro functions model and guide, such as a VAE or pyro_vae.Pair(model, "
+            f"guide), or a tuple (model, guide); got {type(pair).__name__}: call {call}"
+        )
+    require_programs(call, pair.model, pair.guide)
+    return pair
+
+
+class Stored(nn.Module):
+    """What the programs of a pair have named by `pyro.param` and `pyro.module`.
+
+    Attributes:
+        tensors: Unconstrained parameters by Pyro's names, wherever they are registered.
+        constraints: Their constraints.
+        waiting: Loaded values, by key, of what the programs have not named yet.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[str, Tensor] = {}
+        self.constraints: dict[str, Any] = {}
+        self.names: dict[Tensor, str] = {}
+        self.waiting: dict[str, Tensor] = {}
+
+    def add_parameter(self, name: str, init: Any, constraint: Any) -> None:
+        """Enter a new parameter with an initial value; a module's own is entered as it is."""
+        value = init() if callable(init) else init
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the initial value of parameter {name!r} must be a tensor; got {value!r}")
+        if not (isinstance(value, nn.Parameter) and _is_real(constraint)):
+            with torch.no_grad():
+                value = nn.Parameter(transform_to(constraint).inv(value.detach()).contiguous().clone())
+            loaded = self.waiting.pop(_key(name), value)
+            if loaded.shape != value.shape:
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(value.shape)}, but the loaded one "
+                    f"{tuple(loaded.shape)}: build the pair as it was when it was saved"
+                )
+            value.data.copy_(loaded)
+            self.register_parameter(_key(name), value)
+        self.tensors[name], self.constraints[name], self.names[value] = value, constraint, name
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """Register a module, and fill it with values that were loaded for it."""
+        key = _key(name)
+        self.add_module(key, module)
+        own = {k: self.waiting.pop(k) for k in list(self.waiting) if k.startswith(f"{key}.")}
+        if own:
+            module.load_state_dict({k.removeprefix(f"{key}."): value for k, value in own.items()})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        known = {*self._parameters, *self._modules}
+        for key, value in state_dict.items():
+            inner = key.removeprefix(prefix)
+            if key.startswith(prefix) and inner.split(".")[0] not in known:
+                self.waiting[inner] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected: list[str] = args[-2]
+        unexpected[:] = [key for key in unexpected if key.removeprefix(prefix) not in self.waiting]
+
+    def __getstate__(self) -> dict[str, Any]:
+        for tensor in self.tensors.values():
+            vars(tensor).pop("unconstrained", None)  # Pyro's weak reference, which cannot be copied
+        return vars(self)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # torch allows no dot in a name
+
+
+def _is_real(constraint: Any) -> bool:
+    return constraint is None or isinstance(constraint, type(constraints.real))
+
+
+class OwnParameters(nn.Module):
+    """A module whose Pyro programs keep parameters in a store of their own; see the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored = Stored()
+
+    def _own_store(self) -> "_OwnStore":
+        """Return a context in which Pyro's store is this module's, and what is named is registered."""
+        return _OwnStore(self)
+
+
+class _OwnStore(Messenger):
+    """Exchange the content of Pyro's store for a module's in a block.
+
+    A copy of a pair has copies of the modules that its programs name, but the programs, if they are
+    functions, still call the originals. For the block these get parameters, buffers and mode of the copies.
+    """
+
+    _ATTRIBUTES = ("_parameters", "_buffers", "training")
+
+    def __init__(self, owner: OwnParameters):
+        super().__init__()
+        self.owner, self.stored = owner, owner.stored
+        self.lent: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def __enter__(self) -> Self:
+        store, stored = pyro.get_param_store(), self.stored
+        self.outer = store._params, store._constraints, store._param_to_name
+        store._params, store._constraints, store._param_to_name = (
+            stored.tensors,
+            stored.constraints,
+            stored.names,
+        )
+        self.num_before = len(stored.tensors)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if len(self.stored.tensors) > self.num_before:
+            self._register_rest()
+        store = pyro.get_param_store()
+        store._params, store._constraints, store._param_to_name = self.outer
+        for module, attributes in reversed(self.lent):
+            vars(module).update(attributes)
+        self.lent.clear()
+
+    def _register_rest(self) -> None:
+        """Register what a PyroModule has entered in the store, if the module is not the owner's."""
+        registered = {id(parameter) for parameter in self.owner.parameters()}
+        for name, tensor in self.stored.tensors.items():
+            if id(tensor) not in registered and isinstance(tensor, nn.Parameter):
+                self.stored.register_parameter(_key(name), tensor)
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        if getattr(msg["fn"], "__self__", None) is not pyro.get_param_store():
+            return  # a VAE's own
+        name, *rest = msg["args"]
+        held = self.stored.tensors.get(name)
+        if held is None:
+            if rest:
+                self._meet(name, rest[0], msg["kwargs"].get("constraint") or constraints.real)
+        elif rest and isinstance(rest[0], nn.Parameter) and rest[0] is not held:
+            self._lend(name)
+
+    def _meet(self, name: str, init: Any, constraint: Any) -> None:
+        if isinstance(init, nn.Parameter) and _is_real(constraint):
+            given, module = _module_being_named() or (name, None)
+            if module is not None and module not in set(self.owner.modules()):
+                self.stored.add(given, module)
+        self.stored.add_parameter(name, init, constraint)
+
+    def _lend(self, name: str) -> None:
+        """Let the module that a program names have the state of the one that is registered for it."""
+        given, module = _module_being_named() or (name, None)
+        own = self.stored._modules.get(_key(given))
+        if module is None or own is None or any(module is lent for lent, _ in self.lent):
+            return
+        for original, copied in zip(module.modules(), own.modules(), strict=True):
+            before_change(original)
+            self.lent.append((original, {key: vars(original)[key] for key in self._ATTRIBUTES}))
+            vars(original).update({key: vars(copied)[key] for key in self._ATTRIBUTES})
+
+
+def _module_being_named() -> tuple[str, nn.Module] | None:
+    """Return name and module of the `pyro.module(...)` that is running: its parameters' messages lack it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is pyro.module.__code__:
+            return frame.f_locals["name"], frame.f_locals["nn_module"]
+        frame = frame.f_back
+    return None
+
+
+class Pair(OwnParameters):
+    """A Pyro model and a guide as one module, for `fit`, `evaluate`, `SVI` and all else that takes a `VAE`.
+
+    Its parameters are its own: those of the modules that the two belong to, and what they name by
+    `pyro.param` and `pyro.module`, which enters no global store. So `parameters()`, `state_dict()`,
+    `deepcopy` and `.to(device)` work, and pairs that use the same names never meet. Initial values come from
+    the programs; values in Pyro's global store are not read. `pyro.infer.SVI(pair.model, pair.guide, ...)`
+    trains it too.
+
+    Args:
+        model: A Pyro model: a function, a method, or a module.
+        guide: A Pyro guide of the same arguments.
+
+    Raises:
+        TypeError: If one is not callable, or is a distribution or a class; or if the guide runs the model
+            itself, as an `AutoNormalMessenger` does.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0, 1))
+        ...         pyro.sample("x", dist.Normal(z, 1), obs=x)
+        >>> def guide(x):
+        ...     scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, scale))
+        >>> pair = Pair(model, guide)
+        >>> pair.make_parameters(torch.zeros(3))
+        >>> [name for name, _ in pair.named_parameters()], len(pyro.get_param_store())
+        (['stored.scale'], 0)
+    """
+
+    def __init__(self, model: Program, guide: Program):
+        for program in (model, guide):
+            if isinstance(program, type | TorchDistributionMixin):
+                raise TypeError(f"expected two Pyro functions, Pair(model, guide); got {program!r}")
+        require_programs("Pair(model, guide)", model, guide)
+        if guide_messenger(guide) is not None:
+            raise TypeError(
+                f"a {type(guide).__name__} runs the model itself, so that the two are no pair: use "
+                "AutoNormal, or pyro_vae.SVI(model, guide, ...)"
+            )
+        super().__init__()
+        owners = [getattr(program, "__self__", program) for program in (model, guide)]
+        self.programs = nn.ModuleList(
+            dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module))
+        )
+        vars(self)["_functions"] = model, guide  # not as a submodule, whose state would be stored twice
+
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with self._own_store():
+            return vars(self)["_functions"][0](*args, **kwargs)
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the guide."""
+        with self._own_store():
+            return vars(self)["_functions"][1](*args, **kwargs)
+
+    def make_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """Run both once, in evaluation mode, so that parameters exist before an optimiser is made of them.
+
+        Arguments are those of the model and the guide; a small batch is enough. `fit` does this itself.
+        """
+        make_parameters(self, args, kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters, buffers and constraints to a file, for `load`.
+
+        Raises:
+            OSError: If the file cannot be written; an existing file is then unchanged.
+        """
+        serialization.write(path, "pair", {"state": self.state_dict(), "constraints": self._constraints()})
+
+    def load(self, path: str | os.PathLike[str]) -> "Pair":
+        """Read what `save` wrote into this pair, built from the same programs as the saved one; return it.
+
+        Parameters that the programs have not made yet get their values when they are made.
+
+        Raises:
+            FileNotFoundError: If the file does not exist.
+            CheckpointError: If the file is damaged, is no saved pair, or is of other programs.
+        """
+        content = serialization.read(path, "pair")
+
+        def restore() -> Pair:
+            for name, constraint in self._constraints().items():
+                saved = content["constraints"].get(name, constraint)
+                if saved != constraint:
+                    raise ValueError(f"parameter {name!r} was {saved}, is {constraint}")
+            self.load_state_dict(content["state"])
+            return self
+
+        return serialization.fitting(path, restore)
+
+    def _constraints(self) -> dict[str, str]:
+        return {name: str(constraint) for name, constraint in self.stored.constraints.items()}
+
+
+def make_parameters(pair: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Run a pair once without gradients, in evaluation mode, so that lazy parameters are made."""
+    states = ModuleStates()
+    with evaluation_mode(pair.model, pair.guide), torch.no_grad(), poutine.block(), states.followed():
+        run_pair(pair.model, pair.guide, args, kwargs)
+    states.restore_buffers()  # of modules that were not known as the pair's, and ran in training mode
+
+
+def stored_parameters(*programs: Callable[..., Any]) -> dict[str, Tensor]:
+    """Return the unconstrained parameters in Pyro's global store and in those of the pairs given, by name."""
+    found = dict(pyro.get_param_store().named_parameters())
+    for program in programs:
+        owner = getattr(program, "__self__", program)
+        if isinstance(owner, OwnParameters):
+            found.update(owner.stored.tensors)
+    return found
