@@ -8,6 +8,7 @@ Notation: x (N, *event_shape), z (N, K), N examples per batch, K latent dimensio
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import pyro
@@ -17,6 +18,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
@@ -26,15 +28,15 @@ __all__ = ["VAE"]
 
 
 @rebuildable
-class VAE(nn.Module):
+class VAE(OwnParameters):
     r"""Variational autoencoder: model p(z) p(x|z) and guide q(z|x) for `pyro.infer.SVI` or `pyro_vae.SVI`.
 
     .. math:: \mathrm{ELBO}(x) = E_q[\log p(x|z)] - \mathrm{KL}(q(z|x) \,\|\, p(z)) \le \log p(x)
 
     in nats per datum. Sites: latent "z", observed "x", plate "data" over the batch. The parameters belong to
-    the modules; Pyro's global parameter store is not used, so that VAEs, copies and pickles train
-    independently, one at a time. (A `PyroModule` shares parameters with others of the same names, by Pyro's
-    rules; `fit` isolates it during training.)
+    the modules, or to the VAE if a guide function names them by `pyro.param` or `pyro.module`; Pyro's global
+    parameter store is not used, so that VAEs, copies and pickles train independently. (A `PyroModule` as
+    prior or likelihood shares parameters with others of the same names, by Pyro's rules; `fit` isolates it.)
 
     `fit` and `pyro_vae.SVI` check with `check_guide` that the guide fits.
 
@@ -82,11 +84,17 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> Tensor:
         """Run the guide q(z|x) for x (N, *event_shape)."""
         _emit_param_sites(posterior=self.posterior)
-        q = self._call_posterior(x)
+        with self._own_store() if self.names_parameters else nullcontext():
+            q = self._call_posterior(x)
         if not isinstance(q, dist.Distribution):
-            return q  # of a Pyro guide function, which samples its own sites
+            return q  # the function samples its own sites
         with _data_plate(x):
             return pyro.sample("z", q)
+
+    @property
+    def names_parameters(self) -> bool:
+        """Whether the guide may make parameters as it runs: a Pyro guide function, or a `PyroModule`."""
+        return isinstance(self.posterior, PyroModule) or not isinstance(self.posterior, nn.Module)
 
     def _call_posterior(self, x: Tensor) -> Any:
         posterior: Callable[..., Any] = self.posterior
@@ -96,7 +104,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> dist.Distribution:
         """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
-        with poutine.block():
+        with poutine.block(), self._own_store():
             trace = poutine.trace(self._call_posterior).get_trace(x)
         q = trace.nodes["_RETURN"]["value"]
         return q if isinstance(q, dist.Distribution) else trace.nodes["z"]["fn"]

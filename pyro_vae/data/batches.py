@@ -1,6 +1,7 @@
 """Minibatches of a source: their order, and their binarisation on the way.
 
-Order and binarisation are functions of the seed, the epoch and the number of the batch alone, so that a run
+A batch is a tensor, or a tuple or dict of tensors: one argument of a program, or several. Order and
+binarisation are functions of the seed, the epoch and the number of the batch alone, so that a run
 can be resumed at any batch, and reading ahead changes nothing.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_vae.data.images import Images
 from pyro_vae.data.permutations import permutation
@@ -68,7 +70,7 @@ class Batches:
     ) -> "Batches":
         self.source, self.rows_of, self.length, self.seed, self.device = source, rows_of, length, seed, device
         self.generator = torch.Generator(source.device)
-        self.unchecked: Callable[[Tensor], None] | None = None
+        self.unchecked: Callable[[Any], None] | None = None
         return self
 
     def __len__(self) -> int:
@@ -124,9 +126,14 @@ class Batches:
             lengths.append(rest)
         return lengths
 
-    def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Tensor]:
-        """Yield the batches (B, *event_shape) of a pass in random order, from the batch `start` on."""
+    def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Any]:
+        """Yield the batches (B, *event_shape) of a pass in random order, from the batch `start` on.
+
+        A batch of all the data keeps their order, as parameters of single examples in a guide need.
+        """
         order = permutation(len(self), derived_seed(self.seed, _ORDER, number))
+        if batch_size >= len(self):
+            order = lambda positions: positions  # noqa: E731
         bits = derived_seed(self.seed, _BITS, number)
         lengths = self.lengths(batch_size)
 
@@ -136,7 +143,7 @@ class Batches:
 
         yield from self._read(positions, bits, range(start, len(lengths)))
 
-    def in_order(self, batch_size: int) -> Iterator[Tensor]:
+    def in_order(self, batch_size: int) -> Iterator[Any]:
         """Yield the batches (B, *event_shape) of a pass in the order of the data."""
 
         def positions(which: int) -> Tensor:
@@ -146,20 +153,23 @@ class Batches:
         # the same bits at each pass
         yield from self._read(positions, derived_seed(self.seed, _BITS), range(-(-len(self) // batch_size)))
 
-    def peek(self, count: int) -> Tensor:
+    def peek(self, count: int) -> Any:
         """Return the first `count` examples, and read no others."""
         return self._at(torch.arange(min(count, len(self))), seed_at(derived_seed(self.seed, _BITS), 0))
 
-    def _at(self, positions: Tensor, seed: int) -> Tensor:
+    def _at(self, positions: Tensor, seed: int) -> Any:
         if self.source.is_random:
             self.generator.manual_seed(seed)
         index = self.rows_of(positions).to(self.source.device)
-        return self.source.batch(index, self.generator).to(self.device)
+        batch = self.source.batch(index, self.generator)
+        if isinstance(batch, Tensor):
+            return batch.to(self.device)
+        return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
 
-    def _read(self, positions: Callable[[int], Tensor], bits: int, numbers: range) -> Iterator[Tensor]:
+    def _read(self, positions: Callable[[int], Tensor], bits: int, numbers: range) -> Iterator[Any]:
         """Yield the batches of these numbers; what is not in memory is read ahead by a thread."""
 
-        def read(number: int) -> tuple[Tensor, Tensor]:
+        def read(number: int) -> tuple[Tensor, Any]:
             where = positions(number)
             return where, self._at(where, seed_at(bits, number))
 
@@ -171,7 +181,7 @@ class Batches:
         if numbers.start == 0:
             self.unchecked = None  # all have been seen
 
-    def _check_late(self, batch: Tensor, positions: Tensor) -> None:
+    def _check_late(self, batch: Any, positions: Tensor) -> None:
         assert self.unchecked is not None
         try:
             self.unchecked(batch)
@@ -182,7 +192,7 @@ class Batches:
             row = int(self.rows_of(positions)[int(index[1])])
             raise ValueError(f"{error} (in a batch; it is row {row} of the data)") from error
 
-    def check(self, check_data: Callable[[Tensor], None]) -> None:
+    def check(self, check_data: Callable[[Any], None]) -> None:
         """Pass all the data to a check, in chunks; of images that are binarised on the way, the first ones.
 
         Of data above 1 GiB the first chunk is checked now, the others when they are first read.
@@ -208,10 +218,10 @@ class Batches:
         return {**self.source.fingerprint, "length": len(self)}
 
 
-def _ahead(read: Callable[[int], tuple[Tensor, Tensor]], numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+def _ahead(read: Callable[[int], tuple[Tensor, Any]], numbers: range) -> Iterator[tuple[Tensor, Any]]:
     """Yield what is read for these numbers, in order, by a thread that is some numbers ahead."""
     with ThreadPoolExecutor(1) as reader:
-        waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+        waiting: deque[Future[tuple[Tensor, Any]]] = deque()
         try:
             for number in numbers:
                 waiting.append(reader.submit(read, number))

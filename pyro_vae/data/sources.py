@@ -1,7 +1,8 @@
 """Sources of data: whatever has a shape and returns rows by position, in memory or not.
 
 Tensors, `Images`, NumPy arrays and memory maps, h5py and zarr arrays, SciPy sparse matrices, data frames and
-map-style torch data sets. Nothing is copied but the rows of a batch.
+map-style torch data sets; and tuples or dicts of these, for programs of several arguments. Nothing is copied
+but the rows of a batch.
 """
 
 import math
@@ -9,20 +10,29 @@ import random
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pyro_vae.data.images import BINARIZE_MODES, Images
 from pyro_vae.utils.isolation import isolated_generators, python_noise, restore_python_noise
 from pyro_vae.utils.validation import require_floating
 
-__all__ = ["CHECKED_IN_FULL", "Source", "as_source"]
+__all__ = ["CHECKED_IN_FULL", "Batch", "Source", "arguments", "as_source", "check_arguments", "num_rows"]
+
+Batch = Tensor | tuple | dict[str, Any]  # of one argument, of several by position, of several by name
 
 CHECKED_IN_FULL = 2**30  # bytes up to which all of a source is checked and fingerprinted
 _BLOCKS = 64  # of a larger one, at fixed places
@@ -45,6 +55,13 @@ def as_source(data: Any, *, binarize: str | None, seed: int, dtype: torch.dtype)
     """
     if isinstance(data, Images):
         return _ImageRows(data if binarize is None else data.binarized(binarize, seed=seed))
+    if isinstance(data, tuple | dict) and not hasattr(data, "shape"):
+        if binarize is not None:
+            raise ValueError(
+                f"binarize={binarize!r} goes with data of one argument: give the images among several as "
+                "pyro_vae.data.from_array(images).binarized(...)"
+            )
+        return _Several(data, dtype, seed)
     source = _rows(data, dtype)
     if len(source) == 0:
         raise ValueError("the data are empty: there must be at least one datum")
@@ -83,7 +100,7 @@ def _remedy(data: Any) -> str:
     if not isinstance(data, list | tuple):
         return ""
     if any(hasattr(item, "shape") for item in data):
-        return ": a VAE takes x alone; a model of further arguments goes with pyro_vae.SVI"
+        return ": several arguments of a model go in a tuple or a dict"
     return ": convert with torch.as_tensor"
 
 
@@ -125,10 +142,10 @@ class Source(ABC):
         return len(self) * self.row_bytes > CHECKED_IN_FULL
 
     @abstractmethod
-    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the examples at positions (B,), (B, *event_shape)."""
+    def batch(self, index: Tensor, generator: torch.Generator) -> Any:
+        """Return the examples at positions (B,), a `Batch` of tensors (B, *event_shape)."""
 
-    def raw(self, index: Tensor) -> Tensor:
+    def raw(self, index: Tensor) -> Any:
         """Return the examples as they are stored, for the fingerprint."""
         return self.batch(index, torch.Generator(self.device).manual_seed(0))
 
@@ -143,7 +160,10 @@ class Source(ABC):
         checksum = 0
         for start in range(0, len(self), step):
             rows = self.raw(torch.arange(start, min(start + size, len(self)), device=self.device))
-            checksum = zlib.crc32(rows.cpu().contiguous().view(torch.uint8).numpy().data, checksum)
+            for leaf in tree_leaves(rows):
+                if isinstance(leaf, Tensor):
+                    plain = leaf.cpu().contiguous().flatten().view(torch.uint8)
+                    checksum = zlib.crc32(plain.numpy().data, checksum)
         return {"shape": list(self.shape), "binarize": self.binarize, "checksum": checksum}
 
 
@@ -199,7 +219,8 @@ class _DatasetRows(Source):
 
     def __init__(self, dataset: Any, dtype: torch.dtype):
         self.dataset, self.dtype = dataset, dtype
-        self.shape = (len(dataset), *(self.raw(torch.tensor([0])).shape[1:] if len(dataset) else ()))
+        first = self.raw(torch.tensor([0])) if len(dataset) else torch.empty(0)
+        self.shape = (len(dataset), *_row_shape(first))
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         noise, seed = python_noise(), generator.initial_seed()
@@ -211,19 +232,94 @@ class _DatasetRows(Source):
         finally:
             restore_python_noise(noise)
         batch = default_collate(items)
-        if isinstance(batch, list | tuple) and len(batch) == 1:
-            batch = batch[0]
-        if not isinstance(batch, Tensor):
+        if isinstance(batch, list | tuple):
+            batch = batch[0] if len(batch) == 1 else tuple(batch)
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
             raise TypeError(
-                f"the data set returns {type(items[0]).__name__}s, expected one tensor x per example: wrap "
-                "it so that an item is x alone"
+                f"an item of the data set must be a tensor, or a tuple or dict of tensors; got {items[0]!r}"
             )
-        return batch.to(self.dtype) if batch.is_floating_point() else batch
+        return tree_map(lambda leaf: leaf.to(self.dtype) if leaf.is_floating_point() else leaf, batch)
 
     def _items(self, positions: list[int]) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(positions)
         return [self.dataset[position] for position in positions]
+
+
+class _Several(Source):
+    """A tuple or dict of sources of the same length, or None for an argument that is not there."""
+
+    def __init__(self, data: Any, dtype: torch.dtype, seed: int):
+        paths, self.structure = tree_flatten_with_path(data, is_leaf=_is_rows)
+        names = [keystr(path) for path, _ in paths]
+        self.leaves = [
+            None if leaf is None else as_source(leaf, binarize=None, seed=seed, dtype=dtype)
+            for _, leaf in paths
+        ]
+        sources = [leaf for leaf in self.leaves if leaf is not None]
+        lengths = {name: len(leaf) for name, leaf in zip(names, self.leaves, strict=True) if leaf is not None}
+        if len(set(lengths.values())) != 1:
+            found = ", ".join(f"{name} {length:,}" for name, length in lengths.items()) or "no data"
+            raise ValueError(f"the arguments must have the same number of rows; got {found}")
+        values = sum(math.prod(source.shape[1:]) for source in sources)
+        self.shape, self.device = (len(sources[0]), values), sources[0].device
+        self.itemsize = -(-sum(source.row_bytes for source in sources) // max(1, values))
+        self.in_memory = all(source.in_memory for source in sources)
+        self.is_random = any(source.is_random for source in sources)
+        self.runs_user_code = any(source.runs_user_code for source in sources)
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Any:
+        return self._gather(lambda source, where: source.batch(where, generator), index)
+
+    def raw(self, index: Tensor) -> Any:
+        return self._gather(lambda source, where: source.raw(where), index)
+
+    def _gather(self, take: Callable[[Source, Tensor], Any], index: Tensor) -> Any:
+        parts = [None if leaf is None else take(leaf, index.to(leaf.device)) for leaf in self.leaves]
+        return tree_unflatten(parts, self.structure)
+
+
+def _is_rows(item: Any) -> bool:
+    """Return whether an item of a tuple or dict is a source itself, such as a data frame or a Dataset."""
+    return not isinstance(item, tuple | dict | list) or hasattr(item, "shape")
+
+
+def _row_shape(batch: Any) -> tuple[int, ...]:
+    """Return the shape of a row, or the number of its values if it has several parts."""
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape[1:])
+    return (sum(math.prod(leaf.shape[1:]) for leaf in tree_leaves(batch)),)
+
+
+def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """Return positional and named arguments of a program for a batch.
+
+    Example:
+        >>> x, y = torch.zeros(2, 3), torch.ones(2)
+        >>> len(arguments(x)[0]), len(arguments((x, y))[0]), list(arguments({"x": x, "y": y})[1])
+        (1, 2, ['x', 'y'])
+    """
+    if isinstance(batch, dict):
+        return (), batch
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
+def check_arguments(batch: Any) -> None:
+    """Raise ValueError if an argument has infinite values, which no program means."""
+    for path, leaf in tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.isinf().any():
+            index = tuple(leaf.isinf().nonzero()[0].tolist())
+            raise ValueError(
+                f"x{keystr(path)}{list(index)} is {leaf[index]}: data must be finite (NaN may mean "
+                "missing, if the programs take it so)"
+            )
+
+
+def num_rows(batch: Any) -> int:
+    """Return the number of examples in a batch."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    return len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
 
 
 class _Binarised(Source):

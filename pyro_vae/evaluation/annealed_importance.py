@@ -15,9 +15,11 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.draws import Pair, chunk_sizes, in_chunks, prepare_data, require_finite
 from pyro_vae.evaluation.importance_weights import WeightSummary, summarise_weights
 from pyro_vae.objectives.log_terms import PairSites, terms
+from pyro_vae.objectives.pair import as_programs
 from pyro_vae.objectives.sites import Site, masked_log_prob, run, sample_sites, site_family
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import evaluating
@@ -85,8 +87,8 @@ def annealed_importance_sampling(
     they move would bias the estimate. Cost per example: (C + 4) T (L + 1) gradients of the log-density.
 
     Args:
-        vae: A `VAE`, or any object with Pyro functions `model` and `guide`; the guide is not used.
-        data: N examples, (N, *event_shape), in the support of the likelihood.
+        vae: As in `evaluate`; the guide is not used.
+        data: As in `evaluate`.
         num_chains: C.
         num_temperatures: T.
         num_leapfrog: L, leapfrog steps per move.
@@ -114,6 +116,8 @@ def annealed_importance_sampling(
         torch.Size([3])
     """
     counts = {"num_chains": num_chains, "num_temperatures": num_temperatures, "num_leapfrog": num_leapfrog}
+    if not callable(getattr(vae, "model", None)):  # a guide is not needed
+        vae = as_programs("annealed_importance_sampling(pair, data)", vae)
     for name, count in counts.items():
         require_count(name, count)
     batches = prepare_data(vae, data, binarize=binarize, seed=seed)
@@ -127,9 +131,9 @@ def annealed_importance_sampling(
         progress_bar(total, shown=progress, unit=" steps", unit_scale=True, desc="annealing") as bar,
     ):
         options["advance"] = bar.update
-        for first_index, x in in_chunks(batches, at_once, _CHAINS):
-            pilot = _run_chains(vae, x, betas, num_chains=_PILOT_CHAINS, steps=None, **options)
-            chains = _run_chains(vae, x, betas, num_chains=num_chains, steps=pilot.steps, **options)
+        for first_index, batch in in_chunks(batches, at_once, _CHAINS):
+            pilot = _run_chains(vae, batch, betas, num_chains=_PILOT_CHAINS, steps=None, **options)
+            chains = _run_chains(vae, batch, betas, num_chains=num_chains, steps=pilot.steps, **options)
             require_finite(chains.log_weight, first_index=first_index)
             log_weight.append(chains.log_weight)
             acceptance.append(chains.acceptance)
@@ -157,7 +161,7 @@ class _Chains:
 
 def _run_chains(
     pair: Pair,
-    x: Tensor,
+    batch: Any,
     betas: list[float],
     *,
     num_chains: int,
@@ -168,35 +172,37 @@ def _run_chains(
 ) -> _Chains:
     """Run chains from prior to posterior with leapfrog step lengths (T, n), or tune these if None."""
     prior = poutine.block(pair.model, hide_fn=_is_observed)  # serves as the guide
-    start = terms(pair.model, prior, x, num_particles=num_chains, max_plate_nesting=max_plate_nesting)
+    args, kwargs = arguments(batch)
+    plates = {"num_particles": num_chains, "max_plate_nesting": max_plate_nesting}
+    start = terms(pair.model, prior, *args, **plates, **kwargs)
     for name, site in start.sites.latent.items():
         _require_real(name, site)
-    density = _Density(pair.model, x, start.sites)
+    density = _Density(pair.model, batch, start.sites)
     z, log_likelihood = dict(start.sites.draws), start.log_likelihood
     log_weight = torch.zeros_like(log_likelihood, dtype=torch.float64)
-    lengths = log_likelihood.new_full((len(betas) - 1, len(x)), 0.5) if steps is None else steps
-    accepted = log_likelihood.new_zeros(len(x))
+    lengths = log_likelihood.new_full((len(betas) - 1, num_rows(batch)), 0.5) if steps is None else steps
+    accepted = log_likelihood.new_zeros(num_rows(batch))
     for t, beta in enumerate(betas[1:]):
         log_weight += (beta - betas[t]) * log_likelihood
         z, log_likelihood, probability = density.move(z, beta, lengths[t], num_leapfrog)
         accepted += probability.mean(0)
         if steps is None:
             lengths[t + 1 :] = lengths[t] * (0.5 * (probability.mean(0) - _ACCEPTANCE)).exp()
-        advance(len(x))
+        advance(num_rows(batch))
     return _Chains(log_weight, accepted / len(lengths), lengths)
 
 
 class _Density:
     """log p(z) + β log p(x|z) of chains z, {site: (C, …, n, …, *event)}, with invariant moves."""
 
-    def __init__(self, model: Callable, x: Tensor, sites: PairSites):
-        self.model, self.x, self.sites = model, x, sites
+    def __init__(self, model: Callable, batch: Any, sites: PairSites):
+        self.model, self.batch, self.sites = model, batch, sites
 
     def _terms(self, z: Draws) -> tuple[Tensor, Tensor]:
         """Compute log p(z) and log p(x|z), (C, n)."""
         chains = pyro.plate("chains", self.sites.num_particles, dim=-self.sites.rank)
         with chains if self.sites.num_particles > 1 else nullcontext():
-            model_sites = sample_sites(run(poutine.condition(self.model, data=z), (self.x,), {}))
+            model_sites = sample_sites(run(poutine.condition(self.model, data=z), *arguments(self.batch)))
         log_probs = {name: masked_log_prob(site, site["value"]) for name, site in model_sites.items()}
         prior = self.sites.sum(log_prob for name, log_prob in log_probs.items() if name in z)
         return prior, self.sites.sum(log_prob for name, log_prob in log_probs.items() if name not in z)

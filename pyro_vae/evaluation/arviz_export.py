@@ -18,10 +18,12 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.arviz_compat import arviz_version, inference_data, write_netcdf
 from pyro_vae.evaluation.draws import Chunk, Pair, by_example, chunk_lengths, chunks, prepare_data
 from pyro_vae.evaluation.importance_weights import pareto_smoothed, summarise_weights
 from pyro_vae.objectives.log_terms import PairSites
+from pyro_vae.objectives.pair import as_programs
 from pyro_vae.objectives.sites import Site, run, sample_sites
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import evaluating
@@ -70,9 +72,8 @@ def to_inference_data(
     out, so that `loo` would weight by 1 / p(x|z), whose mean seldom exists, and overrate the model.
 
     Args:
-        vae: A `VAE`, or any object with Pyro functions `model` and `guide` of a batch x (N, *event_shape).
-        data: N examples, (N, *event_shape), in the support of the likelihood. Each predictive group holds
-            `num_samples` times as many values.
+        vae: As in `evaluate`.
+        data: As in `evaluate`. Each predictive group holds `num_samples` times as many values.
         num_samples: S, draws of z kept per example.
         oversample: P / S, guide draws per kept draw.
         binarize: As in `evaluate`.
@@ -101,6 +102,7 @@ def to_inference_data(
         >>> dict(idata["posterior"]["z"].sizes)
         {'chain': 1, 'draw': 50, 'datum': 9, 'z_dim': 2}
     """
+    vae = as_programs("to_inference_data(pair, data)", vae)
     require_count("num_samples", num_samples, minimum=2)
     require_count("oversample", oversample)
     batches = prepare_data(vae, data, binarize=binarize, seed=seed)
@@ -112,7 +114,7 @@ def to_inference_data(
     ):
         for chunk in chunks(vae, batches, num_draws, max_plate_nesting=max_plate_nesting, keep_draws=True):
             parts.append(_groups(vae, chunk, oversample))
-            bar.update(len(chunk.x))
+            bar.update(num_rows(chunk.batch))
     attrs = {
         "inference_library": "pyro_vae",
         "inference_library_version": importlib.metadata.version("pyro_vae"),
@@ -150,8 +152,8 @@ def _groups(pair: Pair, chunk: Chunk, oversample: int) -> Groups:
     kept = _resample(log_weight, oversample)
     z = {name: _take(values, kept) for name, values in chunk.draws.items()}
     counts = chunk_lengths(len(kept), sites.num_particles)  # as many at once as in the chunk's first run
-    posterior = _simulate(pair, chunk.x, z, counts, sites)
-    prior = _simulate(pair, chunk.x, {}, counts, sites)
+    posterior = _simulate(pair, chunk.batch, z, counts, sites)
+    prior = _simulate(pair, chunk.batch, {}, counts, sites)
     observed = [name for name in posterior if name not in z]
     summary = summarise_weights(log_weight)
     log_conditional = _take(chunk.log_likelihood, kept)
@@ -252,7 +254,7 @@ _INTEGERS = (type(constraints.boolean), type(constraints.nonnegative_integer), c
 
 
 def _simulate(
-    pair: Pair, x: Tensor, z: dict[str, Tensor], counts: list[int], sites: PairSites
+    pair: Pair, batch: Any, z: dict[str, Tensor], counts: list[int], sites: PairSites
 ) -> dict[str, _Simulated]:
     """Run the model on n examples with x unobserved, at latent values z (S, n, ...) or at its own draws."""
     simulated: dict[str, _Simulated] = {}
@@ -261,7 +263,7 @@ def _simulate(
         part = {name: v[start : start + count].movedim(1, sites.data_axis) for name, v in z.items()}
         start += count
         with pyro.plate("samples", count, dim=-sites.rank):
-            trace = run(poutine.condition(model, data=part), (x,), {})
+            trace = run(poutine.condition(model, data=part), *arguments(batch))
         for name, site in sample_sites(trace).items():
             if site["value"].numel():  # a factor has no value
                 record = simulated.setdefault(name, _Simulated(name, site, sites, []))

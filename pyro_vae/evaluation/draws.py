@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.datasets import Images
+from pyro_vae.data.images import Images
+from pyro_vae.data.sources import arguments, check_arguments, num_rows
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
 from pyro_vae.objectives.sites import Site
 from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
-from pyro_vae.utils.validation import NonFiniteError, require_floating
+from pyro_vae.utils.validation import NonFiniteError
 
 __all__ = [
     "Chunk",
@@ -43,12 +44,12 @@ _PARTICLES = 250  # per example at once, so that encoding an example is cheap co
 
 
 class Pair(Protocol):
-    """A generative model and a guide, such as a `VAE`: two Pyro functions of a batch x (N, *event_shape)."""
+    """A generative model and a guide, such as a `VAE`: two Pyro functions of the same arguments."""
 
-    def model(self, x: Tensor) -> Any:
+    def model(self, *args: Any, **kwargs: Any) -> Any:
         """p(z) p(x|z), with x observed."""
 
-    def guide(self, x: Tensor) -> Any:
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
         """q(z|x)."""
 
 
@@ -58,7 +59,7 @@ class Chunk:
 
     Attributes:
         first_index: Index of the first example.
-        x: The examples, (n, *event_shape).
+        batch: The examples: x (n, *event_shape), or a tuple or dict of arguments.
         first_terms: Terms of the chunk's first run, of at most S particles, for closed forms and sites.
         log_likelihood: log p(x|z).
         log_prior: log p(z).
@@ -67,7 +68,7 @@ class Chunk:
     """
 
     first_index: int
-    x: Tensor
+    batch: Any
     first_terms: Terms
     log_likelihood: Tensor
     log_prior: Tensor
@@ -90,16 +91,10 @@ def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> B
         seed: Seed of the binarisation.
 
     Raises:
-        TypeError: If the data are of a kind that `fit` does not take, or not floating-point; or if `pair` has
-            no model.
+        TypeError: If the data are of a kind that `fit` does not take, or not floating-point.
         ValueError: If the data are empty, have the wrong shape, or lie outside the likelihood's support.
         NonFiniteError: If a parameter is infinite or NaN.
     """
-    if not callable(getattr(pair, "model", None)):
-        raise TypeError(
-            "expected an object with Pyro functions model and guide, such as a VAE; "
-            f"got {type(pair).__name__}"
-        )
     if isinstance(data, Images) and data.binarize == "dynamic" and binarize != "threshold":
         data, binarize = dataclasses.replace(data, binarize=None), binarize or "dynamic"
     parameters = dict(pair.named_parameters()) if isinstance(pair, nn.Module) else {}
@@ -110,14 +105,8 @@ def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> B
     binarize = "fixed" if binarize == "dynamic" else binarize
     dtype = next((parameter.dtype for parameter in parameters.values()), None)
     batches = Batches(data, binarize=binarize, seed=seed, device=device, dtype=dtype)
-    batches.check(getattr(pair, "check_data", _require_data))
+    batches.check(getattr(pair, "check_data", check_arguments))
     return batches
-
-
-def _require_data(x: Tensor) -> None:
-    require_floating("the data", x)
-    if len(x) == 0:
-        raise ValueError("the data are empty: pass at least one example")
 
 
 def chunk_sizes(batches: Batches, num_particles: int) -> tuple[int, int]:
@@ -140,16 +129,16 @@ def chunk_lengths(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def in_chunks(batches: Batches, size: int, stream: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the examples (n, *event_shape) in order, `size` at a time, each with the index of its first.
+def in_chunks(batches: Batches, size: int, stream: int) -> Iterator[tuple[int, Any]]:
+    """Yield the examples, a batch of n, in order, `size` at a time, each with the index of its first.
 
     Every evaluation iterates its data here. Torch's generators are seeded for each chunk, so that its draws
     are a function of the seed, the stream and the number of the chunk, and of no earlier chunk.
     """
     seed = derived_seed(batches.seed, stream)
-    for number, x in enumerate(batches.in_order(size)):
+    for number, batch in enumerate(batches.in_order(size)):
         seed_generators(batches.device, seed_at(seed, number))
-        yield number * size, x
+        yield number * size, batch
 
 
 def chunks(
@@ -176,22 +165,30 @@ def chunks(
         NonFiniteError: If an importance weight is infinite or NaN.
     """
     size, particles = chunk_sizes(batches, num_particles)
-    for first_index, x in in_chunks(batches, size, _DRAWS):
+    for first_index, batch in in_chunks(batches, size, _DRAWS):
+        args, kwargs = arguments(batch)
         if first_index == 0:
-            require_fit(pair.model, pair.guide, x)
+            require_fit(pair.model, pair.guide, *args, **kwargs)
         log_terms: list[Tensor] = []
         draws: dict[str, list[Tensor]] = defaultdict(list)
         for count in chunk_lengths(num_particles, particles):
-            t = terms(pair.model, pair.guide, x, num_particles=count, max_plate_nesting=max_plate_nesting)
+            t = terms(
+                pair.model,
+                pair.guide,
+                *args,
+                num_particles=count,
+                max_plate_nesting=max_plate_nesting,
+                **kwargs,
+            )
             if not log_terms:
                 first_terms = t
             log_terms.append(torch.stack([t.log_likelihood, t.log_prior, t.log_guide]))
             for name in t.sites.latent if keep_draws else ():
                 draws[name].append(by_example(t.sites, t.sites.guide[name], t.sites.draws[name]))
-            advance(count * len(x))
+            advance(count * num_rows(batch))
         joined = {name: torch.cat(values) for name, values in draws.items()}
         log_likelihood, log_prior, log_guide = torch.cat(log_terms, dim=1)
-        chunk = Chunk(first_index, x, first_terms, log_likelihood, log_prior, log_guide, joined)
+        chunk = Chunk(first_index, batch, first_terms, log_likelihood, log_prior, log_guide, joined)
         require_finite(chunk.log_weight, first_index=first_index)
         yield chunk
 

@@ -3,7 +3,6 @@
 Notation: N examples, S particles z_s ~ q(z|x) per example, importance weights w_s = p(x, z_s) / q(z_s|x).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +10,18 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_vae.data.batches import Batches
+from pyro_vae.data.sources import arguments
 from pyro_vae.evaluation.draws import Chunk, Pair, chunks, prepare_data
 from pyro_vae.evaluation.importance_weights import bound_by_particles, summarise_weights
 from pyro_vae.evaluation.latents import AggregatePosterior, aggregate_posterior, summarise_latents
 from pyro_vae.evaluation.result import Evaluation, PerDatum, standard_error
-from pyro_vae.objectives.log_terms import PairSites
+from pyro_vae.evaluation.whole import evaluate_whole
+from pyro_vae.objectives.log_terms import EnumeratedError, PairSites, terms
+from pyro_vae.objectives.pair import as_programs
+from pyro_vae.objectives.sites import NotSeparableError
 from pyro_vae.utils.display import Estimate, progress_bar
-from pyro_vae.utils.isolation import evaluating
+from pyro_vae.utils.isolation import evaluating, isolated
 from pyro_vae.utils.validation import require_count
 
 __all__ = ["evaluate"]
@@ -33,7 +37,7 @@ def evaluate(
     aggregate_size: int = 5000,
     max_plate_nesting: int = 1,
     progress: bool = True,
-) -> Evaluation:
+) -> Any:
     r"""Estimate the log-evidence and the ELBO of data, and diagnose the guide and the latent dimensions.
 
     .. math:: \log p(x) \approx \log \frac1S \sum_{s=1}^S \frac{p(x, z_s)}{q(z_s|x)}, \qquad z_s \sim q(z|x)
@@ -43,8 +47,9 @@ def evaluate(
     evaluation does not change training.
 
     Args:
-        vae: A `VAE`, or any object with Pyro functions `model` and `guide` of a batch x (N, *event_shape).
-        data: N examples, (N, *event_shape), in the support of the likelihood.
+        vae: A `VAE`, a `Pair`, any object with Pyro functions `model` and `guide`, or a tuple of these two.
+        data: N examples, (N, *event_shape), in the support of the likelihood; or a tuple or dict of several
+            arguments, as in `fit`.
         num_particles: S, draws of z per example.
         binarize: "dynamic" or "fixed" (the same here: one Bernoulli draw, from `seed`), or "threshold" (at
             ½), for grey levels under a Bernoulli likelihood.
@@ -53,6 +58,11 @@ def evaluate(
             information; the cost grows with its square. 0 omits it.
         max_plate_nesting: Number of dimensions that the pair's own plates take; see `terms`.
         progress: Show a progress bar in a terminal or notebook.
+
+    Returns:
+        The evaluation. Where a latent variable is shared by all examples, or the model enumerates one that
+        the guide lacks, there is no evidence of single examples here: then a `WholeEvaluation`, with the ELBO
+        of the data as a whole, and None with the reason for the rest.
 
     Raises:
         TypeError: If the data are of a kind that `fit` does not take, or not floating-point; or if a number
@@ -76,6 +86,7 @@ def evaluate(
         >>> report.elbo <= report.log_evidence, report.pareto_k.shape, report.kl_per_dimension.shape
         (True, torch.Size([9]), torch.Size([2]))
     """
+    vae = as_programs("evaluate(pair, data)", vae)
     require_count("num_particles", num_particles)
     require_count("aggregate_size", aggregate_size, minimum=0)
     batches = prepare_data(vae, data, binarize=binarize, seed=seed)
@@ -83,6 +94,10 @@ def evaluate(
         evaluating(vae, batches.device, seed),
         progress_bar(len(batches) * num_particles, shown=progress, unit=" draws", unit_scale=True) as bar,
     ):
+        reason = _not_by_example(vae, batches, max_plate_nesting)
+        if reason is not None:
+            options: dict[str, Any] = {"num_particles": num_particles, "seed": seed, "advance": bar.update}
+            return evaluate_whole(vae, batches, reason, **options)
         drawn = chunks(vae, batches, num_particles, max_plate_nesting=max_plate_nesting, advance=bar.update)
         reduced = [_reduce(chunk) for chunk in drawn]
     aggregate = None
@@ -95,8 +110,20 @@ def evaluate(
             aggregate = aggregate_posterior(
                 vae, part, max_plate_nesting=max_plate_nesting, advance=bar.update
             )
-    size = math.prod(batches.shape[1:])
-    return _evaluation(reduced, aggregate, num_particles=num_particles, num_dimensions=size, seed=seed)
+    return _evaluation(reduced, aggregate, num_particles=num_particles, seed=seed)
+
+
+def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str | None:
+    """Return why the terms of a pair cannot be separated by example, or None if they can."""
+    args, kwargs = arguments(batches.peek(2))
+    try:
+        with isolated(pair.model, pair.guide), torch.no_grad():
+            terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
+    except (NotSeparableError, EnumeratedError) as error:
+        return str(error)
+    except Exception:  # said better by the checks that follow
+        return None
+    return None
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,8 @@ class _Reduced:
     unit_mean_variance: Tensor
     bounds: dict[int, tuple[Tensor, Tensor]]
     unit_names: list[str]
+    observed_names: list[str]
+    num_dimensions: int
     has_analytic_kl: bool
     has_analytic_entropy: bool
 
@@ -135,13 +164,22 @@ def _reduce(chunk: Chunk) -> _Reduced:
             pareto_k=weights.pareto_k,
             unit_kl=latent.kl.cpu().double(),
             unit_mean=latent.mean.cpu().double(),
+            site_log_likelihood=_by_site(sites),
         ),
         unit_mean_variance=latent.mean_variance.cpu().double(),
         bounds=bound_by_particles(log_weight),
         unit_names=latent.names,
+        observed_names=list(sites.observed),
+        num_dimensions=sum(site["value"].numel() for site in sites.observed.values()) // sites.num_data,
         has_analytic_kl=kl is not None,
         has_analytic_entropy=entropy is not None,
     )
+
+
+def _by_site(sites: PairSites) -> Tensor:
+    """Return E_q[log p] of each observed site, (N, O), from the chunk's first run."""
+    parts = [sites.sum([site["log_prob"]]).double().mean(0).cpu() for site in sites.observed.values()]
+    return torch.stack(parts, dim=-1)
 
 
 def _entropy(sites: PairSites) -> Tensor | None:
@@ -170,6 +208,8 @@ def _evaluation(reduced: list[_Reduced], aggregate: AggregatePosterior | None, *
             for size, (bound, mc_se) in bounds.items()
         },
         unit_names=reduced[0].unit_names,
+        observed_names=reduced[0].observed_names,
+        num_dimensions=reduced[0].num_dimensions,
         activity=standard_error(per_datum.unit_mean).square() * num_data - noise,
         aggregate=aggregate,
         has_analytic_kl=reduced[0].has_analytic_kl,

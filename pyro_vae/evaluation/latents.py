@@ -8,6 +8,7 @@ N examples is q(z) = (1/N) Σ q(z|x_n). Divergences and log-densities are in nat
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
@@ -25,6 +26,7 @@ from torch.distributions import (
 )
 
 from pyro_vae.data.batches import Batches
+from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.draws import Pair, by_example, chunk_sizes, in_chunks
 from pyro_vae.objectives.log_terms import PairSites, terms
 from pyro_vae.objectives.sites import Site, masked_log_prob, run, sample_sites
@@ -178,8 +180,9 @@ def aggregate_posterior(
     """
     draws: list[dict[str, Tensor]] = []
     log_guide, log_prior = [], []
-    for _, x in in_chunks(batches, chunk_sizes(batches, 1)[0], _AGGREGATE):
-        t = terms(pair.model, pair.guide, x, max_plate_nesting=max_plate_nesting)
+    for _, batch in in_chunks(batches, chunk_sizes(batches, 1)[0], _AGGREGATE):
+        args, kwargs = arguments(batch)
+        t = terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
         draws.append({name: _as_particles(t.sites, name) for name in t.sites.draws})
         log_guide.append(t.log_guide[0])
         log_prior.append(t.log_prior[0])
@@ -188,13 +191,13 @@ def aggregate_posterior(
     at_once = max(1, math.isqrt(_NUMBERS // numbers))
 
     log_sum = torch.full((len(batches),), -math.inf, dtype=torch.float64, device=batches.device)
-    for _, x in in_chunks(batches, at_once, _AGGREGATE):
+    for _, batch in in_chunks(batches, at_once, _AGGREGATE):
         for start in range(0, len(batches), at_once):
             part = slice(start, start + at_once)
             values = {name: z[part] for name, z in joined.items()}
-            scores = _log_guide(pair, x, values, t.sites).double().logsumexp(1)
+            scores = _log_guide(pair, batch, values, t.sites).double().logsumexp(1)
             log_sum[part] = torch.logaddexp(log_sum[part], scores)
-            advance(len(x) * len(scores))
+            advance(num_rows(batch) * len(scores))
     return AggregatePosterior(
         log_guide=torch.cat(log_guide).double().cpu(),
         log_aggregate=log_sum.cpu() - math.log(len(batches)),
@@ -208,14 +211,14 @@ def _as_particles(sites: PairSites, name: str) -> Tensor:
     return values.transpose(0, sites.data_axis)
 
 
-def _log_guide(pair: Pair, x: Tensor, values: dict[str, Tensor], sites: PairSites) -> Tensor:
+def _log_guide(pair: Pair, batch: Any, values: dict[str, Tensor], sites: PairSites) -> Tensor:
     """Score B draws under the guide of each of n examples, (B, n)."""
     count = len(next(iter(values.values())))
-    axis = sites.data_axis
-    spread = {name: z.expand(*z.shape[:axis], len(x), *z.shape[axis + 1 :]) for name, z in values.items()}
+    axis, length = sites.data_axis, num_rows(batch)
+    spread = {name: z.expand(*z.shape[:axis], length, *z.shape[axis + 1 :]) for name, z in values.items()}
     with pyro.plate("draws", count, dim=-sites.rank):
-        guide_sites = sample_sites(run(poutine.condition(pair.guide, data=spread), (x,), {}))
-    total = x.new_zeros(count, len(x))
+        guide_sites = sample_sites(run(poutine.condition(pair.guide, data=spread), *arguments(batch)))
+    total = next(iter(values.values())).new_zeros(count, length, dtype=torch.get_default_dtype())
     for name, site in guide_sites.items():
         try:
             log_prob = masked_log_prob(site, site["value"])

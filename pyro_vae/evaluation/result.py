@@ -40,6 +40,7 @@ class PerDatum:
         pareto_k: Shape k̂ of the tail of w; see `importance_weights.pareto_smoothed`.
         unit_kl: KL of each latent dimension, (N, U); see `latents.LatentSummary`.
         unit_mean: Posterior mean of each latent dimension, (N, U).
+        site_log_likelihood: E_q[log p] of each observed site, (N, O), from at most 250 of the particles.
     """
 
     expected_log_likelihood: Tensor
@@ -53,6 +54,7 @@ class PerDatum:
     pareto_k: Tensor
     unit_kl: Tensor
     unit_mean: Tensor
+    site_log_likelihood: Tensor
 
     @property
     def elbo(self) -> Tensor:
@@ -81,6 +83,7 @@ class Evaluation:
         per_datum: Estimates per example.
         convergence: For S = 1, 10, 100, … the mean bound L_S and its Monte Carlo error.
         unit_names: Names of the U latent dimensions, such as "z[3]".
+        observed_names: Names of the O observed sites.
         activity: Variance of the posterior means over the data, Var_x(E_q[z_u]), (U,).
         aggregate: Log-densities under the aggregate posterior of the first examples; None if not requested.
         has_analytic_kl: True if the KL is in closed form.
@@ -94,6 +97,7 @@ class Evaluation:
     per_datum: PerDatum
     convergence: dict[int, Estimate]
     unit_names: list[str]
+    observed_names: list[str]
     activity: Tensor
     aggregate: AggregatePosterior | None
     has_analytic_kl: bool
@@ -163,6 +167,21 @@ class Evaluation:
         return standard_error(self.per_datum.unit_kl)
 
     @property
+    def kl_by_site(self) -> dict[str, Estimate]:
+        """KL of each latent site, summed over its dimensions: mean over the data and standard error."""
+        sites = [name.split("[")[0] for name in self.unit_names]
+        return {
+            site: _mean(self.per_datum.unit_kl[:, [name == site for name in sites]].sum(1))
+            for site in dict.fromkeys(sites)
+        }
+
+    @property
+    def log_likelihood_by_site(self) -> dict[str, Estimate]:
+        """E_q[log p] of each observed site: mean over the data, and its standard error."""
+        columns = self.per_datum.site_log_likelihood.unbind(1)
+        return dict(zip(self.observed_names, map(_mean, columns), strict=True))
+
+    @property
     def active(self) -> Tensor:
         """True for each active latent dimension, Var_x(E_q[z_u]) > 0.01, (U,)."""
         return self.activity > _ACTIVE
@@ -184,7 +203,11 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but per-example values for JSON: numbers, (value, error) pairs, None if undefined."""
-        fields = [field.name for field in dataclasses.fields(PerDatum) if not field.name.startswith("unit")]
+        fields = [
+            field.name
+            for field in dataclasses.fields(PerDatum)
+            if not field.name.startswith(("unit", "site"))
+        ]
         means = {name: self.mean(name) for name in [*fields, "elbo", "elbo_by_entropy", "gap"]}
         k = self.pareto_k
         return to_plain(
@@ -267,10 +290,16 @@ def _bound_lines(report: Evaluation) -> Iterator[str]:
     yield _line("  the same, all sampled", report.mean("elbo_sampled_kl"), "log p(x) − KL(q‖p(z|x))")
     yield _line("gap, KL(q‖p(z|x))", report.mean("gap"), gap_note)
     yield _line("E[log p(x|z)]", report.mean("expected_log_likelihood"))
+    if len(report.observed_names) > 1:
+        for name, estimate in report.log_likelihood_by_site.items():
+            yield _line(f"  of {name}", estimate)
 
 
 def _latent_lines(report: Evaluation) -> Iterator[str]:
     yield _line("KL to the prior", report.mean("kl"))
+    if len(report.kl_by_site) > 1:
+        for name, estimate in report.kl_by_site.items():
+            yield _line(f"  of {name}, its dimensions summed", estimate)
     if report.aggregate is not None:
         count = len(report.aggregate.log_prior)
         limit = f"of the first {count:,} data; at most log {count:,} = {math.log(count):.2f}"

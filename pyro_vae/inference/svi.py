@@ -11,20 +11,44 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
-from pyro_vae.inference.guide_check import check_training, untrained_parameters
+from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.objectives.pair import stored_parameters
-from pyro_vae.objectives.sites import require_programs
+from pyro_vae.objectives.sites import Program, latent_sites, require_programs, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
 from pyro_vae.utils.validation import NonFiniteError, flag_non_finite
 
-__all__ = ["SVI"]
+__all__ = ["SVI", "default_loss"]
+
+
+def default_loss(model: Program, guide: Program, *args: Any, **kwargs: Any) -> ELBO:
+    """Return the ELBO estimator that suits a pair: the one with the least noise that is valid for it.
+
+    `TraceEnum_ELBO` if the model enumerates a site that the guide lacks; else `TraceMeanField_ELBO`, with KLs
+    in closed form, if it is right for the pair (`check_mean_field`); else `Trace_ELBO`.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+        *args: Arguments of both; a small batch is enough.
+        **kwargs: Keyword arguments of both.
+    """
+    with isolated(model, guide), torch.no_grad():
+        guide_trace, model_trace = run_pair(model, guide, args, kwargs)
+        missing = latent_sites(sample_sites(model_trace)).keys() - sample_sites(guide_trace).keys()
+        if any(model_trace.nodes[name]["infer"].get("enumerate") for name in missing):
+            return TraceEnum_ELBO()
+        try:
+            check_mean_field(model, guide, *args, **kwargs)
+        except ValueError:
+            return Trace_ELBO()
+    return TraceMeanField_ELBO()
 
 
 class SVI:

@@ -42,7 +42,8 @@ __all__ = [
 ]
 
 _FIXED_SET = (
-    "(train a guide with parameters per example by SVI on the whole data set, not with fit, which shuffles)"
+    "(train a guide with parameters per example on the whole data set at once: "
+    "fit(..., batch_size=len(data)))"
 )
 _NUM_DRAWS = 1000  # with which supports are compared
 _PLATE_MISMATCH = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"

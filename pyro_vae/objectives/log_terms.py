@@ -42,7 +42,7 @@ from pyro_vae.objectives.sites import (
 )
 from pyro_vae.utils.validation import require_count
 
-__all__ = ["Terms", "particle_plate", "terms"]
+__all__ = ["EnumeratedError", "PairSites", "Terms", "particle_plate", "terms"]
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ def terms(
     sites = PairSites(
         guide=guide_sites,
         latent=latent,
+        observed=observed,
         draws=draws,
         num_particles=num_particles,
         num_data=next(iter(guide_sites.values()))["log_prob"].shape[plate.dim],
@@ -268,11 +269,21 @@ def _sites_at_fixed_draws(
         return sample_sites(run(poutine.replay(guide, trace=fixed), data, kwargs))
 
 
+class EnumeratedError(ValueError):
+    """The model enumerates a site that the guide lacks."""
+
+
 def _check_sites(latent: Sites, observed: Sites, model_sites: Sites, guide_sites: Sites) -> None:
     if not latent:
         raise ValueError("the model has no latent site: there is nothing to infer")
     if not observed:
         raise ValueError("the model observes nothing: pass the data to a site as obs=...")
+    enumerated = [name for name in latent if model_sites[name]["infer"].get("enumerate")]
+    if set(enumerated) - set(guide_sites):
+        raise EnumeratedError(
+            f"the model enumerates {enumerated[0]!r}, which the guide does not draw, so that its terms are "
+            "sums over values: draw it in the guide, or use pyro.infer.TraceEnum_ELBO"
+        )
     for problem in name_problems(model_sites, guide_sites):
         raise ValueError(problem)
 
@@ -293,6 +304,7 @@ class PairSites:
 
     guide: Sites
     latent: Sites
+    observed: Sites
     draws: dict[str, Tensor]  # latent values, as passed to the model
     num_particles: int
     num_data: int

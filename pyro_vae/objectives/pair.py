@@ -7,6 +7,7 @@ one, and registers what they create in it like any module's parameters.
 
 import os
 import sys
+from abc import abstractmethod
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -128,6 +129,18 @@ class OwnParameters(nn.Module):
         super().__init__()
         self.stored = Stored()
 
+    @abstractmethod
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+
+    @abstractmethod
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the guide."""
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the parameters to a file."""
+
     def _own_store(self) -> "_OwnStore":
         """Return a context in which Pyro's store is this module's, and what is named is registered."""
         return _OwnStore(self)
@@ -161,18 +174,21 @@ class _OwnStore(Messenger):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if len(self.stored.tensors) > self.num_before:
-            self._register_rest()
+            self._register_once()
         store = pyro.get_param_store()
         store._params, store._constraints, store._param_to_name = self.outer
         for module, attributes in reversed(self.lent):
             vars(module).update(attributes)
         self.lent.clear()
 
-    def _register_rest(self) -> None:
-        """Register what a PyroModule has entered in the store, if the module is not the owner's."""
-        registered = {id(parameter) for parameter in self.owner.parameters()}
+    def _register_once(self) -> None:
+        """Register what a PyroModule has entered in the store, unless the module is one of the owner's."""
+        modules = (module for module in self.owner.modules() if module is not self.stored)
+        elsewhere = {id(p) for module in modules for p in module._parameters.values()}
         for name, tensor in self.stored.tensors.items():
-            if id(tensor) not in registered and isinstance(tensor, nn.Parameter):
+            if id(tensor) in elsewhere:
+                self.stored._parameters.pop(_key(name), None)
+            elif isinstance(tensor, nn.Parameter):
                 self.stored.register_parameter(_key(name), tensor)
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:

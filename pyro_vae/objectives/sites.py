@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 __all__ = [
+    "NotSeparableError",
     "Program",
     "Site",
     "Sites",
@@ -46,6 +47,11 @@ __all__ = [
     "site_family",
     "vectorized_plates",
 ]
+
+
+class NotSeparableError(ValueError):
+    """The terms of a pair are not a sum over examples: a site is shared by all of them."""
+
 
 Program = Callable[..., Any]  # a Pyro model or guide
 Site = dict[str, Any]
@@ -198,13 +204,13 @@ def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int
     check_plates(guide_sites, model_sites)
     counts = {name: sum(name in plates for plates in frames.values()) for p in frames.values() for name in p}
     if not counts:
-        raise ValueError(
+        raise NotSeparableError(
             "no site lies in a plate, so that examples cannot be separated: draw the sites of the model and "
             'the guide inside `with pyro.plate("data", len(x)):`'
         )
     plate = max(counts, key=counts.__getitem__)
     outside = [where for where, plates in frames.items() if plate not in plates]
-    raise ValueError(
+    raise NotSeparableError(
         f"{outside[0]} lies outside the data plate {plate!r}: all examples would share it, so that terms per "
         "example do not exist. Draw it inside the plate, or use pyro.infer.Trace_ELBO"
     )

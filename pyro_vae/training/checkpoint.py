@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_vae.objectives.estimators import label
+from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.training.history import Epoch
 from pyro_vae.training.run import Run
 from pyro_vae.utils import serialization
@@ -61,12 +62,12 @@ class Checkpoint:
         run.require_finite_parameters()
         best = self.folder / "best.pt"
         if run.history and not run.done and run.best_epoch() == len(run.history) - 1:
-            run.vae.save(best)
+            run.pair.save(best)
         elif not run.history:
             best.unlink(missing_ok=True)  # of an earlier run
         content = {
             "settings": self.settings,
-            "model": run.vae.state_dict(),
+            "model": run.pair.state_dict(),
             "best": run.best_state,
             "optimizer": run.optimizer.state_dict(),
             "schedule": run.schedule.state_dict() if run.schedule else None,
@@ -79,7 +80,7 @@ class Checkpoint:
 
     def _restore(self, content: dict[str, Any]) -> None:
         run = self.run
-        run.vae.load_state_dict(content["model"])
+        run.pair.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
         if run.schedule is not None:
             run.schedule.load_state_dict(content["schedule"])
@@ -97,7 +98,7 @@ def _describe(run: Run) -> dict[str, Any]:
     """Return what two runs must have in common for one to continue the other."""
     settings, schedule = run.settings, run.schedule
     return {
-        "model": spec(run.vae),
+        "model": spec(run.pair) or _shapes(run.pair),
         "estimator": label(settings.estimator),
         "optimizer": [type(run.optimizer).__name__, *map(_plain_fields, run.optimizer.param_groups)],
         "schedule": [type(schedule).__name__, _plain_fields(schedule.state_dict() if schedule else {})],
@@ -110,6 +111,12 @@ def _describe(run: Run) -> dict[str, Any]:
         "data": run.train.describe(),
         "validation": run.held_out.describe() if run.held_out else None,
     }
+
+
+def _shapes(pair: OwnParameters) -> dict[str, Any]:
+    """Describe a model and guide that no description can rebuild by their parameters."""
+    shapes = {name: list(parameter.shape) for name, parameter in pair.named_parameters()}
+    return {"shapes": shapes, "constraints": {n: str(c) for n, c in pair.stored.constraints.items()}}
 
 
 def _plain_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -10,20 +10,25 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyro
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
+from pyro_vae.data.sources import arguments, check_arguments
+from pyro_vae.inference.guide_check import require_fit
+from pyro_vae.inference.svi import default_loss
+from pyro_vae.objectives.pair import OwnParameters, Pair, as_programs, make_parameters
 from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.training.run import PRECISIONS, Run, Settings
+from pyro_vae.training.run import BATCH_SIZE, PRECISIONS, Run, Settings
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.validation import require_count
@@ -37,7 +42,7 @@ _CALLBACKS = 21  # a stream of random numbers
 class Callback(Protocol):
     """Called by `fit` after each epoch; returning True ends the training."""
 
-    def __call__(self, vae: VAE, epoch: Epoch) -> bool | None:
+    def __call__(self, vae: Any, epoch: Epoch) -> bool | None:
         """Look at the model and at the values of the epoch."""
 
 
@@ -56,7 +61,7 @@ class TensorBoard:
 
         self.writer = SummaryWriter(str(log_dir))
 
-    def __call__(self, vae: VAE, epoch: Epoch) -> None:
+    def __call__(self, vae: Any, epoch: Epoch) -> None:
         """Log one epoch."""
         for name, value in dataclasses.asdict(epoch).items():
             if not math.isnan(value):
@@ -65,7 +70,7 @@ class TensorBoard:
 
 
 def fit(
-    vae: VAE,
+    vae: Any,
     data: Any,
     *,
     estimator: ELBO | None = None,
@@ -87,12 +92,12 @@ def fit(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> History:
-    """Train a VAE by stochastic variational inference.
+    """Train a VAE, or any Pyro model and guide, by stochastic variational inference.
 
-    Maximises the mean over the data of the estimator's bound, for the default the ELBO with its KL
-    in closed form, by minibatches in a new random order each epoch. The order of the data, binarisation,
-    the noise of a step, and evaluation are functions of `seed` and of the number of epoch and step; the
-    global generators are restored.
+    Maximises the mean over the data of the estimator's bound, for the default the ELBO with its KL in closed
+    form where there is one, by minibatches in a new random order each epoch. The order of the data,
+    binarisation, the noise of a step, and evaluation are functions of `seed` and of the number of epoch and
+    step; the global generators are restored.
 
     With `checkpoint_dir` the run is saved there after every epoch, and when it is interrupted:
     "last.pt" to resume from, and "best.pt", the VAE of the best epoch so far, for `VAE.load`. A run
@@ -100,12 +105,16 @@ def fit(
     that never was.
 
     Args:
-        vae: The model and guide to train, in place.
+        vae: The model and guide to train, in place: a `VAE`, a `Pair`, any module with Pyro functions `model`
+            and `guide`, or a tuple (model, guide). What the two name by `pyro.param` and `pyro.module` is
+            owned by a `Pair`; one that is made here may hold no `pyro.param`, which would be lost.
         data: Training data (N, *event_shape) in the support of the likelihood: a tensor, `Images`, or
             whatever has a shape and returns rows by position (NumPy, memory maps, h5py, zarr, sparse
             matrices, data frames, map-style torch data sets). Only the rows of a batch are read and copied,
-            except by `binarize="fixed"`.
-        estimator: A `pyro.infer.ELBO`; default `TraceMeanField_ELBO()`.
+            except by `binarize="fixed"`. A tuple or dict of these for programs of several arguments, which
+            are called as f(*batch) or f(**batch); None for an argument that is not there.
+        estimator: A `pyro.infer.ELBO`; by default `TraceMeanField_ELBO()` where it is valid for the pair,
+            `TraceEnum_ELBO` where the model enumerates a site that the guide lacks, else `Trace_ELBO()`.
         epochs: Passes over the data, those before a resume included.
         batch_size: Data a step; the last batch may be smaller. By default 128, or N where there are fewer.
             More than N means N, with a warning.
@@ -138,8 +147,8 @@ def fit(
         The history, one `Epoch` each.
 
     Raises:
-        TypeError: If `vae` is not a `VAE`, the data of another kind or not floating-point, or the estimator
-            not an ELBO.
+        TypeError: If `vae` has no model and guide, the data are of another kind or not floating-point, or the
+            estimator is not an ELBO.
         ValueError: If an argument is out of range; if the data are empty, have another shape than the
             likelihood, or lie outside its support; if the guide does not fit the model (a `GuideError`,
             see `check_guide`), or the estimator is not valid for the two.
@@ -159,8 +168,8 @@ def fit(
         >>> len(history)
         3
     """
+    pair = _own_pair(vae)
     settings = _settings(
-        vae,
         estimator=estimator,
         epochs=epochs,
         batch_size=batch_size,
@@ -176,19 +185,53 @@ def fit(
         checkpoint_dir=checkpoint_dir,
         resume=resume,
     )
-    train, held_out = _prepare(vae, data, validation, binarize, seed)
-    with _surroundings(vae, train.device, seed):
-        run = Run(vae, train, held_out, settings)
+    train, held_out = _prepare(pair, data, validation, binarize, seed)
+    with _surroundings(pair, train.device, seed):
+        _make_parameters(pair, vae, train, batch_size)
+        run = Run(pair, train, held_out, _with_estimator(settings, pair, train))
         checkpoint = Checkpoint(run)
         checkpoint.begin(resume=resume)
-        _train(run, checkpoint, epochs, callbacks, progress=progress)
+        _train(run, checkpoint, epochs, [partial(callback, vae) for callback in callbacks], progress=progress)
         if patience is not None:
-            vae.load_state_dict(run.best_state)
+            pair.load_state_dict(run.best_state)
     return run.history
 
 
+def _own_pair(pair: Any) -> OwnParameters:
+    """Return what `fit` was given, as a pair that owns its parameters."""
+    if isinstance(pair, OwnParameters):
+        return pair
+    programs = as_programs("fit(pair, data)", pair)
+    return Pair(programs.model, programs.guide)
+
+
+def _make_parameters(pair: OwnParameters, given: Any, train: Batches, batch_size: int | None) -> None:
+    """Make the parameters that appear at the first run, before the optimiser is made of them."""
+    if isinstance(pair, VAE) and not pair.names_parameters:
+        return
+    args, kwargs = arguments(train.peek(batch_size or BATCH_SIZE))
+    try:
+        make_parameters(pair, args, kwargs)
+    except Exception:
+        require_fit(pair.model, pair.guide, *args, **kwargs)  # explains it, if the guide does not fit
+        raise
+    lost = list(pair.stored._parameters)
+    if pair is not given and lost:
+        raise ValueError(
+            f"the programs make parameters of their own, {', '.join(map(repr, lost))}, which would be lost "
+            "after fit: keep them in a pair, as in pair = pyro_vae.Pair(model, guide); fit(pair, ...)"
+        )
+
+
+def _with_estimator(settings: Settings, pair: OwnParameters, train: Batches) -> Settings:
+    """Fill in the default estimator."""
+    if settings.estimator is not None:
+        return settings
+    args, kwargs = arguments(train.peek(2))
+    return dataclasses.replace(settings, estimator=default_loss(pair.model, pair.guide, *args, **kwargs))
+
+
 def _settings(
-    vae: VAE,
     *,
     estimator: ELBO | None,
     epochs: int,
@@ -202,10 +245,6 @@ def _settings(
     **others: Any,
 ) -> Settings:
     """Check the arguments of `fit`, and fill in defaults."""
-    if not isinstance(vae, VAE):
-        raise TypeError(
-            f"fit trains a VAE; got {type(vae).__name__}: any other model and guide go with pyro_vae.SVI"
-        )
     for name, count in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
         if count is not None:
             require_count(name, count)
@@ -219,7 +258,7 @@ def _settings(
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
     return Settings(
-        estimator=estimator or TraceMeanField_ELBO(),
+        estimator=estimator,
         optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, learning_rate)),
         batch_size=batch_size,
         kl_warmup=kl_warmup,
@@ -230,10 +269,10 @@ def _settings(
 
 
 @contextlib.contextmanager
-def _surroundings(vae: VAE, device: torch.device, seed: int) -> Iterator[None]:
+def _surroundings(pair: OwnParameters, device: torch.device, seed: int) -> Iterator[None]:
     """Train with random numbers of the run's own; restore modes, generators and Pyro's store after it."""
     with (
-        evaluation_mode(vae),
+        evaluation_mode(pair),
         # in the one store of the process a PyroModule would share its parameters with others of their names
         pyro.get_param_store().scope(),
         torch.inference_mode(False),
@@ -244,7 +283,12 @@ def _surroundings(vae: VAE, device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _train(
-    run: Run, checkpoint: Checkpoint, epochs: int, callbacks: Sequence[Callback], *, progress: bool
+    run: Run,
+    checkpoint: Checkpoint,
+    epochs: int,
+    callbacks: Sequence[Callable[[Epoch], bool | None]],
+    *,
+    progress: bool,
 ) -> None:
     """Take the epochs that remain, and save after each."""
     with (
@@ -268,23 +312,23 @@ def _train(
                 raise KeyboardInterrupt(run.how_to_resume())
 
 
-def _call(callbacks: Sequence[Callback], run: Run) -> bool:
+def _call(callbacks: Sequence[Callable[[Epoch], bool | None]], run: Run) -> bool:
     """Call each in evaluation mode with its own random numbers; return whether one wants to stop."""
-    run.vae.eval()
+    run.pair.eval()
     with isolated_generators(run.device, derived_seed(run.settings.seed, _CALLBACKS, len(run.history))):
-        wishes = [callback(run.vae, run.history[-1]) for callback in callbacks]
+        wishes = [callback(run.history[-1]) for callback in callbacks]
     return any(wishes)
 
 
 def _prepare(
-    vae: VAE,
+    pair: OwnParameters,
     data: Any,
     validation: Any,
     binarize: str | None,
     seed: int,
 ) -> tuple[Batches, Batches | None]:
     """Check the data and split off, or take, the validation data."""
-    parameter = next(vae.parameters(), torch.empty(0))
+    parameter = next(pair.parameters(), torch.empty(0))
     options: dict[str, Any] = {"binarize": binarize, "device": parameter.device, "dtype": parameter.dtype}
     train = Batches(data, seed=seed, **options)
     held_out = None
@@ -293,9 +337,14 @@ def _prepare(
             train, held_out = train.split(float(validation))
     elif validation is not None:
         held_out = Batches(validation, seed=seed + 1, **options)
+    if isinstance(pair, VAE) and not isinstance(train.peek(1), torch.Tensor):
+        raise TypeError(
+            f"a VAE takes x alone; got a {type(train.peek(1)).__name__}: pass x, or write a pyro_vae.Pair "
+            "whose model and guide take the other arguments"
+        )
     for batches in (train, held_out):
         if batches is not None:
-            batches.check(vae.check_data)
+            batches.check(getattr(pair, "check_data", check_arguments))
     return train, held_out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -17,29 +18,31 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.data.batches import Batches
+from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
-from pyro_vae.objectives.log_terms import terms
+from pyro_vae.objectives.log_terms import EnumeratedError, Terms, terms
+from pyro_vae.objectives.pair import OwnParameters
+from pyro_vae.objectives.sites import NotSeparableError, run_pair, sample_sites, vectorized_plates
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at, seed_generators
 from pyro_vae.utils.validation import NonFiniteError
-from pyro_vae.vae import VAE
 
-__all__ = ["PRECISIONS", "Run", "Settings"]
+__all__ = ["BATCH_SIZE", "PRECISIONS", "Run", "Settings"]
 
 PRECISIONS = ("float32", "bf16")
 
 logger = logging.getLogger("pyro_vae")
 
 _NOISE, _EVALUATION = 20, 22  # streams of random numbers
-_BATCH_SIZE = 128  # by default
+BATCH_SIZE = 128  # by default
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of a run; see `fit`."""
 
-    estimator: ELBO
+    estimator: ELBO | None  # None for `default_loss`
     optimizer: Callable[[list[torch.nn.Parameter]], Optimizer]
     schedule: Callable[[Optimizer], LRScheduler] | None
     batch_size: int | None
@@ -55,15 +58,15 @@ class Settings:
 class Run:
     """State of a training run, from its first step to its last."""
 
-    def __init__(self, vae: VAE, train: Batches, held_out: Batches | None, settings: Settings):
-        parameters = [p for p in vae.parameters() if p.requires_grad]
+    def __init__(self, pair: OwnParameters, train: Batches, held_out: Batches | None, settings: Settings):
+        parameters = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
-            raise ValueError("no parameter of the VAE requires a gradient: there is nothing to train")
-        self.vae, self.train, self.held_out, self.settings = vae, train, held_out, settings
+            raise ValueError("no parameter of model and guide requires a gradient: there is nothing to train")
+        self.pair, self.train, self.held_out, self.settings = pair, train, held_out, settings
         self.device = parameters[0].device
         self.optimizer = settings.optimizer(parameters)
         self.schedule = settings.schedule(self.optimizer) if settings.schedule else None
-        self.batch_size = settings.batch_size or min(_BATCH_SIZE, len(train))
+        self.batch_size = settings.batch_size or min(BATCH_SIZE, len(train))
         if self.batch_size > len(train):
             logger.warning(
                 "batch_size %d exceeds the %d examples: each step uses all of them",
@@ -71,19 +74,23 @@ class Run:
                 len(train),
             )
         self.steps_per_epoch = len(train.lengths(self.batch_size))
+        assert settings.estimator is not None
         estimator = settings.estimator
         if settings.kl_warmup:
             warmup_steps = settings.kl_warmup * self.steps_per_epoch
             estimator = KLWeighted(estimator, beta=lambda step: min(1.0, (step + 1) / warmup_steps))
         self.svi = SVI(
-            vae.model,
-            vae.guide,
+            pair.model,
+            pair.guide,
             self.optimizer,
             estimator,
             clip_norm=settings.clip_norm,
             engine=settings.engine,
         )
+        self.scales: dict[int, float] = {}  # of the loss of a batch, by its length
         self._check_fit()
+        self.separable = held_out is not None and self._has_terms()
+        self.validation_size = 1024 if self.separable else self.batch_size
         self.history = History()
         self.done: list[tuple[int, float]] = []  # length and bound of each batch of the current epoch
         self.total = 0.0  # of the bounds of their examples
@@ -92,17 +99,21 @@ class Run:
 
     def _check_fit(self) -> None:
         """Check the pair on two examples, before an existing run in the folder is overwritten."""
-        x = self.train.peek(2)
-        self.vae.eval()
+        args, kwargs = arguments(self._example())
+        self.pair.eval()
         with self._autocast():
-            self.svi.check(x)
+            self.svi.check(*args, **kwargs)
             self._try_batches()
         estimator = inner_estimator(self.svi.loss)
         looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
         if looks_for_plates and math.isinf(estimator.max_plate_nesting):
             # else found at the first step, by draws that a resumed run would make once more
-            with evaluating(self.vae, self.device, 0):
-                estimator._guess_max_plate_nesting(self.vae.model, self.vae.guide, (x,), {})
+            with evaluating(self.pair, self.device, 0):
+                estimator._guess_max_plate_nesting(self.pair.model, self.pair.guide, args, kwargs)
+
+    def _example(self) -> Any:
+        """Return two examples, or all if a batch is all: a guide may have parameters for each."""
+        return self.train.peek(self.batch_size if self.batch_size >= len(self.train) else 2)
 
     def _autocast(self) -> AbstractContextManager:
         """Return the context of a step; autocast keeps low-precision copies of parameters within it alone."""
@@ -113,12 +124,13 @@ class Run:
     def _try_batches(self) -> None:
         """Run the pair as training will, on batches of each length that the epochs have."""
         for length in sorted(set(self.train.lengths(min(self.batch_size, len(self.train))))):
-            x = self.train.peek(length)
+            args, kwargs = arguments(self.train.peek(length))
             try:
-                with isolated(self.vae.model, self.vae.guide), torch.no_grad():
-                    self.vae.train()
-                    trace = poutine.trace(self.vae.guide).get_trace(x)
-                    poutine.replay(self.vae.model, trace=trace)(x)
+                with isolated(self.pair.model, self.pair.guide), torch.no_grad():
+                    self.pair.train()
+                    guide_trace, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
+                self.scales[length] = _scale(model_trace)
+                self.nesting = max(1, _nesting(guide_trace), _nesting(model_trace))
             except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 remedy = "choose another batch_size" + ", 2 or more for batch normalisation" * (length == 1)
@@ -126,6 +138,16 @@ class Run:
                     f"a batch of {length} of the {len(self.train)} examples cannot be trained on: {reason}: "
                     f"{remedy}"
                 ) from error
+
+    def _has_terms(self) -> bool:
+        """Return whether the ELBO is a sum over examples that `terms` can separate."""
+        args, kwargs = arguments(self._example())
+        try:
+            with isolated(self.pair.model, self.pair.guide), torch.no_grad():
+                self._terms(args, kwargs)
+        except (NotSeparableError, EnumeratedError):
+            return False
+        return True
 
     def _beta(self) -> float:
         """Return the weight on the KL in the last step, or in the first if none was taken."""
@@ -137,23 +159,26 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Take the remaining steps of the current epoch, yielding the length of each batch."""
         epoch = len(self.history)
-        self.vae.train()
+        self.pair.train()
         noise = derived_seed(self.settings.seed, _NOISE, epoch)
         started = time.perf_counter() - self.seconds
         for batch in self.train.epoch(epoch, batch_size=self.batch_size, start=len(self.done)):
             if isinstance(self.svi.loss, KLWeighted):
                 self.svi.loss.steps = epoch * self.steps_per_epoch + len(self.done)
             seed_generators(self.device, seed_at(noise, len(self.done)))
+            args, kwargs = arguments(batch)
             try:
                 with self._autocast():
-                    loss = self.svi.step(batch)
+                    loss = self.svi.step(*args, **kwargs)
             except NonFiniteError as error:
                 where = f"epoch {epoch + 1}, step {len(self.done) + 1} of {self.steps_per_epoch}"
                 raise NonFiniteError(f"{where}: {error}. {self._last_good()}") from error
-            self.done.append((len(batch), -loss / len(batch)))
-            self.total -= loss
+            length = num_rows(batch)
+            bound = -loss / self.scales[length]
+            self.done.append((length, bound / length))
+            self.total += bound
             self.seconds = time.perf_counter() - started
-            yield len(batch)
+            yield length
 
     def mean_bound(self) -> float:
         """Return the mean bound of the epoch so far, in nats per datum; cheap enough for every step."""
@@ -192,17 +217,17 @@ class Run:
         elif self.schedule is not None:
             self.schedule.step()
         if self.best_epoch() == len(self.history) - 1:
-            self.best_state = copy.deepcopy(self.vae.state_dict())
+            self.best_state = copy.deepcopy(self.pair.state_dict())
 
     def _validation_elbo(self) -> tuple[float, float]:
         if self.held_out is None:
             return math.nan, math.nan
         noise = derived_seed(self.settings.seed, _EVALUATION)  # the same after every epoch: smoother curves
         elbos = []
-        with evaluating(self.vae, self.device, noise):
-            for number, x in enumerate(self.held_out.in_order(1024)):
+        with evaluating(self.pair, self.device, noise):
+            for number, batch in enumerate(self.held_out.in_order(self.validation_size)):
                 seed_generators(self.device, seed_at(noise, number))
-                elbos.append(terms(self.vae.model, self.vae.guide, x).elbo.mean(0).double())
+                elbos.append(self._elbo(batch).double())
         elbo = torch.cat(elbos)
         if not elbo.isfinite().all():
             index = int((~elbo.isfinite()).nonzero()[0])
@@ -212,6 +237,19 @@ class Run:
             )
         se = float(elbo.std()) / math.sqrt(len(elbo)) if len(elbo) > 1 else math.nan
         return float(elbo.mean()), se
+
+    def _elbo(self, batch: Any) -> Tensor:
+        """Return the ELBO of each example of a batch, or the mean for each if there are no terms of each."""
+        args, kwargs = arguments(batch)
+        if self.separable:
+            return self._terms(args, kwargs).elbo.mean(0)
+        loss, length = self.svi.evaluate_loss(*args, **kwargs), num_rows(batch)
+        with isolated(self.pair.model, self.pair.guide), torch.no_grad():
+            _, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
+        return torch.full((length,), -loss / length / _scale(model_trace))
+
+    def _terms(self, args: tuple, kwargs: dict[str, Any]) -> Terms:
+        return terms(self.pair.model, self.pair.guide, *args, max_plate_nesting=self.nesting, **kwargs)
 
     def _merits(self) -> list[float]:
         """Return the value to be maximised, of each epoch."""
@@ -233,7 +271,7 @@ class Run:
 
     def require_finite_parameters(self) -> None:
         """Raise if a parameter is infinite or NaN."""
-        for name, parameter in self.vae.named_parameters():
+        for name, parameter in self.pair.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"parameter {name!r} is not finite after a step. {self._last_good()}")
 
@@ -248,3 +286,15 @@ class Run:
         if folder is None:
             return "training interrupted; without checkpoint_dir nothing was saved"
         return f"training interrupted, and saved in {folder}: fit(..., resume=True) continues it"
+
+
+def _scale(model_trace: poutine.Trace) -> float:
+    """Return the factor by which a pair scales the loss of a batch, as for a subsample of its data."""
+    sites = [site for site in sample_sites(model_trace).values() if site["is_observed"]]
+    return max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
+
+
+def _nesting(trace: poutine.Trace) -> int:
+    """Return the number of dimensions that the plates of a trace take."""
+    frames = [frame for site in sample_sites(trace).values() for frame in vectorized_plates(site)]
+    return max((-frame.dim for frame in frames), default=0)

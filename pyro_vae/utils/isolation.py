@@ -146,11 +146,13 @@ def evaluating(pair: Any, device: torch.device, seed: int) -> Iterator[None]:
     if device.type == "cpu":
         keep_freed_memory()
     validation = is_validation_enabled() and not hasattr(pair, "check_data")
+    store = pyro.get_param_store()
     with (
         torch.no_grad(),
         isolated_generators(device, seed),
         pyro.validation_enabled(validation),
-        evaluation_mode(pair),
+        store.scope(store.get_state()),
+        evaluation_mode(pair.model, getattr(pair, "guide", None)),
     ):
         yield
 

@@ -98,8 +98,8 @@ def test_what_has_no_rows_by_position_raises_with_what_works():
         (Stream(), "return rows by position .* got Stream"),
         ((row for row in X), "return rows by position .* got generator"),
         ([[1.0, 2.0]], "got list: convert with torch.as_tensor"),
-        ((X, X), "got tuple: a VAE takes x alone"),
-        (TensorDataset(X, X), "returns tuples, expected one tensor x per example"),
+        ((X, X), "a VAE takes x alone; got a tuple"),
+        (TensorDataset(X, X), "a VAE takes x alone; got a tuple"),
         (pd.DataFrame({"a": ["x", "y"]}), "must be numbers; got .*: select or convert columns"),
     ]:
         with pytest.raises(TypeError, match=message):

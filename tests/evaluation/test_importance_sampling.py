@@ -406,8 +406,10 @@ def test_invalid_input_raises(spoil, options, error, message):
 def test_data_of_a_pair_without_check_data_are_validated():
     with pytest.raises(ValueError, match="the data are empty"):
         evaluate(two_layers(), torch.zeros(0, D))
-    with pytest.raises(TypeError, match="the data must be floating point; got torch.int64"):
+    with pytest.raises(ValueError, match=r"given data of shape \(7,\) \(torch.int64, cpu\)"):
         evaluate(two_layers(), torch.arange(N))
+    with pytest.raises(ValueError, match=r"x\[3\] is inf"):
+        evaluate(two_layers(), torch.tensor([0.0, 1.0, 2.0, math.inf]))
     with pytest.raises(TypeError, match="functions model and guide, such as a VAE; got Linear"):
         evaluate(nn.Linear(D, K), torch.zeros(N, D))
 

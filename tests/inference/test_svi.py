@@ -318,7 +318,7 @@ def test_a_parameter_first_met_at_a_later_step_is_not_left_untrained(engine):
         svi = pv.SVI(model, guide, torch.optim.SGD(held, 0.01), Trace_ELBO(), engine=engine)
         svi.step(x)
         for _ in range(2):  # nor after the error was ignored
-            with pytest.raises(ValueError, match="does not hold 'b' \(of pyro.param.*add_param_group"):
+            with pytest.raises(ValueError, match=r"does not hold 'b' \(of pyro.param.*add_param_group"):
                 svi.step(x, y=x)
         store = pyro.get_param_store()
         svi.optimizer.add_param_group({"params": [dict(store.named_parameters())["b"]]})

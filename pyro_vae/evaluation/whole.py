@@ -1,0 +1,78 @@
+"""The ELBO of a data set as a whole, for a pair whose evidence is no sum over examples."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+
+from pyro_vae.data.batches import Batches
+from pyro_vae.data.sources import arguments
+from pyro_vae.inference.svi import default_loss
+from pyro_vae.objectives.sites import run_pair, sample_sites
+from pyro_vae.utils.display import Estimate
+
+__all__ = ["WholeEvaluation", "evaluate_whole"]
+
+
+@dataclass(frozen=True)
+class WholeEvaluation:
+    """Result of `evaluate` where a latent variable is shared by all examples, or is summed out.
+
+    Attributes:
+        elbo: ELBO of the data as a whole, over the number of examples, in nats.
+        elbo_se: Its Monte Carlo error over the draws.
+        reason: Why the evidence of single examples does not exist, or is not known.
+        estimator: Name of the estimator.
+        num_data: N.
+        num_particles: S, runs of the pair.
+        seed: Seed of the draws.
+        log_evidence: None.
+        pareto_k: None.
+    """
+
+    elbo: float
+    elbo_se: float
+    reason: str
+    estimator: str
+    num_data: int
+    num_particles: int
+    seed: int
+    log_evidence: None = None
+    pareto_k: None = None
+
+    def __repr__(self) -> str:
+        bound = Estimate(self.elbo, self.elbo_se)
+        return (
+            f"{self.num_data:,} data, S = {self.num_particles:,} particles, seed {self.seed}; nats per datum "
+            f"± Monte Carlo error\nELBO of the whole{bound!s:>35}  by {self.estimator}\n"
+            f"no log p(x) of single data: {self.reason}"
+        )
+
+
+def evaluate_whole(
+    pair: Any,
+    batches: Batches,
+    reason: str,
+    *,
+    num_particles: int,
+    seed: int,
+    advance: Callable[[int], object],
+) -> WholeEvaluation:
+    """Average the default estimator of the ELBO over runs of the pair on all the data at once."""
+    args, kwargs = arguments(batches.peek(len(batches)))
+    estimator = default_loss(pair.model, pair.guide, *args, **kwargs)
+    with poutine.block():
+        _, model_trace = run_pair(pair.model, pair.guide, args, kwargs)
+    observed = [site for site in sample_sites(model_trace).values() if site["is_observed"]]
+    scale = max((float(torch.as_tensor(site["scale"]).max()) for site in observed), default=1.0)
+    values = []
+    for _ in range(num_particles):
+        values.append(-float(estimator.loss(pair.model, pair.guide, *args, **kwargs)) / len(batches) / scale)
+        advance(len(batches))
+    elbos = torch.tensor(values, dtype=torch.float64)
+    se = float(elbos.std()) / math.sqrt(len(elbos)) if len(elbos) > 1 else math.nan
+    name = type(estimator).__name__
+    return WholeEvaluation(float(elbos.mean()), se, reason, name, len(batches), num_particles, seed)
