@@ -14,6 +14,7 @@ A VAE is two Pyro functions, the generative model p(z) p(x|z) and the guide q(z|
 
 from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors
 from pyro_vae.comparison import Comparison, compare_estimators
+from pyro_vae.conditional import ConditionalVAE
 from pyro_vae.evaluation import (
     Evaluation,
     annealed_importance_sampling,
@@ -38,6 +39,7 @@ __all__ = [
     "VIMCO",
     "CheckpointError",
     "Comparison",
+    "ConditionalVAE",
     "DReG",
     "Epoch",
     "Evaluation",

@@ -22,7 +22,7 @@ from pyro_vae.distributions import (
     NormalMixture,
     build_flow,
 )
-from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive
+from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive, with_context
 from pyro_vae.utils.isolation import without_autocast
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_event_and_latent
@@ -51,7 +51,9 @@ class Guide(nn.Module, ABC):
         hidden_features: Widths of the hidden layers of the default network, an `MLP`.
         activation: Activation of the default network.
         network: A module in place of the default, from (N, *event_shape) to (N, P), where P is the
-            sum of `sizes`, such as `sum(guides.LowRankNormal.sizes(20, rank=3))`.
+            sum of `sizes`, such as `sum(guides.LowRankNormal.sizes(20, rank=3))`. With a context from
+            (N, prod(event_shape) + C).
+        context_dim: C, the size of a further input y, for q(z|x, y); see `networks.as_context`.
         options: Keyword arguments of `sizes`.
     """
 
@@ -63,9 +65,12 @@ class Guide(nn.Module, ABC):
         hidden_features: Sequence[int] = (400,),
         activation: str = "relu",
         network: nn.Module | None = None,
+        context_dim: int = 0,
         **options: int,
     ):
         super().__init__()
+        require_count("context_dim", context_dim, minimum=0)
+        self.context_dim = context_dim
         self.event_shape = require_event_and_latent(
             f"{type(self).__name__}(event_shape, latent_dim)", event_shape=event_shape, latent_dim=latent_dim
         )
@@ -76,7 +81,7 @@ class Guide(nn.Module, ABC):
         self.output_sizes = self.sizes(latent_dim, **options)
         # one output layer for all parameters: a single matrix product
         if network is None:
-            sizes = math.prod(self.event_shape), sum(self.output_sizes)
+            sizes = math.prod(self.event_shape) + context_dim, sum(self.output_sizes)
             network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
         self.network = network
 
@@ -89,15 +94,17 @@ class Guide(nn.Module, ABC):
     def distribution(self, *parts: Tensor) -> dist.Distribution:
         """Return q(z|x), of batch shape (*,) and event shape (K,), from parameters (*, size)."""
 
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         """Apply the network: x (*, *event_shape) to the parameters of q(z|x), each (*, its size).
 
         Raises:
-            TypeError: If x is not a floating-point tensor of the module's dtype.
-            ValueError: If x has another event shape or device, or the network another output size.
+            TypeError: If x is not a floating-point tensor of the module's dtype, or y is missing or unwanted.
+            ValueError: If x or y has another event shape or device, or the network another output size.
         """
         check_input(self, "x", x, self.event_shape)
-        raw = apply_batched(self.network, x, len(self.event_shape))
+        event_dim = len(self.event_shape)
+        inputs = with_context(self, x.flatten(x.dim() - event_dim) if self.context_dim else x, y)
+        raw = apply_batched(self.network, inputs, 1 if self.context_dim else event_dim)
         expected = (*x.shape[: x.dim() - len(self.event_shape)], sum(self.output_sizes))
         if raw.shape != expected:
             raise ValueError(
@@ -107,9 +114,9 @@ class Guide(nn.Module, ABC):
             )
         return raw.split(self.output_sizes, dim=-1)
 
-    def forward(self, x: Tensor) -> dist.Distribution:
-        """Return q(z|x), of batch shape (*,) and event shape (K,)."""
-        return self.distribution(*self.outputs(x))
+    def forward(self, x: Tensor, y: Tensor | None = None) -> dist.Distribution:
+        """Return q(z|x), or q(z|x, y), of batch shape (*,) and event shape (K,)."""
+        return self.distribution(*self.outputs(x, y))
 
 
 @rebuildable

@@ -7,7 +7,6 @@ of another type and ValueError for a number out of range, naming the argument.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import distributions
-from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_batched, check_input, positive
+from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_batched, check_input, positive, with_context
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_event_and_latent
+from pyro_vae.utils.validation import require_count, require_event_and_latent
 
 __all__ = [
     "Bernoulli",
@@ -31,11 +30,11 @@ __all__ = [
 ]
 
 
-class Likelihood(nn.Module, ABC):
+class Likelihood(nn.Module):
     """Base class of likelihoods: a network from z to the parameters of p(x|z).
 
     A subclass sets `num_parameters`, the number of network outputs per element of x, and implements
-    `forward` by `outputs`. A user-defined likelihood need not be a subclass: any module from z to a
+    `distribution`. A user-defined likelihood need not be a subclass: any module from z to a
     distribution can be used.
 
     Args:
@@ -45,7 +44,8 @@ class Likelihood(nn.Module, ABC):
         activation: Activation of the default network.
         network: A module in place of the default, from (N, K) to num_parameters * prod(event_shape)
             numbers per example, in any shape; the parameters vary slowest, so that a convolutional
-            network returns (N, num_parameters * channels, height, width).
+            network returns (N, num_parameters * channels, height, width). With a context from (N, K + C).
+        context_dim: C, the size of a further input y, for p(x|z, y); see `networks.as_context`.
     """
 
     num_parameters: int = 1
@@ -58,26 +58,31 @@ class Likelihood(nn.Module, ABC):
         hidden_features: Sequence[int] = (400,),
         activation: str = "relu",
         network: nn.Module | None = None,
+        context_dim: int = 0,
     ):
         super().__init__()
+        require_count("context_dim", context_dim, minimum=0)
+        self.context_dim = context_dim
         self.event_shape = require_event_and_latent(
             f"{type(self).__name__}(latent_dim, event_shape)", event_shape=event_shape, latent_dim=latent_dim
         )
         self.latent_dim = latent_dim
         if network is None:
             size = self.num_parameters * math.prod(self.event_shape)
-            network = MLP(latent_dim, size, hidden_features=hidden_features, activation=activation)
+            network = MLP(
+                latent_dim + context_dim, size, hidden_features=hidden_features, activation=activation
+            )
         self.network = network
 
-    def outputs(self, z: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         """Apply the network: z (*, K) to `num_parameters` tensors of shape (*, *event_shape).
 
         Raises:
-            TypeError: If z is not a floating-point tensor of the module's dtype.
-            ValueError: If z has another size or device, or the network another output size.
+            TypeError: If z is not a floating-point tensor of the module's dtype, or y is missing or unwanted.
+            ValueError: If z or y has another size or device, or the network another output size.
         """
         check_input(self, "z", z, (self.latent_dim,))
-        raw = apply_batched(self.network, z, 1)
+        raw = apply_batched(self.network, with_context(self, z, y), 1)
         batch_shape = z.shape[:-1]
         expected = (*batch_shape, self.num_parameters, *self.event_shape)
         if raw.shape[: len(batch_shape)] != batch_shape or raw.numel() != math.prod(expected):
@@ -90,9 +95,13 @@ class Likelihood(nn.Module, ABC):
             return (raw.reshape(*batch_shape, *self.event_shape),)
         return raw.reshape(expected).unbind(len(batch_shape))
 
-    @abstractmethod
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
+    def distribution(self, *parts: Tensor) -> dist.Distribution:
+        """Return p(x|z), of batch shape (*,) and event shape `event_shape`, from the network's outputs."""
+        raise NotImplementedError(f"{type(self).__name__} must define distribution(*parts), or forward(z)")
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> dist.Distribution:
+        """Return p(x|z), or p(x|z, y), of batch shape (*,) and event shape `event_shape`."""
+        return self.distribution(*self.outputs(z, y))
 
 
 @rebuildable
@@ -108,9 +117,9 @@ class Bernoulli(Likelihood):
         (torch.Size([5]), torch.Size([1, 28, 28]))
     """
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
-        (logits,) = self.outputs(z)
+    def distribution(self, *parts: Tensor) -> dist.Distribution:
+        """Return p(x|z)."""
+        (logits,) = parts
         return distributions.Bernoulli(logits=logits).to_event(len(self.event_shape))
 
 
@@ -128,9 +137,9 @@ class ContinuousBernoulli(Likelihood):
         torch.Size([5])
     """
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
-        (logits,) = self.outputs(z)
+    def distribution(self, *parts: Tensor) -> dist.Distribution:
+        """Return p(x|z)."""
+        (logits,) = parts
         return distributions.ContinuousBernoulli(logits).to_event(len(self.event_shape))
 
 
@@ -177,9 +186,9 @@ class Normal(Likelihood):
         """Standard deviation √c: a number if fixed, otherwise of shape () or `event_shape`."""
         return positive(self.raw_scale) if self.raw_scale is not None else self.fixed_scale
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
-        (loc,) = self.outputs(z)
+    def distribution(self, *parts: Tensor) -> dist.Distribution:
+        """Return p(x|z)."""
+        (loc,) = parts
         return dist.Normal(loc, self.scale).to_event(len(self.event_shape))
 
 
@@ -198,9 +207,9 @@ class DiscretizedLogistic(Likelihood):
 
     num_parameters = 2
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
-        loc, raw_scale = self.outputs(z)
+    def distribution(self, *parts: Tensor) -> dist.Distribution:
+        """Return p(x|z)."""
+        loc, raw_scale = parts
         # initial locations in mid-grey, initial scales near a tenth of the range
         return distributions.DiscretizedLogistic(loc + 0.5, positive(raw_scale - 2)).to_event(
             len(self.event_shape)
@@ -219,9 +228,9 @@ class Poisson(Likelihood):
         torch.Size([6])
     """
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
-        (raw_rate,) = self.outputs(z)
+    def distribution(self, *parts: Tensor) -> dist.Distribution:
+        """Return p(x|z)."""
+        (raw_rate,) = parts
         return distributions.Poisson(positive(raw_rate)).to_event(len(self.event_shape))
 
 
@@ -247,8 +256,8 @@ class NegativeBinomial(Likelihood):
         super().__init__(latent_dim, event_shape, **network_options)
         self.raw_dispersion = nn.Parameter(torch.zeros(self.event_shape))
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""
-        (raw_mean,) = self.outputs(z)
+    def distribution(self, *parts: Tensor) -> dist.Distribution:
+        """Return p(x|z)."""
+        (raw_mean,) = parts
         mean, dispersion = positive(raw_mean), positive(self.raw_dispersion)
         return distributions.NegativeBinomial(mean, dispersion).to_event(len(self.event_shape))

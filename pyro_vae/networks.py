@@ -24,8 +24,10 @@ __all__ = [
     "ConvEncoder",
     "NetworkOptions",
     "apply_batched",
+    "as_context",
     "check_input",
     "positive",
+    "with_context",
 ]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -45,6 +47,7 @@ class NetworkOptions(TypedDict, total=False):
     hidden_features: Sequence[int]
     activation: str
     network: nn.Module | None
+    context_dim: int
 
 
 def _activation(name: str) -> nn.Module:
@@ -214,6 +217,49 @@ def apply_batched(network: nn.Module, inputs: Tensor, event_dim: int) -> Tensor:
     if torch.is_autocast_enabled(inputs.device.type):
         outputs = outputs.to(next((parameter.dtype for parameter in network.parameters()), torch.float32))
     return outputs if len(batch_shape) == 1 else outputs.reshape(*batch_shape, *outputs.shape[1:])
+
+
+def as_context(y: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Return a context (*, size): y itself if it is floating-point, or classes 0 … size − 1 (*,) as one-hot.
+
+    Raises:
+        ValueError: If y has another size, or a class is out of range.
+
+    Example:
+        >>> import torch
+        >>> as_context(torch.tensor([2, 0]), 3, torch.float32)
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+    """
+    if y.is_floating_point():
+        if y.dim() == 0 or y.shape[-1] != size:
+            raise ValueError(f"y must have shape (*, {size}), as context_dim says; got {tuple(y.shape)}")
+        return y
+    outside = (y < 0) | (y >= size)
+    if outside.any():
+        index = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"y holds classes and must lie in 0 … {size - 1}, as context_dim = {size} says; got "
+            f"{y[index]} at index {list(index)}"
+        )
+    return F.one_hot(y.long(), size).to(dtype)
+
+
+def with_context(module: nn.Module, inputs: Tensor, y: Tensor | None) -> Tensor:
+    """Append a context y to inputs (*, D), broadcast over *, if the module has `context_dim` above 0.
+
+    Raises:
+        TypeError: If y is missing, or the module takes none.
+        ValueError: As `as_context`.
+    """
+    size = int(getattr(module, "context_dim", 0))
+    if size == 0 and y is None:
+        return inputs
+    if size == 0 or y is None:
+        found = "got none: pass y" if y is None else "got one: build it with context_dim"
+        raise TypeError(f"{type(module).__name__} takes {'a' if size else 'no'} context y; {found}")
+    context = as_context(y, size, inputs.dtype).to(inputs.device)
+    return torch.cat([inputs, context.expand(*inputs.shape[:-1], size)], -1)
 
 
 def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequence[int]) -> None:

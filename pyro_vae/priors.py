@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.distributions import FlowDistribution, NormalMixture, build_flow
-from pyro_vae.networks import RAW_ONE, positive
+from pyro_vae.networks import RAW_ONE, positive, with_context
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_shape
 
@@ -47,8 +47,11 @@ class StandardNormal(nn.Module):
 class LearnedNormal(nn.Module):
     """Normal prior with learned location and scale, p(z) = N(m, diag s²), initially N(0, I).
 
+    With a context, p(z|y) = N(m(y), diag s(y)²), both linear in y before s is made positive.
+
     Args:
         latent_dim: K, the number of latent dimensions.
+        context_dim: C, the size of y (see `networks.as_context`), or 0 for none.
 
     Source: Hoffman and Johnson, 2016, ELBO surgery, section 2: the ELBO is highest for the average of q(z|x)
     over the data as the prior; this prior can match the moments of that average.
@@ -56,18 +59,35 @@ class LearnedNormal(nn.Module):
     Example:
         >>> [name for name, _ in LearnedNormal(20).named_parameters()]
         ['loc', 'raw_scale']
+        >>> LearnedNormal(20, context_dim=3)(torch.tensor([0, 2])).batch_shape
+        torch.Size([2])
     """
 
-    def __init__(self, latent_dim: int):
+    def __init__(self, latent_dim: int, *, context_dim: int = 0):
         super().__init__()
         require_count("latent_dim", latent_dim)
-        self.latent_dim = latent_dim
+        require_count("context_dim", context_dim, minimum=0)
+        self.latent_dim, self.context_dim = latent_dim, context_dim
         self.loc = nn.Parameter(torch.zeros(latent_dim))
         self.raw_scale = nn.Parameter(torch.full((latent_dim,), RAW_ONE))
+        self.shift = nn.Linear(context_dim, 2 * latent_dim, bias=False) if context_dim else None
+        if self.shift is not None:
+            nn.init.zeros_(self.shift.weight)
 
-    def forward(self) -> dist.Distribution:
-        """Return p(z)."""
-        return dist.Normal(self.loc, positive(self.raw_scale)).to_event(1)
+    def forward(self, y: Tensor | None = None) -> dist.Distribution:
+        """Return p(z), or p(z|y) of batch shape (*,)."""
+        loc, raw_scale = self.loc, self.raw_scale
+        context = with_context(self, loc.new_empty(*_batch_shape(y, self.context_dim), 0), y)
+        if self.shift is not None:
+            shift_loc, shift_scale = self.shift(context).chunk(2, -1)
+            loc, raw_scale = loc + shift_loc, raw_scale + shift_scale
+        return dist.Normal(loc, positive(raw_scale)).to_event(1)
+
+
+def _batch_shape(y: Tensor | None, context_dim: int) -> torch.Size:
+    if y is None or not context_dim:
+        return torch.Size()
+    return y.shape[:-1] if y.is_floating_point() else y.shape
 
 
 @rebuildable

@@ -6,6 +6,7 @@
 Notation: x (N, *event_shape), z (N, K), N examples per batch, K latent dimensions.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -65,6 +66,8 @@ class VAE(OwnParameters):
         >>> loss = svi.step(x)
     """
 
+    takes_context = False
+
     def __init__(
         self, *, prior: nn.Module, likelihood: nn.Module, guide: nn.Module | Callable[[Tensor], Any]
     ):
@@ -74,18 +77,18 @@ class VAE(OwnParameters):
         self.likelihood = likelihood
         self.posterior = guide  # q(z|x), which approximates p(z|x)
 
-    def model(self, x: Tensor) -> Tensor:
+    def model(self, x: Tensor, *context: Tensor) -> Tensor:
         """Run the generative model p(z) p(x|z) with x (N, *event_shape) observed."""
         _emit_param_sites(prior=self.prior, likelihood=self.likelihood)
         with _data_plate(x):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", _check_event_shape(self.likelihood(z), x), obs=x)
+            z = pyro.sample("z", self.p_z(*context))
+            return pyro.sample("x", _check_event_shape(self.likelihood(z, *context), x), obs=x)
 
-    def guide(self, x: Tensor) -> Tensor:
+    def guide(self, x: Tensor, *context: Tensor) -> Tensor:
         """Run the guide q(z|x) for x (N, *event_shape)."""
         _emit_param_sites(posterior=self.posterior)
         with self._own_store() if self.names_parameters else nullcontext():
-            q = self._call_posterior(x)
+            q = self._call_posterior(x, *context)
         if not isinstance(q, dist.Distribution):
             return q  # the function samples its own sites
         with _data_plate(x):
@@ -96,26 +99,30 @@ class VAE(OwnParameters):
         """Whether the guide may make parameters as it runs: a Pyro guide function, or a `PyroModule`."""
         return isinstance(self.posterior, PyroModule) or not isinstance(self.posterior, nn.Module)
 
-    def _call_posterior(self, x: Tensor) -> Any:
+    def _call_posterior(self, x: Tensor, *context: Tensor) -> Any:
         posterior: Callable[..., Any] = self.posterior
         if getattr(posterior, "needs_log_joint", False):  # it optimises q under this model
             return posterior(x, self.log_joint)
-        return posterior(x)
+        return posterior(x, *context)
 
-    def encode(self, x: Tensor) -> dist.Distribution:
+    def p_z(self, *context: Tensor) -> dist.Distribution:
+        """Return p(z), with batch shape () and event shape (K,)."""
+        return self.prior(*context)
+
+    def encode(self, x: Tensor, *context: Tensor) -> dist.Distribution:
         """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
         with poutine.block(), self._own_store():
-            trace = poutine.trace(self._call_posterior).get_trace(x)
+            trace = poutine.trace(self._call_posterior).get_trace(x, *context)
         q = trace.nodes["_RETURN"]["value"]
         return q if isinstance(q, dist.Distribution) else trace.nodes["z"]["fn"]
 
-    def decode(self, z: Tensor) -> dist.Distribution:
+    def decode(self, z: Tensor, *context: Tensor) -> dist.Distribution:
         """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""
-        return self.likelihood(z)
+        return self.likelihood(z, *context)
 
-    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+    def log_joint(self, x: Tensor, z: Tensor, *context: Tensor) -> Tensor:
         """Return log p(x, z) = log p(x|z) + log p(z), (*, N), for x (N, *event_shape) and z (*, N, K)."""
-        return self.decode(z).log_prob(x) + self.prior().log_prob(z)
+        return self.decode(z, *context).log_prob(x) + self.p_z(*context).log_prob(z)
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
@@ -131,37 +138,58 @@ class VAE(OwnParameters):
         return p.mean if mean else p.sample()
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, *context: Tensor) -> Tensor:
         """Return E[x|z], (N, *event_shape), at the mean of q(z|x), or at a draw if q has no analytic mean."""
-        q = self.encode(x)
+        q = self.encode(x, *context)
         try:
             z = q.mean
         except NotImplementedError:
             z = q.sample()
-        return self.decode(z).mean
+        return self.decode(z, *context).mean
 
     def with_guide(self, guide: nn.Module | Callable[[Tensor], Any]) -> "VAE":
         """Return a VAE with another q(z|x) that shares (does not copy) the prior and likelihood."""
-        return VAE(prior=self.prior, likelihood=self.likelihood, guide=guide)
+        return type(self)(prior=self.prior, likelihood=self.likelihood, guide=guide)
 
-    def check_data(self, x: Tensor) -> None:
+    def check_data(self, batch: Any) -> None:
         """Raise if data have the wrong shape or lie outside the likelihood's support.
 
         Raises:
-            TypeError: If x is not a floating-point tensor.
+            TypeError: If x is not a floating-point tensor, or there are more arguments than x.
             ValueError: If x is empty, has another event shape, or contains a value outside the support; the
                 message names the first such value and its index. A support that depends on z, or that the
                 distribution does not state, is not checked.
         """
+        x, *context = self._arguments(batch)
         require_floating("x", x)
         with evaluation_mode(self), torch.no_grad(), isolated_generators(x.device, seed=0):
-            p, other = (self.decode(self.prior().sample((1,))) for _ in range(2))
+            of_one = [y[:1] for y in context]
+            p_z = self.p_z(*of_one)
+            shape = p_z.batch_shape or (1,)
+            p, other = (self.decode(p_z.expand(shape).sample(), *of_one) for _ in range(2))
         support = known_support(_check_event_shape(p, x))
         if support is None or not same_support(support, known_support(other)):
             return
         message = outside_support("x", x, type(self.likelihood).__name__, support)
         if message:
             raise ValueError(message)
+
+    def _arguments(self, batch: Any) -> tuple:
+        """Return x, and the context of a conditional VAE; raise for another number of arguments."""
+        given = batch if isinstance(batch, tuple) else (batch,)
+        if isinstance(batch, dict):
+            given = inspect.signature(self.model).bind(**batch).args
+        if len(given) != 1 + self.takes_context:
+            takes, remedy = (
+                ("x and y", "pass (x, y)")
+                if self.takes_context
+                else ("x alone", "pass x, or use pyro_vae.ConditionalVAE or a pyro_vae.Pair")
+            )
+            raise TypeError(
+                f"a {type(self).__name__} takes {takes}; got {len(given)} arguments, a "
+                f"{type(batch).__name__}: {remedy}"
+            )
+        return given
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters and constructor arguments of the VAE to a file.

@@ -12,7 +12,7 @@ FLOORS = {
     0: {"utils", "closed_form"},
     1: {"networks", "distributions", "objectives", "engine", "data", "plots"},
     2: {"priors", "likelihoods", "guides", "vae", "inference"},
-    3: {"training", "evaluation"},
+    3: {"conditional", "training", "evaluation"},
     4: {"comparison"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

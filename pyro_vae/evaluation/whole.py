@@ -1,4 +1,4 @@
-"""The ELBO of a data set as a whole, for a pair whose evidence is no sum over examples."""
+"""The ELBO of a data set as a whole, for a pair whose terms cannot be separated by example."""
 
 import math
 from collections.abc import Callable

@@ -271,7 +271,7 @@ class Pair(OwnParameters):
         require_programs("Pair(model, guide)", model, guide)
         if guide_messenger(guide) is not None:
             raise TypeError(
-                f"a {type(guide).__name__} runs the model itself, so that the two are no pair: use "
+                f"a {type(guide).__name__} runs the model itself, and cannot be taken apart from it: use "
                 "AutoNormal, or pyro_vae.SVI(model, guide, ...)"
             )
         super().__init__()
@@ -313,7 +313,7 @@ class Pair(OwnParameters):
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            CheckpointError: If the file is damaged, is no saved pair, or is of other programs.
+            CheckpointError: If the file is damaged, holds another kind of content, or other programs.
         """
         content = serialization.read(path, "pair")
 

@@ -337,11 +337,6 @@ def _prepare(
             train, held_out = train.split(float(validation))
     elif validation is not None:
         held_out = Batches(validation, seed=seed + 1, **options)
-    if isinstance(pair, VAE) and not isinstance(train.peek(1), torch.Tensor):
-        raise TypeError(
-            f"a VAE takes x alone; got a {type(train.peek(1)).__name__}: pass x, or write a pyro_vae.Pair "
-            "whose model and guide take the other arguments"
-        )
     for batches in (train, held_out):
         if batches is not None:
             batches.check(getattr(pair, "check_data", check_arguments))
