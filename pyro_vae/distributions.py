@@ -215,8 +215,8 @@ def poisson_deviance(x: Tensor, rate: Tensor, difference: Tensor) -> Tensor:
     series = torch.zeros_like(near)
     for power in (17, 15, 13, 11, 9, 7, 5, 3):
         series = square * (1 / power + series)
-    ratio = torch.where(is_near, 1.0, x / rate)
-    return torch.where(is_near, near * (difference + 2 * x * series), x * torch.log(ratio) - difference)
+    ratio = torch.where(is_near, 1.0, rate / x)  # not x/λ, whose gradient in λ overflows for small λ
+    return torch.where(is_near, near * (difference + 2 * x * series), -x * torch.log(ratio) - difference)
 
 
 class Poisson(_ConciseErrors, dist.Poisson):
@@ -388,8 +388,9 @@ class DiscretizedLogistic(_ConciseErrors, TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         half_bin = 0.5 / (self.levels - 1)
-        upper = (value + half_bin - self.loc) / self.scale
-        lower = (value - half_bin - self.loc) / self.scale
+        distance = value - self.loc  # first, as it is small or exact: half a bin would be lost in rounding
+        upper = (distance + half_bin) / self.scale
+        lower = (distance - half_bin) / self.scale
         below_top = torch.where(value > 1 - half_bin, 0.0, F.logsigmoid(upper))
         above_bottom = torch.where(value < half_bin, 0.0, F.logsigmoid(-lower))
         inside = (value >= half_bin) & (value <= 1 - half_bin)
@@ -622,9 +623,11 @@ def multivariate_to_diagonal_normal(
 ) -> Tensor:
     """Compute the KL divergence of a normal of any covariance to a normal with independent dimensions.
 
-    KL(N(μ, Σ) ‖ N(m, diag s²)) = Σ_k ½ (log 2πs_k² + (Σ_kk + (μ_k − m_k)²) / s_k²) − H[N(μ, Σ)],
-    cross-entropy less entropy, which needs only the diagonal and the determinant of Σ. Without it Pyro
-    estimates the KL of a guide with correlated dimensions from draws.
+    KL(N(μ, LLᵀ) ‖ N(m, diag s²)) = ½ Σ_k (a_kk² − 1 − log a_kk² + Σ_{j<k} a_kj² + (μ_k − m_k)² / s_k²) with
+    a_kj = L_kj / s_k: no two terms cancel. Without it Pyro estimates the KL of a guide with correlated
+    dimensions from draws. For a low-rank p it is the cross-entropy Σ_k ½ (log 2πs_k² + (Σ_kk + (μ_k − m_k)²)
+    / s_k²) less the entropy, which needs only the diagonal and the determinant of Σ. These two cancel: the
+    error is some units of rounding in each dimension, however small the KL.
 
     Args:
         p: Batch shape (*p), event shape (K,).
@@ -645,6 +648,23 @@ def multivariate_to_diagonal_normal(
     if not isinstance(q.base_dist, Normal) or q.reinterpreted_batch_ndims != 1:
         raise NotImplementedError
     loc, scale = q.base_dist.loc, q.base_dist.scale
-    log_normaliser = torch.log(scale) + 0.5 * math.log(2 * math.pi)
-    cross_entropy = log_normaliser + (p.variance + (p.mean - loc) ** 2) / (2 * scale**2)
-    return cross_entropy.sum(-1) - p.entropy()
+    if isinstance(p, torch.distributions.LowRankMultivariateNormal):
+        log_normaliser = torch.log(scale) + 0.5 * math.log(2 * math.pi)
+        cross_entropy = log_normaliser + (p.variance + (p.mean - loc) ** 2) / (2 * scale**2)
+        return cross_entropy.sum(-1) - p.entropy()
+    factor = p._unbroadcasted_scale_tril
+    below = (factor.tril(-1) / scale.unsqueeze(-1)).square().sum(-1)
+    own = factor.diagonal(dim1=-2, dim2=-1)
+    excess = ((own - scale) / scale) * ((own + scale) / scale)  # a² − 1, exact where a is near 1
+    spread = _excess_over_log(excess, 2 * torch.log(own / scale))
+    return 0.5 * (spread + below + ((p.loc - loc) / scale).square()).sum(-1)
+
+
+def _excess_over_log(w: Tensor, log1p_w: Tensor) -> Tensor:
+    """Compute w − log(1 + w), by its power series where the difference would cancel."""
+    is_near = w.abs() < 0.03
+    near = torch.where(is_near, w, 0.0)
+    series = torch.zeros_like(near)
+    for power in range(11, 1, -1):  # Σ (−w)ᵏ / k for k ≥ 2
+        series = 1 / power - near * series
+    return torch.where(is_near, near**2 * series, w - log1p_w)

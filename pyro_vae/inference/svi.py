@@ -5,20 +5,24 @@ so that learning-rate schedules, a global gradient norm and checkpoints are plai
 that is not finite raises an error before it changes the parameters.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from torch import Tensor
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
+from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
 from pyro_vae.objectives.pair import stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, require_programs, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
@@ -51,6 +55,9 @@ def default_loss(model: Program, guide: Program, *args: Any, **kwargs: Any) -> E
     return TraceMeanField_ELBO()
 
 
+logger = logging.getLogger("pyro_vae")
+
+
 class SVI:
     """Fit a guide to a model by stochastic gradients of an ELBO estimator.
 
@@ -61,7 +68,9 @@ class SVI:
         model: A Pyro model; for a VAE, `vae.model`.
         guide: A Pyro guide of the same arguments; for a VAE, `vae.guide`.
         optimizer: A torch optimiser of the parameters to train.
-        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's.
+        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's. Or a
+            function `loss(model, guide, *args, **kwargs)` that returns a differentiable tensor; the pair is
+            then checked for parameters that the optimiser does not hold, and for nothing else.
         clip_norm: Maximum Euclidean norm of the gradient of all parameters; larger gradients are rescaled.
         engine: How to run a step; all engines give the same numbers. "eager" runs Pyro at every step,
             "traced" the graph of tensor operations recorded at the first step, "compiled" that graph compiled
@@ -70,7 +79,7 @@ class SVI:
 
     Raises:
         TypeError: If the model or the guide is not callable, the optimiser is not a torch optimiser, or the
-            loss is not a `pyro.infer.ELBO`.
+            loss is neither a `pyro.infer.ELBO` nor a function.
         ValueError: If `clip_norm` is not positive, or the engine is unknown.
 
     Attributes:
@@ -90,12 +99,13 @@ class SVI:
         >>> loss = svi.step(torch.zeros(5, 6))
     """
 
+    @explain_pyro_keywords
     def __init__(
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
         optimizer: torch.optim.Optimizer,
-        loss: ELBO,
+        loss: ELBO | Callable[..., Any],
         *,
         clip_norm: float | None = None,
         engine: str = "auto",
@@ -106,9 +116,6 @@ class SVI:
                 "optimizer must be a torch.optim.Optimizer, such as torch.optim.Adam(vae.parameters()); "
                 f"got {type(optimizer).__name__}. Pyro's optimisers go with pyro.infer.SVI"
             )
-        if not isinstance(loss, ELBO):
-            got = loss.__name__ + " itself: call it" if isinstance(loss, type) else type(loss).__name__
-            raise TypeError(f"loss must be a pyro.infer.ELBO, such as Trace_ELBO(); got {got}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive; got {clip_norm}")
         if engine not in ENGINES:
@@ -116,13 +123,14 @@ class SVI:
         self.model = model
         self.guide = guide
         self.optimizer = optimizer
-        self.loss = loss
+        self.loss = as_estimator(loss)
         self.clip_norm = clip_norm
         self.engine = engine
         self.steps = 0
         self.fastest_products: dict[str, str] = {}
         self._checked: tuple = ()
         self._met_late: set[str] = set()  # names in Pyro's store
+        self._is_told = False  # that its steps move nothing
         self._replay: Replay | None = None
         self._replayed: tuple = ()
 
@@ -130,20 +138,28 @@ class SVI:
         """Omit the graphs: a copy records its own."""
         return {**vars(self), "_replay": None, "_replayed": (), "_checked": ()}
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step and return the loss as defined by the estimator.
 
-        Arguments are those of the model and the guide. The first step calls `check`.
+        Arguments are those of the model and the guide. The first step calls `check`. If the loss depends on
+        no parameter that requires a gradient, nothing moves, and a warning is logged.
+
+        Returns:
+            A number; a tuple of numbers from an estimator of several, such as Pyro's ReweightedWakeSleep;
+            infinity from TraceTailAdaptive_ELBO, which has a gradient only.
 
         Raises:
             NonFiniteError: If the loss or a gradient is infinite or NaN; names parameter, site and datum
                 where these can be found. Parameters and the optimiser's state are unchanged, gradients None.
             ValueError: If the programs enter a parameter in Pyro's store that the optimiser does not hold.
         """
-        if self._checked != (self.model, self.guide, self.loss):
+        is_first = self._checked != (self.model, self.guide, self.loss)
+        if is_first:
             self.check(*args, **kwargs)
         num_stored = len(self._stored())
-        if self.engine == "eager":
+        # the first step with a function is its check, since nothing else tells which parameters it uses
+        checks_function = is_first and isinstance(self.loss, FunctionLoss)
+        if self.engine == "eager" or checks_function or isinstance(self.loss, TraceTailAdaptive_ELBO):
             loss = self._eager_step(*args, **kwargs)
         else:
             settings = (self.model, self.guide, self.loss, self.optimizer, self.clip_norm)
@@ -157,6 +173,7 @@ class SVI:
                 )
             loss = self._replay.step(self.steps, *args, **kwargs)
         self._require_trained(num_stored)
+        self._checked = (self.model, self.guide, self.loss)
         self.steps += 1
         return loss
 
@@ -176,17 +193,19 @@ class SVI:
         """Check, without side effects, that the guide fits, and that the estimator and the optimiser suit it.
 
         Arguments are those of the model and the guide; a small batch is enough. `step` does not repeat a
-        check that has passed.
+        check that has passed. A loss that is a function may run the pair in its own way: it is not checked
+        before its first step.
 
         Raises:
             GuideError: If the guide does not fit the model; see `check_guide`.
             ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter, of
                 Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
-        check_training(self.model, self.guide, self.loss, self._parameters(), *args, **kwargs)
-        self._checked = (self.model, self.guide, self.loss)
+        if not isinstance(self.loss, FunctionLoss):
+            check_training(self.model, self.guide, self.loss, self._parameters(), *args, **kwargs)
+            self._checked = (self.model, self.guide, self.loss)
 
-    def _eager_step(self, *args: Any, **kwargs: Any) -> float:
+    def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
         states = [generator.get_state() for generator in global_generators()]
         num_stored = len(self._stored())
         counted = getattr(self.loss, "steps", None)
@@ -208,52 +227,89 @@ class SVI:
         self.optimizer.step()
         return loss
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Return the loss without taking a step, using torch's global generator."""
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, as `step` does, without taking a step, using torch's global generator."""
         with torch.no_grad():
-            return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
+            return _numbers(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
-    def _loss_and_gradients(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> float:
+    def _loss_and_gradients(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss and its gradient; `states` are those of the generators, to repeat a failure."""
         try:
-            value = self._backward(*args, **kwargs)
+            value = self._backward(states, *args, **kwargs)
         except ValueError as error:  # Pyro's validation raises it for NaN parameters, for instance
             reason = self._repeat(states, non_finite_site, self.model, self.guide, *args, **kwargs)
             if reason is None:
                 raise
             raise NonFiniteError(f"the loss cannot be computed: {reason}") from error
-        if not math.isfinite(value):
+        if not (_is_finite(value) or self._has_no_value(value)):
             reason = self._repeat(states, non_finite_site, self.model, self.guide, *args, **kwargs)
             raise NonFiniteError(f"the loss is {value}: {reason or 'each site is finite by itself'}")
+        self._warn_if_nothing_moves()
         return value
 
-    def _backward(self, *args: Any, **kwargs: Any) -> float:
+    def _has_no_value(self, value: Any) -> bool:
+        """Return True for the infinity that an estimator of a gradient alone gives for its loss."""
+        return isinstance(self.loss, TraceTailAdaptive_ELBO) and value == math.inf
+
+    def _backward(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.loss, "differentiable_loss"):  # TraceGraph_ELBO, for instance
-            return float(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
-        loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        value = float(loss.detach())
-        if math.isfinite(value):
+            return _numbers(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
+        loss = self._differentiable_loss(states, *args, **kwargs)
+        value = _numbers(loss)
+        finite = _is_finite(value) or self._has_no_value(value)
+        if finite and isinstance(loss, Tensor) and loss.requires_grad:
             with without_autocast():  # the products of the pass have the precision of those forward
                 loss.backward()
         return value
 
+    def _differentiable_loss(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.loss, FunctionLoss):
+            try:
+                return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+            except ValueError as error:
+                if not (isinstance(self.loss, TraceEnum_ELBO) and "cannot be differentiated" in str(error)):
+                    raise
+            for generator, state in zip(global_generators(), states, strict=False):
+                generator.set_state(state)
+            return self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        with poutine.trace(param_only=True) as tracer:
+            loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        # those that pyro.param creates; a module's may be left untrained on purpose
+        created = [
+            name
+            for name, site in tracer.trace.nodes.items()
+            if site["type"] == "param" and not isinstance(site["value"].unconstrained(), nn.Parameter)
+        ]
+        self._met_late.update(name for name in created if name in self._stored())
+        return loss
+
+    def _warn_if_nothing_moves(self) -> None:
+        if not self._is_told and all(parameter.grad is None for parameter in self._parameters()):
+            self._is_told = True
+            logger.warning(
+                "a step of SVI moves nothing: the loss depends on no parameter of the optimiser that "
+                "requires a gradient"
+            )
+
     def _require_finite_gradients(
-        self, loss: float, states: Sequence[Tensor], /, *args: Any, **kwargs: Any
+        self, loss: Any, states: Sequence[Tensor], /, *args: Any, **kwargs: Any
     ) -> None:
         parameters = self._parameters()
         if all(is_finite(parameter.grad) for parameter in parameters):
             return
         self.optimizer.zero_grad()
-        backward = partial(self._backward, *args, **kwargs)
+        backward = partial(self._backward, states, *args, **kwargs)
         reason = self._repeat(states, non_finite_gradient, self.model, self.guide, parameters, backward)
         reason = reason or "a gradient is not finite, but all are when the step is repeated"
-        raise NonFiniteError(f"the loss is {loss:.6g}, but {reason}")
+        shown = f"{loss:.6g}" if isinstance(loss, float) else loss
+        raise NonFiniteError(f"the loss is {shown}, but {reason}")
 
     def _repeat(
         self, states: Sequence[Tensor], diagnose: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         """Diagnose a failed step with its random numbers, without side effects on modules or generators."""
-        with isolated(self.model, self.guide):
+        may_fail = suppress(Exception) if isinstance(self.loss, FunctionLoss) else nullcontext()
+        with isolated(self.model, self.guide), may_fail:  # a function may give the pair other arguments
             for generator, state in zip(global_generators(), states, strict=False):
                 generator.set_state(state)
             return diagnose(*args, **kwargs)
@@ -263,3 +319,14 @@ class SVI:
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def _numbers(loss: Any) -> Any:
+    """Return a loss as a float, or a tuple of losses as a tuple of floats."""
+    if isinstance(loss, tuple):
+        return tuple(float(each) for each in loss)
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+def _is_finite(value: Any) -> bool:
+    return all(math.isfinite(each) for each in (value if isinstance(value, tuple) else (value,)))

@@ -656,3 +656,40 @@ def test_an_estimator_that_is_not_valid_for_the_pair_raises():
             compare(pair, x, [estimator])
     with pytest.raises(ValueError, match="'c' is not reparameterised"):
         compare(pair, x, [IWAE(3)], num_reference_particles=5)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Trace_ELBO(),
+        TraceGraph_ELBO(),
+        TraceMeanField_ELBO(),
+        TraceEnum_ELBO(strict_enumeration_warning=False),
+        RenyiELBO(num_particles=2),
+        IWAE(3),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_a_mask_that_the_guide_forgets_is_an_error_for_every_estimator(estimator):
+    """Each alone, as no other of the list then brings the check."""
+    weight = nn.Parameter(torch.tensor(0.5))
+    mask = torch.tensor([True, False, True, True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.param("weight", weight)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(weight * x, 0.5**0.5))
+
+    def masked_guide(x):
+        with pyro.poutine.mask(mask=mask):
+            guide(x)
+
+    x, options = torch.zeros(6), {"num_repeats": 10, "reference": torch.zeros(6), "progress": False}
+    with pytest.raises(ValueError, match=r"'z' has no mask, the model's has a mask that counts 4 of 6"):
+        compare_estimators(model, guide, x, [estimator], **options)
+    compare_estimators(model, masked_guide, x, [Trace_ELBO()], **options)
