@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -24,12 +23,14 @@ from torch.utils._pytree import tree_leaves
 from pyro_vae.comparison.gradient_noise import GradientMoments, ZeroMeanTest
 from pyro_vae.comparison.reference_bounds import Target, target
 from pyro_vae.comparison.result import PARAMETERS, Comparison, Measured, Reference, summarise
+from pyro_vae.data.sources import arguments
 from pyro_vae.evaluation.importance_sampling import evaluate
 from pyro_vae.inference.guide_check import check_mean_field
 from pyro_vae.objectives.estimators import family, label
 from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.log_terms import terms
-from pyro_vae.objectives.sites import Program, require_programs
+from pyro_vae.objectives.pair import Programs, split_pair
+from pyro_vae.objectives.sites import Program, run_pair
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.validation import NonFiniteError, require_count
@@ -41,10 +42,10 @@ _ROUNDS = 7  # timings per estimator
 
 
 def compare_estimators(
-    model: Program,
-    guide: Program,
-    data: Tensor,
-    estimators: Sequence[ELBO] | Mapping[str, ELBO],
+    model: Any,
+    guide: Any = None,
+    data: Any = None,
+    estimators: Sequence[ELBO] | Mapping[str, ELBO] | None = None,
     *,
     num_repeats: int = 100,
     reference: Tensor | None = None,
@@ -76,10 +77,12 @@ def compare_estimators(
     parameters, gradients, torch's generators and Pyro's parameter store are restored.
 
     Args:
-        model: A Pyro model of one batch; for a VAE, `vae.model`. The parameters at its `param` sites count as
-            model parameters, those of the guide as guide parameters; a shared parameter counts in both.
-        guide: A Pyro guide of the same argument; for a VAE, `vae.guide`.
-        data: The batch, (N, *event_shape), in the support of the likelihood.
+        model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`, in place of both. The
+            parameters at the model's `param` sites count as model parameters, those of the guide as guide
+            parameters; a shared parameter counts in both.
+        guide: A Pyro guide of the same arguments.
+        data: The batch, (N, *event_shape), in the support of the likelihood; or a tuple or dict of several
+            arguments.
         estimators: Estimators to compare; a mapping names them.
         num_repeats: R ≥ 10.
         reference: Exact log p(x) of each example, (N,). By default it is estimated by importance sampling,
@@ -112,21 +115,31 @@ def compare_estimators(
         >>> dict(found["snr"].sizes), found["snr"].attrs["units"]
         ({'estimator': 2, 'parameters': 2}, '1')
     """
-    require_programs("compare_estimators(vae.model, vae.guide, x, estimators)", model, guide)
+    given = [value for value in (guide, data, estimators) if value is not None]
+    call = "compare_estimators(pair, x, estimators) or compare_estimators(model, guide, x, estimators)"
+    model, guide, rest = split_pair(call, model, *given)
+    if len(rest) != 2:
+        raise TypeError(f"expected a batch and estimators after the pair; got {len(rest)}: call {call}")
+    data, estimators = rest
     require_count("num_repeats", num_repeats, minimum=10)
     require_count("num_reference_particles", num_reference_particles, minimum=2)
-    if not isinstance(data, Tensor):
-        raise TypeError(f"data must be a tensor, one batch such as x[:128]; got {type(data).__name__}")
+    tensors = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor)]
+    if not isinstance(data, Tensor | tuple | dict) or not tensors:
+        raise TypeError(
+            "data must be one batch, a tensor such as x[:128] or a tuple or dict of them; got "
+            f"{type(data).__name__}"
+        )
+    device, (args, kwargs) = tensors[0].device, arguments(data)
     candidates = [
         _Candidate(name, estimator, target(estimator, max_plate_nesting=max_plate_nesting))
         for name, estimator in _named(estimators).items()
     ]
-    with _isolated(model, guide, data.device, derived_seed(seed, _NOISE)) as restore:
+    with _isolated(model, guide, device, derived_seed(seed, _NOISE)) as restore:
         step = _Step(model, guide, data, max_plate_nesting=max_plate_nesting)
         restore(step.parameters)
         for candidate in candidates:
             if isinstance(_innermost(candidate.estimator), TraceMeanField_ELBO):
-                check_mean_field(model, guide, data)
+                check_mean_field(model, guide, *args, **kwargs)
         known = _reference(step, reference, num_reference_particles, derived_seed(seed, _REFERENCE), progress)
         with progress_bar(num_repeats * len(candidates), shown=progress, unit=" steps") as bar:
             for group in _group_by_target(candidates):
@@ -137,11 +150,11 @@ def compare_estimators(
         return summarise(
             [_measure(step, candidate, seconds[candidate.name]) for candidate in candidates],
             known,
-            num_data=len(data),
+            num_data=len(tensors[0]),
             num_repeats=num_repeats,
             seed=seed,
             dtype=str(step.dtype).removeprefix("torch."),
-            device=str(data.device),
+            device=str(device),
         )
 
 
@@ -196,18 +209,19 @@ def _innermost(estimator: ELBO) -> ELBO:
 class _Step:
     """One step of an estimator: value and gradient of the mean bound, without an update."""
 
-    def __init__(self, model: Program, guide: Program, data: Tensor, *, max_plate_nesting: int):
+    def __init__(self, model: Program, guide: Program, data: Any, *, max_plate_nesting: int):
         self.model, self.guide, self.data = model, guide, data
+        self.args, self.kwargs = arguments(data)
+        self.device = next(leaf.device for leaf in tree_leaves(data) if isinstance(leaf, Tensor))
         self.max_plate_nesting = max_plate_nesting
         with torch.no_grad():
-            first = terms(model, guide, data, max_plate_nesting=max_plate_nesting)
+            first = terms(model, guide, *self.args, max_plate_nesting=max_plate_nesting, **self.kwargs)
         self.dtype = first.log_weight.dtype
         num_data = first.sites.num_data
         weight = torch.as_tensor(first.scale, dtype=torch.float64).expand(num_data).cpu()
         self.total = float(weight.sum())  # loss / mean bound, up to sign
         self.weight = weight / weight.sum()
-        guide_trace = poutine.trace(guide).get_trace(data)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(data)
+        guide_trace, model_trace = run_pair(model, guide, self.args, self.kwargs)
         self.parameters = list({**_parameters(model_trace), **_parameters(guide_trace)})
         places = {parameter: place for place, parameter in enumerate(self.parameters)}
         self.places = {
@@ -228,14 +242,14 @@ class _Step:
     def loss_and_gradient(self, estimator: ELBO) -> tuple[float, list[Tensor]]:
         """Return loss and gradient as `pyro_vae.SVI` computes them for training."""
         if hasattr(estimator, "differentiable_loss"):
-            loss = estimator.differentiable_loss(self.model, self.guide, self.data)
+            loss = estimator.differentiable_loss(self.model, self.guide, *self.args, **self.kwargs)
             if not (self.parameters and loss.requires_grad):
                 return float(loss.detach()), [torch.zeros_like(p) for p in self.parameters]
             gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
             return float(loss.detach()), list(gradient)
         for parameter in self.parameters:  # TraceGraph_ELBO, for example, only fills `grad`
             parameter.grad = None
-        value = float(estimator.loss_and_grads(self.model, self.guide, self.data))
+        value = float(estimator.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs))
         return value, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
 
@@ -292,8 +306,8 @@ def _seconds(step: _Step, candidates: list[_Candidate]) -> dict[str, float]:
         for candidate in candidates:
             started = time.perf_counter()
             step.loss_and_gradient(candidate.estimator)
-            if step.data.device.type != "cpu":
-                torch.accelerator.synchronize(step.data.device)
+            if step.device.type != "cpu":
+                torch.accelerator.synchronize(step.device)
             seconds[candidate.name].append(time.perf_counter() - started)
     return {name: min(times) for name, times in seconds.items()}
 
@@ -332,7 +346,7 @@ def _reference(step: _Step, exact: Tensor | None, num_particles: int, seed: int,
             raise ValueError(f"reference must be finite; {int((~exact.isfinite()).sum())} values are not")
         return Reference("log p(x), as given", float(step.weight @ exact.detach().cpu().double()), 0.0)
     estimate = evaluate(
-        SimpleNamespace(model=step.model, guide=step.guide),
+        Programs(step.model, step.guide),
         step.data,
         num_particles=num_particles,
         seed=seed,

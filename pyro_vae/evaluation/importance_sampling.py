@@ -17,6 +17,7 @@ from pyro_vae.evaluation.importance_weights import bound_by_particles, summarise
 from pyro_vae.evaluation.latents import AggregatePosterior, aggregate_posterior, summarise_latents
 from pyro_vae.evaluation.result import Evaluation, PerDatum, standard_error
 from pyro_vae.evaluation.whole import evaluate_whole
+from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.objectives.log_terms import EnumeratedError, PairSites, terms
 from pyro_vae.objectives.pair import as_programs
 from pyro_vae.objectives.sites import NotSeparableError
@@ -119,7 +120,10 @@ def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str
     try:
         with isolated(pair.model, pair.guide), torch.no_grad():
             terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
-    except (NotSeparableError, EnumeratedError) as error:
+    except EnumeratedError as error:
+        return str(error)
+    except NotSeparableError as error:
+        require_fit(pair.model, pair.guide, *args, **kwargs)
         return str(error)
     except Exception:  # said better by the checks that follow
         return None

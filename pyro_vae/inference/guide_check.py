@@ -24,7 +24,8 @@ from pyro_vae.inference.valid_estimators import (
 from pyro_vae.objectives.estimators import label
 from pyro_vae.objectives.guide_problems import parameters
 from pyro_vae.objectives.kl_weighting import KLWeighted
-from pyro_vae.objectives.sites import Program, require_programs
+from pyro_vae.objectives.pair import split_pair
+from pyro_vae.objectives.sites import Program
 from pyro_vae.utils.isolation import isolated
 
 __all__ = [
@@ -40,9 +41,7 @@ __all__ = [
 ]
 
 
-def check_guide(
-    model: Program, guide: Program, *data: Any, max_plate_nesting: int = 1, **kwargs: Any
-) -> GuideReport:
+def check_guide(model: Any, *data: Any, max_plate_nesting: int = 1, **kwargs: Any) -> GuideReport:
     """Check a model and a guide on some data, and which estimators are valid for them.
 
     As in an estimator, the guide runs first, then the model at its draws. A guide fits if it draws the latent
@@ -55,9 +54,8 @@ def check_guide(
     gradients, buffers and attributes of modules.
 
     Args:
-        model: A Pyro model; for a VAE, `vae.model`.
-        guide: A Pyro guide; for a VAE, `vae.guide`.
-        *data: Arguments of both; a small batch is enough.
+        model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`.
+        *data: The guide, if a model came first; then the arguments of both. A small batch is enough.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
 
@@ -83,7 +81,7 @@ def check_guide(
         >>> report.estimators["DReG"] is None
         True
     """
-    require_programs("check_guide(vae.model, vae.guide, x)", model, guide)
+    model, guide, data = split_pair("check_guide(pair, x) or check_guide(model, guide, x)", model, *data)
     with isolated(model, guide):
         pair = run_fitting_pair(model, guide, data, kwargs)
         registered = parameters(pair.guide_trace, pair.model_trace)

@@ -23,8 +23,8 @@ from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
-from pyro_vae.objectives.pair import stored_parameters
-from pyro_vae.objectives.sites import Program, latent_sites, require_programs, run_pair, sample_sites
+from pyro_vae.objectives.pair import split_pair, stored_parameters
+from pyro_vae.objectives.sites import Program, latent_sites, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
 from pyro_vae.utils.validation import NonFiniteError, flag_non_finite
 
@@ -65,12 +65,13 @@ class SVI:
     batch, in nats.
 
     Args:
-        model: A Pyro model; for a VAE, `vae.model`.
-        guide: A Pyro guide of the same arguments; for a VAE, `vae.guide`.
+        model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`, in place of both.
+        guide: A Pyro guide of the same arguments.
         optimizer: A torch optimiser of the parameters to train.
-        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's. Or a
-            function `loss(model, guide, *args, **kwargs)` that returns a differentiable tensor; the pair is
-            then checked for parameters that the optimiser does not hold, and for nothing else.
+        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's; by
+            default the one of Pyro's that suits the pair, see `default_loss`. Or a function
+            `loss(model, guide, *args, **kwargs)` that returns a differentiable tensor; the pair is then
+            checked for parameters that the optimiser does not hold, and for nothing else.
         clip_norm: Maximum Euclidean norm of the gradient of all parameters; larger gradients are rescaled.
         engine: How to run a step; all engines give the same numbers. "eager" runs Pyro at every step,
             "traced" the graph of tensor operations recorded at the first step, "compiled" that graph compiled
@@ -95,22 +96,25 @@ class SVI:
         ...     likelihood=likelihoods.Normal(2, (6,)),
         ...     guide=guides.DiagonalNormal((6,), 2),
         ... )
-        >>> svi = SVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters(), 1e-3), TraceMeanField_ELBO())
+        >>> svi = SVI(vae, torch.optim.Adam(vae.parameters(), 1e-3), TraceMeanField_ELBO())
         >>> loss = svi.step(torch.zeros(5, 6))
     """
 
     @explain_pyro_keywords
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        optimizer: torch.optim.Optimizer,
-        loss: ELBO | Callable[..., Any],
+        model: Any,
+        guide: Any = None,
+        optimizer: Any = None,
+        loss: Any = None,
         *,
         clip_norm: float | None = None,
         engine: str = "auto",
     ):
-        require_programs("SVI(vae.model, vae.guide, optimizer, loss)", model, guide)
+        given = [value for value in (guide, optimizer, loss) if value is not None]
+        call = "SVI(pair, optimizer, loss) or SVI(model, guide, optimizer, loss)"
+        model, guide, rest = split_pair(call, model, *given)
+        optimizer, loss = [*rest, None, None][:2]
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer, such as torch.optim.Adam(vae.parameters()); "
@@ -123,7 +127,7 @@ class SVI:
         self.model = model
         self.guide = guide
         self.optimizer = optimizer
-        self.loss = as_estimator(loss)
+        self.loss: Any = None if loss is None else as_estimator(loss)
         self.clip_norm = clip_norm
         self.engine = engine
         self.steps = 0
@@ -153,7 +157,7 @@ class SVI:
                 where these can be found. Parameters and the optimiser's state are unchanged, gradients None.
             ValueError: If the programs enter a parameter in Pyro's store that the optimiser does not hold.
         """
-        is_first = self._checked != (self.model, self.guide, self.loss)
+        is_first = self.loss is None or self._checked != (self.model, self.guide, self.loss)
         if is_first:
             self.check(*args, **kwargs)
         num_stored = len(self._stored())
@@ -201,6 +205,8 @@ class SVI:
             ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter, of
                 Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
+        if self.loss is None:
+            self.loss = default_loss(self.model, self.guide, *args, **kwargs)
         if not isinstance(self.loss, FunctionLoss):
             check_training(self.model, self.guide, self.loss, self._parameters(), *args, **kwargs)
             self._checked = (self.model, self.guide, self.loss)
@@ -229,6 +235,8 @@ class SVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, as `step` does, without taking a step, using torch's global generator."""
+        if self.loss is None:
+            self.check(*args, **kwargs)
         with torch.no_grad():
             return _numbers(self.loss.loss(self.model, self.guide, *args, **kwargs))
 

@@ -24,6 +24,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyro_vae.objectives.guide_problems import mask_problems, name_problems
+from pyro_vae.objectives.pair import split_pair
 from pyro_vae.objectives.sites import (
     Program,
     Site,
@@ -34,7 +35,6 @@ from pyro_vae.objectives.sites import (
     guide_messenger,
     latent_sites,
     masked_log_prob,
-    require_programs,
     run,
     sample_sites,
     shared_scale,
@@ -135,8 +135,7 @@ class Terms:
 
 
 def terms(
-    model: Program,
-    guide: Program,
+    model: Any,
     *data: Any,
     num_particles: int = 1,
     max_plate_nesting: int = 1,
@@ -148,10 +147,10 @@ def terms(
     a dimension of size S on the left. Every term is differentiable, also through reparameterised draws.
 
     Args:
-        model: A Pyro model. Its observed sites make up log p(x|z), its latent sites log p(z).
-        guide: A Pyro guide of the same arguments and latent sites, possibly with additional sites marked
-            `infer={"is_auxiliary": True}`.
-        *data: Arguments of both.
+        model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`. The model's observed
+            sites make up log p(x|z), its latent sites log p(z). The guide has the same arguments and latent
+            sites, possibly with additional sites marked `infer={"is_auxiliary": True}`.
+        *data: The guide, if a model came first; then the arguments of both.
         num_particles: S, independent draws from the guide per example.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
@@ -182,7 +181,7 @@ def terms(
         >>> t.log_weight[0]  # the guide is the exact posterior: every weight is p(x)
         tensor([-1.2655, -1.5155, -2.2655])
     """
-    require_programs("terms(vae.model, vae.guide, x)", model, guide)
+    model, guide, data = split_pair("terms(pair, x) or terms(model, guide, x)", model, *data)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
     if guide_messenger(guide) is not None:

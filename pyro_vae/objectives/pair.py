@@ -25,7 +25,15 @@ from pyro_vae.objectives.sites import Program, guide_messenger, require_programs
 from pyro_vae.utils import serialization
 from pyro_vae.utils.isolation import ModuleStates, before_change, evaluation_mode
 
-__all__ = ["OwnParameters", "Pair", "Programs", "as_programs", "make_parameters", "stored_parameters"]
+__all__ = [
+    "OwnParameters",
+    "Pair",
+    "Programs",
+    "as_programs",
+    "make_parameters",
+    "split_pair",
+    "stored_parameters",
+]
 
 
 class Programs(NamedTuple):
@@ -47,13 +55,34 @@ def as_programs(call: str, pair: Any) -> Any:
     """
     if isinstance(pair, tuple) and len(pair) == 2 and not hasattr(pair, "model"):
         pair = Programs(*pair)
-    if not (callable(getattr(pair, "model", None)) and callable(getattr(pair, "guide", None))):
+    if not _has_both(pair):
         raise TypeError(
             "expected an object with Pyro functions model and guide, such as a VAE or pyro_vae.Pair(model, "
             f"guide), or a tuple (model, guide); got {type(pair).__name__}: call {call}"
         )
     require_programs(call, pair.model, pair.guide)
     return pair
+
+
+def split_pair(call: str, first: Any, *rest: Any) -> tuple[Program, Program, tuple]:
+    """Return model, guide and further arguments of a call f(model, guide, ...) or f(pair, ...).
+
+    Raises:
+        TypeError: If the first argument is neither a pair nor followed by a guide; shows the right call.
+    """
+    if not (isinstance(first, tuple) or _has_both(first)):
+        if not rest:
+            raise TypeError(f"expected a model and a guide, or a pair of both; got one argument: call {call}")
+        require_programs(call, first, rest[0])
+        return first, rest[0], rest[1:]
+    if rest and _has_both(rest[0]):
+        raise TypeError(f"expected one pair; got two, a {type(first).__name__} twice: call {call}")
+    programs = as_programs(call, first)
+    return programs.model, programs.guide, rest
+
+
+def _has_both(pair: Any) -> bool:
+    return all(callable(getattr(pair, name, None)) for name in ("model", "guide"))
 
 
 class Stored(nn.Module):

@@ -1,0 +1,90 @@
+"""One way to call: a pair, or a model and a guide, in every function that takes them."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+
+import pyro_vae as pv
+
+X, Y = torch.randn(5, 3), torch.randn(5)
+
+
+def model(x, y):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None] + y[:, None], 1.0).to_event(1), obs=x)
+
+
+def guide(x, y):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.mean(1), pyro.param("scale", torch.tensor(0.7))))
+
+
+@pytest.fixture
+def pair():
+    pair = pv.Pair(model, guide)
+    pair.make_parameters(X, Y)
+    return pair
+
+
+def test_terms_and_check_guide(pair):
+    torch.manual_seed(0)
+    t = pv.terms(pair, X, y=Y, num_particles=2)
+    torch.manual_seed(0)
+    assert torch.equal(t.log_weight, pv.terms(pair.model, pair.guide, X, Y, num_particles=2).log_weight)
+    assert str(pv.check_guide(pair, X, Y)) == str(pv.check_guide(pair.model, pair.guide, X, Y))
+
+
+def test_compare_estimators_with_several_arguments(pair):
+    options = {"num_repeats": 10, "progress": False}
+    estimators = [Trace_ELBO(), pv.IWAE(3)]
+    by_pair = pv.compare_estimators(pair, (X, Y), estimators, **options)
+    apart = pv.compare_estimators(pair.model, pair.guide, {"x": X, "y": Y}, estimators, **options)
+    assert by_pair["value"].equals(apart["value"])
+
+
+def test_svi_takes_a_pair_and_chooses_a_loss(pair):
+    svi = pv.SVI(pair, torch.optim.Adam(pair.parameters()))
+    assert svi.step(X, Y) > 0
+    assert isinstance(svi.loss, TraceMeanField_ELBO)
+    assert pv.SVI(pair, torch.optim.Adam(pair.parameters()), pv.IWAE(2)).step(X, Y) > 0
+    assert pv.SVI(pair, optimizer=torch.optim.Adam(pair.parameters())).evaluate_loss(X, Y) > 0
+    with pyro.get_param_store().scope():
+        guide(X, Y)
+        held = [parameter for _, parameter in pyro.get_param_store().named_parameters()]
+        assert pv.SVI((model, guide), torch.optim.Adam(held)).step(X, Y) > 0
+
+
+def test_the_default_loss_suits_the_pair():
+    def draws_a_class(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(torch.ones(2)))
+
+    def observes(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            pyro.sample("x", dist.Normal(k.float(), 1.0), obs=x)
+
+    from pyro_vae.inference.svi import default_loss
+
+    assert type(default_loss(observes, draws_a_class, Y)) is Trace_ELBO
+    assert type(default_loss(config_enumerate(observes), lambda x: None, Y)) is TraceEnum_ELBO
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: pv.terms(3, X),
+        lambda: pv.terms(model),
+        lambda: pv.check_guide(torch.nn.Linear(3, 3), 3),
+        lambda: pv.SVI(model, torch.optim.Adam([torch.zeros(1, requires_grad=True)])),
+        lambda: pv.compare_estimators(model, X, [Trace_ELBO()]),
+        lambda: pv.compare_estimators((model, guide), X),
+    ],
+    ids=["a number", "a model alone", "modules", "no guide", "no guide in comparison", "no estimators"],
+)
+def test_a_wrong_call_shows_the_right_one(call):
+    with pytest.raises(TypeError, match=r"call (terms|check_guide|SVI|compare_estimators)\(pair, "):
+        call()
