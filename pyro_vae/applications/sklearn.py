@@ -516,13 +516,15 @@ class VAEOutlierDetector(OutlierMixin, _VAEEstimator):
 
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Train on X (N, D), N ≥ 2, and set the threshold; y is ignored."""
-        super().fit(X, y)
-        return self._set_threshold(X)
+        with self._unchanged_on_error():
+            super().fit(X, y)
+            return self._set_threshold(X)
 
     def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Train one epoch on X, and set the threshold by X."""
-        super().partial_fit(X, y)
-        return self._set_threshold(X)
+        with self._unchanged_on_error():
+            super().partial_fit(X, y)
+            return self._set_threshold(X)
 
     def calibrate(self, X: ArrayLike) -> Self:
         """Set the threshold by X (N, D), such as normal rows that were held out; trains nothing."""

@@ -3,8 +3,10 @@
 import io
 import math
 import pickle
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -423,12 +425,28 @@ def test_outliers():
     assert (detector.predict(fresh) == -1).mean() == pytest.approx(0.05, abs=1 / 400)
 
 
+def test_a_detector_whose_threshold_fails_stays_unfitted():
+    detector = small(VAEOutlierDetector, likelihood="bernoulli")
+    with pytest.raises(ValueError, match="round X"):
+        detector.fit(np.random.default_rng(0).uniform(size=(50, 6)))
+    with pytest.raises(NotFittedError):
+        detector.score_samples(np.zeros((3, 6)))
+
+
 def test_a_detector_around_a_trained_vae_is_calibrated():
     detector = VAEOutlierDetector.from_vae(linear(5, 2), contamination=0.2)
     X = np.random.default_rng(0).normal(size=(50, 5))
     with pytest.raises(NotFittedError, match=r"call fit, or calibrate\(X\)"):
         detector.predict(X)
     assert (detector.calibrate(X).predict(X) == -1).sum() == 10
+
+
+def test_the_example(monkeypatch, capsys):
+    path = Path(__file__).parents[2] / "examples" / "pipeline.py"
+    options = ["--part", "tables", "--seeds", "2", "--components", "1", "--epochs", "1"]
+    monkeypatch.setattr("sys.argv", [str(path), *options])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.count("VAE − PCA, paired") == 3
 
 
 def test_importing_the_package_does_not_import_scikit_learn():
