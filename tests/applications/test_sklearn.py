@@ -191,6 +191,9 @@ def test_warm_start_continues_and_cold_start_does_not():
     assert model.n_iter_ == 6
     resumed = pickle.loads(first).fit(X)  # with the state of the optimiser
     assert np.array_equal(resumed.transform(X), model.transform(X))
+    forgetful = pickle.loads(first)
+    forgetful._optimizer = torch.optim.Adam(forgetful.vae_.parameters(), forgetful.learning_rate)
+    assert not np.array_equal(forgetful.fit(X).transform(X), model.transform(X))
     cold = small().fit(X)
     before = cold.transform(X)
     assert np.array_equal(cold.fit(X).transform(X), before)
