@@ -138,7 +138,10 @@ def test_no_broken_guide_is_evaluated_or_trained(name):
     for use in (svi.step, lambda x: pv.evaluate(vae, x, num_particles=3, progress=False)):
         with pytest.raises(GuideError) as caught:
             use(x)
-        assert str(caught.value).partition(":")[0] == str(error_of(name)).partition(":")[0]
+        found, expected = (  # the batch may have another size
+            re.sub(r"\d+", "n", str(error).partition(":")[0]) for error in (caught.value, error_of(name))
+        )
+        assert found == expected
 
 
 @pytest.mark.parametrize("name", [n for n in BROKEN if n != "another device"])
