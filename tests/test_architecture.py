@@ -14,6 +14,7 @@ FLOORS = {
     2: {"priors", "likelihoods", "guides", "vae", "inference"},
     3: {"training", "evaluation"},
     4: {"comparison"},
+    5: {"applications"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 KNOWS_UTILS_ALONE = {"engine", "plots"}

@@ -1,0 +1,35 @@
+"""Use a trained VAE: find anomalies.
+
+This room imports any other, and no other imports it. `pyro_vae.applications` and its names are loaded at
+their first use, so that `import pyro_vae` stays fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_vae.applications.anomaly import AnomalyDetector
+    from pyro_vae.applications.scores import anomaly_scores
+
+__all__ = [
+    "AnomalyDetector",
+    "anomaly_scores",
+]
+
+_FILES = {
+    "AnomalyDetector": "anomaly",
+    "anomaly_scores": "scores",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the file of a public name, or a file of this room, at its first use."""
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    file = importlib.import_module(f"{__name__}.{_FILES[name]}")
+    return file if name == _FILES[name] else getattr(file, name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__
