@@ -76,10 +76,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the room of applications when it is first asked for."""
+    """Load `applications`, which has optional dependencies, at its first use."""
     if name == "applications":
         return importlib.import_module("pyro_vae.applications")
-    raise AttributeError(f"module 'pyro_vae' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

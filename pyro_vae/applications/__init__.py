@@ -1,15 +1,36 @@
-"""What a trained VAE is for: each file is one use, and is loaded when it is first asked for."""
+"""Use a trained VAE: find anomalies, give features to other algorithms.
+
+This room imports any other, and no other imports it. `pyro_vae.applications`, its names and its files are
+loaded at their first use, since some need an extra, and `import pyro_vae` stays fast.
+"""
 
 import importlib
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["sklearn"]
+if TYPE_CHECKING:
+    from pyro_vae.applications.anomaly import AnomalyDetector
+    from pyro_vae.applications.scores import anomaly_scores
+
+__all__ = [
+    "AnomalyDetector",
+    "anomaly_scores",
+]
+
+_FILES = {
+    "AnomalyDetector": "anomaly",
+    "anomaly_scores": "scores",
+    "sklearn": "sklearn",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Load a file of this room, some of which need an extra."""
-    if name in __all__:
-        module: ModuleType = importlib.import_module(f"{__name__}.{name}")
-        return module
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Load the file of a public name, or a file of this room, at its first use."""
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    file = importlib.import_module(f"{__name__}.{_FILES[name]}")
+    return file if name == _FILES[name] else getattr(file, name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

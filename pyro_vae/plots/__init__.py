@@ -25,11 +25,12 @@ from pyro_vae.plots.charts import (
     snr,
     training_curves,
 )
-from pyro_vae.plots.image_grids import PALETTE, image_grid, interpolation, manifold, reconstructions
+from pyro_vae.plots.image_grids import PALETTE, heat_map, image_grid, interpolation, manifold, reconstructions
 
 __all__ = [
     "PALETTE",
     "aggregate_posterior",
+    "heat_map",
     "image_grid",
     "interpolation",
     "kl_per_dimension",

@@ -23,6 +23,7 @@ __all__ = [
     "Numbers",
     "axes_of",
     "finite_array",
+    "heat_map",
     "image_grid",
     "interpolation",
     "manifold",
@@ -134,12 +135,52 @@ def reconstructions(
             f"originals and reconstructions must have the same shape; got {len(above)} originals of "
             f"{above.shape[2:]} pixels and {len(below)} reconstructions of {below.shape[2:]}"
         )
-    seam = np.zeros_like(above[:, :, :1])  # a transparent line between the two images
-    pairs = _in_rows(np.concatenate([above, seam, below], axis=2), min(columns, len(above)))
-    axes = _draw(pairs, title, ax)
-    height = above.shape[2]
-    tops = np.add.outer(np.arange(len(pairs)) * (pairs.shape[3] + _gap(pairs)), [0, height + 1]).ravel()
-    axes.set_yticks(tops + (height - 1) / 2, ["original", "reconstruction"] * len(pairs))
+    names = "original", "reconstruction"
+    return _draw_pairs(above, below, names, columns=columns, title=title, ax=ax)
+
+
+def heat_map(
+    images: Numbers,
+    values: Numbers,
+    *,
+    columns: int = 10,
+    label: str = "log p(x|z) per pixel (nats)",
+    title: str = "Images, and where they are surprising",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw each image above a map of one number per pixel, such as `AnomalyDetector.explain`.
+
+    Colours reach from the highest value, the brightest, to the lowest, the darkest: there an image is most
+    surprising. Values of several channels are added.
+
+    Args:
+        images: (N, H, W) or (N, C, H, W), in [0, 1].
+        values: Finite numbers of the same shape.
+        columns: Pairs per row, at most.
+        label: Label of the colour bar.
+        title: Title of the figure.
+        ax: Axes to draw in; by default of a new figure.
+
+    Example:
+        >>> x = torch.rand(6, 1, 28, 28)
+        >>> axes = heat_map(x, -x.square(), columns=3)
+        >>> [label.get_text() for label in axes.get_yticklabels()]
+        ['image', 'map', 'image', 'map']
+    """
+    from matplotlib import colormaps  # noqa: PLC0415 (slow)
+    from matplotlib.cm import ScalarMappable  # noqa: PLC0415 (slow)
+    from matplotlib.colors import Normalize  # noqa: PLC0415 (slow)
+
+    above, numbers = _opaque(_images("images", images, "N")), finite_array("values", values)
+    if numbers.shape != np.shape(images):
+        raise ValueError(f"values must have the shape of images, {np.shape(images)}; got {numbers.shape}")
+    numbers = numbers.sum(1) if numbers.ndim == 4 else numbers
+    scale = ScalarMappable(Normalize(numbers.min(), numbers.max()), colormaps["inferno"])
+    below = np.asarray(scale.cmap(scale.norm(numbers))).transpose(0, 3, 1, 2)
+    axes = _draw_pairs(above, below, ("image", "map"), columns=columns, title=title, ax=ax)
+    figure = axes.get_figure(root=False)
+    assert figure is not None  # an Axes of a figure was given or made
+    figure.colorbar(scale, cax=axes.inset_axes((1.03, 0, 0.03, 1)), label=label)  # inside the one Axes
     return axes
 
 
@@ -248,6 +289,25 @@ def _in_rows(tiles: Array, columns: int) -> Array:
 def _gap(tiles: Array) -> int:
     """Return the number of pixels between two tiles."""
     return max(1, tiles.shape[-1] // 12)
+
+
+def _draw_pairs(
+    above: Array,
+    below: Array,
+    names: tuple[str, str],
+    *,
+    columns: int,
+    title: str,
+    ax: "Axes | None",
+) -> "Axes":
+    """Draw tiles (N, 4, H, W) above others of the same shape, and name both kinds at each row."""
+    seam = np.zeros_like(above[:, :, :1])  # a transparent line between the two images
+    pairs = _in_rows(np.concatenate([above, seam, below], axis=2), min(columns, len(above)))
+    axes = _draw(pairs, title, ax)
+    height = above.shape[2]
+    tops = np.add.outer(np.arange(len(pairs)) * (pairs.shape[3] + _gap(pairs)), [0, height + 1]).ravel()
+    axes.set_yticks(tops + (height - 1) / 2, list(names) * len(pairs))
+    return axes
 
 
 def _draw(

@@ -84,6 +84,23 @@ def test_reconstructions_stand_below_their_originals():
                 assert_shows(canvas[top : top + 6, 5 * column : 5 * column + 4], source[n])
 
 
+def test_a_heat_map_is_darkest_where_values_are_lowest():
+    x, values = images(3, 1, 6, 4), torch.zeros(3, 1, 6, 4)
+    values[1, 0, 2, 3] = -5.0
+    values[2, 0, 4, 1] = 1.0
+    ax = plots.heat_map(x, values)
+    canvas = drawn_image(ax)
+    assert canvas.shape[:2] == (2 * 6 + 1, 3 * 4 + 2)
+    assert_shows(canvas[:6, 5:9], x[1])
+    brightness = canvas[7:, :, :3].sum(2) + 9 * (canvas[7:, :, 3] == 0)  # gaps are transparent
+    assert np.unravel_index(brightness.argmin(), brightness.shape) == (2, 5 + 3)
+    brightness[canvas[7:, :, 3] == 0] = 0
+    assert np.unravel_index(brightness.argmax(), brightness.shape) == (4, 10 + 1)
+    (bar,) = ax.child_axes
+    assert bar.get_ylabel() == "log p(x|z) per pixel (nats)"
+    assert bar.get_ylim() == (-5, 1)
+
+
 def test_few_reconstructions_leave_no_empty_columns():
     assert drawn_image(plots.reconstructions(images(3, 6, 5), images(3, 6, 5))).shape[1] == 3 * 5 + 2
 
@@ -157,6 +174,8 @@ BAD_INPUT = {
         ValueError,
         "reconstructions must be finite",
     ),
+    "other map": (lambda: plots.heat_map(X, X[:, :4]), ValueError, "values must have the shape of images"),
+    "bad map": (lambda: plots.heat_map(X, X * INF), ValueError, "values must be finite"),
     "no path": (lambda: plots.interpolation(X), ValueError, r"\(P, T, H, W\)"),
     "path of one image": (lambda: plots.interpolation(X[:, None]), ValueError, "at least 2 images"),
     "no grid": (lambda: plots.manifold(X, (0, 1, 0, 1)), ValueError, r"\(rows, columns, H, W\)"),

@@ -29,6 +29,7 @@ FIGURES = {
     "reconstructions in one column": lambda **kw: plots.reconstructions(
         images(12, 6, 5), images(12, 6, 5), columns=1, **kw
     ),
+    "heat_map": lambda **kw: plots.heat_map(images(7, 3, 6, 5), -images(7, 3, 6, 5), **kw),
     "interpolation": lambda **kw: plots.interpolation(images(3, 7, 6, 5), **kw),
     "manifold": lambda **kw: plots.manifold(images(4, 9, 6, 5), (-3, 3, -2, 2), **kw),
     "latent_scatter": lambda **kw: plots.latent_scatter(normal(31, 2), **kw),
@@ -51,7 +52,7 @@ every_figure = pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 
 def test_public_names():
     charts = {"aggregate_posterior", "kl_per_dimension", "latent_scatter", "pareto_k_histogram", "snr"}
-    grids = {"image_grid", "interpolation", "manifold", "reconstructions"}
+    grids = {"heat_map", "image_grid", "interpolation", "manifold", "reconstructions"}
     assert set(plots.__all__) == charts | grids | {"PALETTE", "save", "training_curves"}
     assert all(hasattr(plots, name) for name in plots.__all__)
 
