@@ -1,10 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["pyro_vae"]
-#
-# [tool.uv.sources]
-# pyro_vae = { path = "..", editable = true }
-# ///
 """Draw digits by class, and classify them by the same model: a conditional VAE, p(z) p(x|z, y).
 
     uv run examples/conditional_vae.py
@@ -32,6 +25,7 @@ def load(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make(latent_dim: int, width: int) -> pv.ConditionalVAE:
+    """Return p(z) p(x|z, y) with q(z|x, y)."""
     network = {"hidden_features": (width,), "context_dim": CLASSES}
     return pv.ConditionalVAE(
         prior=pv.priors.StandardNormal(latent_dim),
@@ -41,6 +35,7 @@ def make(latent_dim: int, width: int) -> pv.ConditionalVAE:
 
 
 def main() -> None:
+    """Train, evaluate, classify and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--latent-dim", type=int, default=10)
@@ -63,8 +58,8 @@ def main() -> None:
 
     options.output.mkdir(parents=True, exist_ok=True)
     labels = torch.arange(CLASSES).repeat_interleave(12)
-    axes = pv.plots.image_grid(cvae.sample(len(labels), y=labels, mean=True), columns=12)
-    axes.set_title("E[x|z, y]: a class a row, z from the prior")
+    images = cvae.sample(len(labels), y=labels, mean=True)
+    axes = pv.plots.image_grid(images, columns=12, title="E[x|z, y]: a class a row, z from the prior")
     pv.plots.save(axes, options.output / "samples.png")
     print(f"picture: {options.output / 'samples.png'}")
 

@@ -242,7 +242,8 @@ def as_context(y: Tensor, size: int, dtype: torch.dtype) -> Tensor:
             f"y holds classes and must lie in 0 … {size - 1}, as context_dim = {size} says; got "
             f"{y[index]} at index {list(index)}"
         )
-    return F.one_hot(y.long(), size).to(dtype)
+    # `F.one_hot` would read the values of y, so that no graph of a step could be recorded
+    return (y[..., None] == torch.arange(size, device=y.device)).to(dtype)
 
 
 def with_context(module: nn.Module, inputs: Tensor, y: Tensor | None) -> Tensor:

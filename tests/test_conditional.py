@@ -161,3 +161,9 @@ def test_a_part_without_context_says_so():
         pv.guides.DiagonalNormal((D,), K)(x, y)
     with pytest.raises(TypeError, match="DiagonalNormal takes a context y; got none: pass y"):
         pv.guides.DiagonalNormal((D,), K, context_dim=C)(x)
+
+
+def test_a_step_with_classes_is_recorded(caplog):
+    x, y = data()
+    pv.fit(linear(), (x, y), epochs=2, batch_size=4, engine="traced", progress=False)
+    assert not caplog.records
