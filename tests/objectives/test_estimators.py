@@ -904,6 +904,13 @@ def test_labels(estimator, label):
     assert repr(estimator) == label
 
 
+def test_labels_of_pyros_estimators_show_every_setting_but_the_plates():
+    assert label(RenyiELBO(alpha=0.5, max_plate_nesting=1)) == "RenyiELBO(alpha=0.5)"
+    assert label(Trace_ELBO(vectorize_particles=True, num_particles=3)) == (
+        "Trace_ELBO(num_particles=3, vectorize_particles=True)"
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
