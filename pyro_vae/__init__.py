@@ -12,6 +12,9 @@ A VAE is two Pyro functions, the generative model p(z) p(x|z) and the guide q(z|
     history = pv.fit(vae, pv.data.load("mnist"), binarize="dynamic", epochs=10)
 """
 
+import importlib
+from typing import Any
+
 from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors
 from pyro_vae.comparison import Comparison, compare_estimators
 from pyro_vae.evaluation import (
@@ -50,6 +53,7 @@ __all__ = [
     "TensorBoard",
     "Terms",
     "annealed_importance_sampling",
+    "applications",
     "check_guide",
     "check_mean_field",
     "closed_form",
@@ -66,6 +70,13 @@ __all__ = [
     "terms",
     "to_inference_data",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the applications at their first use: they take optional libraries."""
+    if name == "applications":
+        return importlib.import_module("pyro_vae.applications")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
