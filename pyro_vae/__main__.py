@@ -69,8 +69,8 @@ def _compress(args: argparse.Namespace) -> None:
 
 
 def _decompress(args: argparse.Namespace) -> None:
-    reader = _codec(args).reader(args.input)
     with (
+        _codec(args).reader(args.input) as reader,
         serialization.replacing(args.output) as partial,
         progress_bar(reader.rows, shown=not args.quiet, unit=" rows") as bar,
     ):
@@ -96,10 +96,9 @@ def _print_table(files: list[Path]) -> None:
         with path.open("rb") as file:
             reader = FileReader(file)
             raw = sum(len(chunk.raw) for chunk in reader.chunks())  # verifies each chunk's check sum
-        shape, dtype, model = (reader.header.get(key) for key in ("shape", "dtype", "model"))
-        plain = reader.rows * row_size(str(dtype), tuple(shape or ()))
-        bits = 8 * reader.size / (reader.rows * math.prod(shape or ()))
-        weights = (model or {}).get("weights", "?")[:8]
+        shape, weights = reader.header.shape, reader.header.model["weights"]
+        plain = reader.rows * row_size(reader.header.dtype, shape)
+        bits = 8 * reader.size / (reader.rows * math.prod(shape))
         counts = (f"{n:,}" for n in (reader.rows, len(reader.entries), raw, reader.size))
         table.append([str(path), *counts, f"{bits:.4f}", f"{plain / reader.size:.1f}", weights, "CRC-32 ok"])
     header = ["file", "rows", "chunks", "raw", "bytes", "bits/dim", "ratio", "weights", "check"]

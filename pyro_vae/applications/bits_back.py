@@ -32,6 +32,8 @@ from pyro_vae.applications.integer_probabilities import (
 
 __all__ = ["Encoded", "decode", "encode"]
 
+_POSITION_BITS = 32  # of a raw row in a file
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -104,7 +106,7 @@ class _Run:
             log_weights = self._log_weights(rows, z, posterior, tables)
             for i, (row, stack) in enumerate(zip(rows, stacks, strict=False)):
                 cost = -_bits(_log_mean_exp(log_weights[i]))
-                if cost > self.raw_bits:
+                if cost > self.raw_bits + _POSITION_BITS:
                     self._undraw(stack, z[i], posterior[i])
                     stack.push(row, self.raw_table)
                     raw.append(start + i)

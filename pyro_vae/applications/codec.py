@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae.applications import bits_back
-from pyro_vae.applications.codec_data import DTYPES, from_symbols, to_symbols
+from pyro_vae.applications.codec_data import from_symbols, to_symbols
 from pyro_vae.applications.codec_errors import CodecError, CorruptFileError, ModelMismatchError
-from pyro_vae.applications.codec_file import LARGEST_CHUNK, Chunk, FileReader, FileWriter
+from pyro_vae.applications.codec_file import LARGEST_CHUNK, Chunk, FileReader, FileWriter, Header
 from pyro_vae.applications.codec_model import CodecModel
 from pyro_vae.applications.codec_rate import Rate, rate_of
 from pyro_vae.applications.integer_probabilities import Lattice
@@ -170,7 +170,7 @@ class Codec:
         return CodecWriter(self, file, rows_per_chunk=rows_per_chunk, row_shape=row_shape)
 
     def reader(self, file: str | os.PathLike[str] | IO[bytes]) -> "CodecReader":
-        """Return an iterator over the chunks of a file, tensors (rows, *row_shape).
+        """Return an iterator over the chunks of a file, tensors (rows, *row_shape), and context manager.
 
         Raises:
             CodecError: If the file is damaged, truncated, of another model or of another kind.
@@ -247,7 +247,7 @@ class CodecWriter:
             raise TypeError(f"the rows before are {self.dtype}, these are {dtype}: convert them to one type")
         if self._writer is None:
             self.dtype = dtype
-            header = {"shape": self.row_shape, "dtype": dtype, "model": self.codec.fingerprint}
+            header = Header(self.row_shape, dtype, self.codec.fingerprint)
             self._writer = FileWriter(self._file, header)
         self._pending.append(symbols)
         while sum(map(len, self._pending)) >= self.rows_per_chunk:
@@ -313,12 +313,14 @@ class CodecReader:
             file = self._open.enter_context(Path(file).open("rb"))  # noqa: SIM115
         try:
             self._reader = FileReader(file)
-            self.shape, self.dtype = _layout(self._reader.header, codec.model.size)
-            _require_same_model(self._reader.header.get("model"), codec.fingerprint)
+            header = self._reader.header
+            _require_same_model(header.model, codec.fingerprint)
+            if math.prod(header.shape) != codec.model.size:
+                raise CorruptFileError(f"rows of shape {header.shape} are not of the model's size")
         except BaseException:
             self._open.close()
             raise
-        self.rows = self._reader.rows
+        self.rows, self.shape, self.dtype = self._reader.rows, header.shape, header.dtype
         self._next = 0
 
     @property
@@ -335,9 +337,19 @@ class CodecReader:
     def __iter__(self) -> "CodecReader":
         return self
 
+    def close(self) -> None:
+        """Close the file, if it was given by its path; the last chunk does so, too."""
+        self._open.close()
+
+    def __enter__(self) -> "CodecReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __next__(self) -> Tensor:
         if self._next >= self.chunks:
-            self._open.close()
+            self.close()
             raise StopIteration
         number = self._next
         chunk = self._reader.chunk(number)
@@ -355,28 +367,10 @@ class CodecReader:
         return torch.from_numpy(from_symbols(self.codec.model, symbols, self.dtype, self.shape))
 
 
-def _layout(header: dict[str, Any], size: int) -> tuple[tuple[int, ...], str]:
-    """Return the shape of a row and the type of the data, from a header."""
-    shape: Any = header.get("shape")
-    dtype: Any = header.get("dtype")
-    is_shape = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-    if not is_shape or dtype not in DTYPES:
-        raise CorruptFileError(f"the header names no known layout: shape {shape}, type {dtype}")
-    if math.prod(shape) != size:
+def _require_same_model(found: dict[str, Any], own: dict[str, Any]) -> None:
+    lines = [f"{name}: file {found[name]}, codec {own[name]}" for name in own if found[name] != own[name]]
+    if lines:
         raise ModelMismatchError(
-            f"the file has rows of shape {tuple(shape)}, the model takes {size} elements"
+            "the file was compressed by another model or with other settings; these differ: "
+            f"{'; '.join(lines)}. Use the codec that wrote it (Codec.save keeps one)"
         )
-    return tuple(shape), dtype
-
-
-def _require_same_model(found: Any, own: dict[str, Any]) -> None:
-    if found == own:
-        return
-    found = found if isinstance(found, dict) else {}
-    lines = [
-        f"{name}: file {found.get(name)}, codec {own[name]}" for name in own if found.get(name) != own[name]
-    ]
-    raise ModelMismatchError(
-        "the file was compressed by another model or with other settings; these differ: "
-        f"{'; '.join(lines)}. Use the codec that wrote it (Codec.save keeps one)"
-    )

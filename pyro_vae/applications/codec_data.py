@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.applications.codec_errors import CodecError
+from pyro_vae.applications.codec_file import DTYPES
 from pyro_vae.applications.codec_model import CodecModel, symbol_type
 from pyro_vae.applications.integer_probabilities import LogisticTables
 from pyro_vae.data.images import Images
 from pyro_vae.utils.validation import to_shape
 
-__all__ = ["DTYPES", "from_symbols", "row_size", "to_symbols"]
-
-DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64")
+__all__ = ["from_symbols", "row_size", "to_symbols"]
 
 
 def to_symbols(model: CodecModel, x: Any) -> tuple[np.ndarray, str]:

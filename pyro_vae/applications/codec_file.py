@@ -5,8 +5,6 @@ left of the file before memory is taken for it.
 """
 
 import io
-import itertools
-import json
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,21 +20,54 @@ from pyro_vae.applications.codec_errors import (
     UnsupportedVersionError,
 )
 
-__all__ = ["LARGEST_CHUNK", "MAGIC", "VERSION", "Chunk", "FileReader", "FileWriter"]
+__all__ = ["DTYPES", "LARGEST_CHUNK", "MAGIC", "VERSION", "Chunk", "FileReader", "FileWriter", "Header"]
 
 MAGIC = b"\x89PVZ\r\n\x1a\n"  # as PNG's: transfers that change line ends or drop the eighth bit show
 VERSION = 1
 LARGEST_CHUNK = 1 << 16  # rows
+DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64")
+_DIGESTS = ("structure", "weights", "settings")
 _START = struct.Struct("<8sBBH")  # magic, version, flags, length of the header
-_CHUNK = struct.Struct(
-    "<4sIIIIII"
-)  # tag, number, rows, lanes, raw rows, length of the payload, check sum of rows
+_HEADER = struct.Struct("<BBH6s6s6s")  # type, dimensions, particles, digests; then a u32 for each dimension
+_CHUNK = struct.Struct("<2sHII")  # tag, lanes, raw rows, check sum of the symbols
 _LANE = struct.Struct("<II")  # words of the seed that were read, words stored
-_INDEX = struct.Struct("<4sI")  # tag, chunks
-_ENTRY = struct.Struct("<QI")  # offset, rows
+_ENTRY = struct.Struct("<QI")  # bytes and rows of a chunk
+_END = struct.Struct("<II4s")  # chunks, check sum of the index, mark
 _SUM = struct.Struct("<I")
-_END = struct.Struct("<QI8s")  # offset of the index, check sum of it, mark
-_END_MARK = b"\nPVZEND\n"
+_MARK = b"PVZ\n"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its rows.
+
+    Args:
+        shape: Shape of a row.
+        dtype: Name of the type of the data.
+        model: Digests of the model, 12 hexadecimal digits each, and the number of particles.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    model: dict[str, Any]
+
+    def pack(self) -> bytes:
+        """Return the bytes of the header."""
+        digests = [bytes.fromhex(self.model[name]) for name in _DIGESTS]
+        fixed = DTYPES.index(self.dtype), len(self.shape), self.model["particles"], *digests
+        return _HEADER.pack(*fixed) + struct.pack(f"<{len(self.shape)}I", *self.shape)
+
+    @classmethod
+    def unpack(cls, content: bytes) -> "Header":
+        """Return the header of bytes; raise ValueError if they are none."""
+        if len(content) < _HEADER.size:
+            raise ValueError("it is too short")
+        dtype, dimensions, particles, *digests = _HEADER.unpack(content[: _HEADER.size])
+        if dtype >= len(DTYPES) or len(content) != _HEADER.size + 4 * dimensions:
+            raise ValueError("its type or its number of dimensions is unknown")
+        shape = struct.unpack(f"<{dimensions}I", content[_HEADER.size :])
+        model = {name: digest.hex() for name, digest in zip(_DIGESTS, digests, strict=True)}
+        return cls(shape, DTYPES[dtype], model | {"particles": particles})
 
 
 @dataclass(frozen=True)
@@ -59,17 +90,16 @@ class Chunk:
 class FileWriter:
     """Write a header, chunks in order, and at last the index."""
 
-    def __init__(self, file: IO[bytes], header: dict[str, Any]):
+    def __init__(self, file: IO[bytes], header: Header):
         self._file = file
         self._entries: list[tuple[int, int]] = []
-        content = json.dumps(header, separators=(",", ":")).encode()
-        start = _START.pack(MAGIC, VERSION, 0, len(content)) + content
-        self.size = 0
-        self._write(start + _SUM.pack(zlib.crc32(start)))
+        content = header.pack()
+        self._write(_START.pack(MAGIC, VERSION, 0, len(content)) + content)
 
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self.size += len(content)
+    def _write(self, content: bytes) -> int:
+        """Write bytes and their check sum; return how many bytes that were."""
+        self._file.write(content + _SUM.pack(zlib.crc32(content)))
+        return len(content) + _SUM.size
 
     @property
     def has_chunks(self) -> bool:
@@ -78,23 +108,19 @@ class FileWriter:
 
     def write(self, chunk: Chunk) -> None:
         """Append a chunk."""
-        payload = b"".join(
-            [_LANE.pack(depth, len(words)) for depth, words in chunk.lanes]
+        content = b"".join(
+            [_CHUNK.pack(b"CH", len(chunk.lanes), len(chunk.raw), chunk.check_sum)]
+            + [_LANE.pack(depth, len(words)) for depth, words in chunk.lanes]
             + [chunk.raw.astype("<u4").tobytes()]
             + [words.astype("<u4").tobytes() for _, words in chunk.lanes]
         )
-        sizes = len(self._entries), chunk.rows, len(chunk.lanes), len(chunk.raw), len(payload)
-        head = _CHUNK.pack(b"PVZC", *sizes, chunk.check_sum)
-        self._entries.append((self.size, chunk.rows))
-        self._write(head + _SUM.pack(zlib.crc32(head)) + payload + _SUM.pack(zlib.crc32(payload)))
+        self._entries.append((self._write(content), chunk.rows))
 
     def close(self) -> None:
         """Append index and end mark; the file itself stays open."""
-        offset = self.size
-        index = _INDEX.pack(b"PVZI", len(self._entries)) + b"".join(_ENTRY.pack(*e) for e in self._entries)
-        self._write(index + _SUM.pack(zlib.crc32(index)))
-        place = struct.pack("<Q", offset)
-        self._write(_END.pack(offset, zlib.crc32(place), _END_MARK))
+        index = b"".join(_ENTRY.pack(*entry) for entry in self._entries)
+        counted = index + struct.pack("<I", len(self._entries))
+        self._file.write(index + _END.pack(len(self._entries), zlib.crc32(counted), _MARK))
 
 
 class FileReader:
@@ -109,25 +135,21 @@ class FileReader:
 
     def __init__(self, file: IO[bytes]):
         self._file = file
-        self._size = file.seek(0, io.SEEK_END)
+        self.size = file.seek(0, io.SEEK_END)
         self.header, first = self._read_header()
-        self._index_at, self.entries = self._read_index(first)
+        self.entries = self._read_index(first)
+        self._offsets = [first, *(first + np.cumsum([length for length, _ in self.entries])).tolist()]
 
     @property
     def rows(self) -> int:
         """Number of rows in the file."""
         return sum(rows for _, rows in self.entries)
 
-    @property
-    def size(self) -> int:
-        """Number of bytes of the file."""
-        return self._size
-
     def _read(self, offset: int, length: int, place: str) -> bytes:
-        if offset + length > self._size:
+        if not 0 <= offset <= offset + length <= self.size:
             raise TruncatedFileError(
                 f"{place} should take {length:,} bytes from byte {offset:,}, and the file has "
-                f"{self._size:,}: copy it once more, or decode the chunks before with an earlier copy"
+                f"{self.size:,}: copy it once more"
             )
         self._file.seek(offset)
         content = self._file.read(length)
@@ -136,14 +158,14 @@ class FileReader:
         return content
 
     def _checked(self, offset: int, length: int, place: str) -> bytes:
-        """Read bytes that are followed by their check sum."""
-        content = self._read(offset, length + _SUM.size, place)
-        if _SUM.unpack(content[length:])[0] != zlib.crc32(content[:length]):
+        """Read bytes that end with their check sum; return those before it."""
+        content = self._read(offset, length, place)
+        if length < _SUM.size or _SUM.unpack(content[-_SUM.size :])[0] != zlib.crc32(content[: -_SUM.size]):
             raise _corrupt(place, offset, "its check sum does not match")
-        return content[:length]
+        return content[: -_SUM.size]
 
-    def _read_header(self) -> tuple[dict[str, Any], int]:
-        if self._size == 0 or self._read(0, min(8, self._size), "the header") != MAGIC[: self._size]:
+    def _read_header(self) -> tuple[Header, int]:
+        if self.size == 0 or self._read(0, min(8, self.size), "the header") != MAGIC[: self.size]:
             raise NotACodecFileError(
                 "the file does not begin with the magic bytes \\x89PVZ of compressed data"
             )
@@ -153,60 +175,52 @@ class FileReader:
                 f"the file has format version {version} with flags {flags}, this release reads version "
                 f"{VERSION} with flags 0: use the release that wrote it (or the file is damaged)"
             )
-        content = self._checked(0, _START.size + length, "the header")[_START.size :]
+        size = _START.size + length + _SUM.size
+        content = self._checked(0, size, "the header")[_START.size :]
         try:
-            header = json.loads(content)
+            return Header.unpack(content), size
         except ValueError as error:
             raise _corrupt("the header", 0, str(error)) from error
-        if not isinstance(header, dict):
-            raise _corrupt("the header", 0, "it is not a JSON object")
-        return header, _START.size + length + _SUM.size
 
-    def _read_index(self, first: int) -> tuple[int, list[tuple[int, int]]]:
-        end = self._size - _END.size
+    def _read_index(self, first: int) -> list[tuple[int, int]]:
+        end = self.size - _END.size
         if end < first:
-            raise TruncatedFileError(f"the file ends after {self._size:,} bytes, before its index")
-        offset, check_sum, mark = _END.unpack(self._read(end, _END.size, "the end mark"))
-        if mark != _END_MARK:
-            raise TruncatedFileError(
-                "the end mark is missing: the file was cut, or its writer did not finish"
-            )
-        length = end - offset - _SUM.size
-        if check_sum != zlib.crc32(struct.pack("<Q", offset)) or offset < first or length < _INDEX.size:
-            raise _corrupt("the end mark", end, "it points to no index")
-        index = self._checked(offset, length, "the index")
-        tag, count = _INDEX.unpack(index[: _INDEX.size])
-        if tag != b"PVZI" or length != _INDEX.size + count * _ENTRY.size or count == 0:
-            raise _corrupt("the index", offset, "it has another length than its number of chunks")
-        entries = list(_ENTRY.iter_unpack(index[_INDEX.size :]))
-        offsets = [place for place, _ in entries] + [offset]
-        if offsets[0] != first or any(a >= b for a, b in itertools.pairwise(offsets)):
-            raise _corrupt("the index", offset, "the chunks do not follow each other")
-        return offset, entries
+            raise TruncatedFileError(f"the file ends after {self.size:,} bytes, before its index")
+        count, check_sum, mark = _END.unpack(self._read(end, _END.size, "the end mark"))
+        if mark != _MARK:
+            raise TruncatedFileError("the end mark is missing: the file was cut, or its writer failed")
+        begin = end - count * _ENTRY.size
+        if begin < first:
+            raise _corrupt("the end mark", end, f"it announces {count:,} chunks, more than the file can hold")
+        index = self._read(begin, count * _ENTRY.size, "the index")
+        if check_sum != zlib.crc32(index + struct.pack("<I", count)):
+            raise _corrupt("the index", begin, "its check sum does not match")
+        entries = list(_ENTRY.iter_unpack(index))
+        if count == 0 or first + sum(length for length, _ in entries) != begin:
+            raise _corrupt("the index", begin, "the lengths of the chunks do not add up to the file's")
+        if any(not 1 <= rows <= LARGEST_CHUNK for _, rows in entries):
+            raise _corrupt("the index", begin, f"a chunk holds from 1 to {LARGEST_CHUNK:,} rows")
+        return entries
 
     def chunk(self, number: int) -> Chunk:
         """Read a chunk and verify its check sum."""
-        offset, rows = self.entries[number]
-        following = [place for place, _ in self.entries[number + 1 :]][:1] or [self._index_at]
-        place = f"chunk {number}"
-        head = _CHUNK.unpack(self._checked(offset, _CHUNK.size, place))
-        tag, found, rows_here, num_lanes, num_raw, length, check_sum = head
-        begin = offset + _CHUNK.size + _SUM.size
-        if (tag, found, rows_here) != (b"PVZC", number, rows) or not 1 <= rows <= LARGEST_CHUNK:
-            raise _corrupt(place, offset, "its number or its rows differ from the index")
-        if begin + length + _SUM.size != following[0] or not 1 <= num_lanes <= rows or num_raw > rows:
-            raise _corrupt(place, offset, "its lengths do not fit")
-        payload = self._checked(begin, length, place)
-        lanes_end, raw_end = num_lanes * _LANE.size, num_lanes * _LANE.size + 4 * num_raw
-        lanes = list(_LANE.iter_unpack(payload[:lanes_end])) if lanes_end <= length else []
-        if not lanes or raw_end + 4 * sum(words for _, words in lanes) != length:
-            raise _corrupt(place, offset, "its lanes have other lengths than its payload")
-        raw = np.frombuffer(payload, "<u4", num_raw, lanes_end)
+        (length, rows), offset, place = self.entries[number], self._offsets[number], f"chunk {number}"
+        content = self._checked(offset, length, place)
+        if len(content) < _CHUNK.size:
+            raise _corrupt(place, offset, "it is too short")
+        tag, num_lanes, num_raw, check_sum = _CHUNK.unpack(content[: _CHUNK.size])
+        lanes_end = _CHUNK.size + num_lanes * _LANE.size
+        raw_end = lanes_end + 4 * num_raw
+        if tag != b"CH" or not 1 <= num_lanes <= rows or num_raw > rows or raw_end > len(content):
+            raise _corrupt(place, offset, "its numbers of lanes and raw rows do not fit")
+        lanes = list(_LANE.iter_unpack(content[_CHUNK.size : lanes_end]))
+        if raw_end + 4 * sum(words for _, words in lanes) != len(content):
+            raise _corrupt(place, offset, "its lanes have another length than the chunk")
+        raw = np.frombuffer(content, "<u4", num_raw, lanes_end)
         if num_raw and (raw[-1] >= rows or (np.diff(raw.astype(np.int64)) <= 0).any()):
             raise _corrupt(place, offset, "its list of raw rows is invalid")
-        words = np.frombuffer(payload, "<u4", offset=raw_end).astype(np.uint32)
-        ends = np.cumsum([size for _, size in lanes])
-        parts = np.split(words, ends[:-1])
+        words = np.frombuffer(content, "<u4", offset=raw_end).astype(np.uint32)
+        parts = np.split(words, np.cumsum([size for _, size in lanes])[:-1])
         return Chunk(rows, [(d, part) for (d, _), part in zip(lanes, parts, strict=True)], raw, check_sum)
 
     def chunks(self) -> Iterator[Chunk]:

@@ -117,7 +117,7 @@ class CodecModel:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Digests, 32 hexadecimal digits each: of the structure, the weights, the lattice with its tables."""
+        """Digests, 12 hexadecimal digits each: of the structure, the weights, the lattice with its tables."""
         content = self.to_plain()
         weights, settings = hashlib.sha256(), hashlib.sha256()
 
@@ -134,7 +134,7 @@ class CodecModel:
             settings.update(np.ascontiguousarray(table, "<i8").tobytes())
         described = json.dumps(structure(content), sort_keys=True).encode()
         digests = {"structure": hashlib.sha256(described), "weights": weights, "settings": settings}
-        return {name: digest.hexdigest()[:32] for name, digest in digests.items()}
+        return {name: digest.hexdigest()[:12] for name, digest in digests.items()}
 
     @classmethod
     def from_vae(cls, vae: VAE, lattice: Lattice, max_count: int) -> "CodecModel":

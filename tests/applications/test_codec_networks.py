@@ -128,7 +128,9 @@ def test_fixed_point_functions_are_accurate():
     for t in (-7.3, -1.0, 0.0, 0.001, 2.5, 9.0):
         place = np.array([round(t * 2**20)])
         for table, function in ((fp.normal_cdf_table(), mpmath.ncdf), (fp.logistic_cdf_table(), _sigmoid)):
-            assert fp.interpolate(table, place)[0] / fp.ONE == pytest.approx(float(function(t)), abs=1e-7)
+            assert fp.interpolate(table, place)[0] / fp.ONE == pytest.approx(
+                float(function(place[0] / 2**20)), abs=1e-7
+            )
     assert (np.diff(fp.normal_cdf_table()) >= 0).all()
     assert (np.diff(fp.logistic_cdf_table()) >= 0).all()
 
@@ -169,9 +171,8 @@ def test_tables_are_the_likelihood(name):
     )
     levels = {"Bernoulli": 2, "DiscretizedLogistic": 256}.get(name, 60)
     tables = CodecModel.from_vae(vae, Lattice(8, 6.0), levels - 1).tables
-    raw = torch.tensor([[-6.0, -0.3, 2.0], [0.1, 1.0, 3.0]]).double()[:, None] * torch.ones(
-        1, tables.num_parameters, 1
-    )
+    raw = (torch.tensor([[-6.0, -0.3, 2.0], [0.1, 1.0, 3.0]]).double() * UNIT).round() / UNIT
+    raw = raw[:, None].repeat(1, tables.num_parameters, 1)
     likelihood.outputs = lambda z: raw.unbind(1)
     p = likelihood(torch.zeros(2, 2).double()).base_dist
     found = tables.of((raw * UNIT).round().long().numpy())
@@ -182,7 +183,7 @@ def test_tables_are_the_likelihood(name):
     mass = p.log_prob(values[:, None, None]).exp().detach().permute(1, 2, 0).numpy()
     assert (found.sum(-1) == TOTAL - levels).all()
     assert (found >= 0).all()
-    assert np.abs(found / TOTAL - mass).max() < 2e-4  # outputs are rounded to 2⁻¹²
+    assert np.abs(found / TOTAL - mass).max() < 1.2 * levels / TOTAL  # each symbol has one count more
 
 
 def test_every_family_has_a_largest_value_for_the_guide():
