@@ -228,10 +228,13 @@ class ExactNetwork:
         return result.astype(np.int64)
 
     def to_plain(self) -> list[dict[str, Any]]:
-        """Return the layers as plain values and int64 tensors, for a file."""
+        """Return the layers as plain values and integer tensors, for a file."""
 
         def plain(value: Any) -> Any:
-            return torch.from_numpy(value.astype(np.int64)) if isinstance(value, np.ndarray) else value
+            if not isinstance(value, np.ndarray):
+                return value
+            fits = not value.size or np.abs(value).max() < 2**31
+            return torch.from_numpy(value.astype(np.int32 if fits else np.int64))
 
         return [
             {"layer": type(layer).__name__}
