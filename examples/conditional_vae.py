@@ -17,11 +17,10 @@ import pyro_vae as pv
 SHAPE, CLASSES = (1, 28, 28), 10
 
 
-def load(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return digits, binarised at ½, and their classes."""
-    images = pv.data.load("digits", split=split)
-    x = images.binarized("threshold").batch(torch.arange(len(images)))
-    return x, images.labels
+def load(split: str, binarize: str) -> tuple[pv.data.Images, torch.Tensor]:
+    """Return digits and their classes: the two arguments of the model and the guide."""
+    images = pv.data.load("digits", split=split, binarize=binarize)
+    return images, images.labels
 
 
 def make(latent_dim: int, width: int) -> pv.ConditionalVAE:
@@ -37,7 +36,7 @@ def make(latent_dim: int, width: int) -> pv.ConditionalVAE:
 def main() -> None:
     """Train, evaluate, classify and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--latent-dim", type=int, default=10)
     parser.add_argument("--width", type=int, default=400)
     parser.add_argument("--test-size", type=int, default=300)
@@ -46,9 +45,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     cvae = make(options.latent_dim, options.width)
-    pv.fit(cvae, load("train"), epochs=options.epochs, batch_size=100)
+    pv.fit(cvae, load("train", "dynamic"), epochs=options.epochs, batch_size=100)
 
-    x, y = (part[: options.test_size] for part in load("test"))
+    images, labels = load("test", "fixed")
+    x, y = images[: options.test_size], labels[: options.test_size]
     report = pv.evaluate(cvae, (x, y), num_particles=200, aggregate_size=0)
     wrong = pv.evaluate(cvae, (x, (y + 1) % CLASSES), num_particles=200, aggregate_size=0)
     errors = (cvae.class_probabilities(x, CLASSES).argmax(-1) != y).double()

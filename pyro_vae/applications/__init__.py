@@ -1,4 +1,4 @@
-"""Use a trained VAE: find anomalies, give features to other algorithms.
+"""Use a trained VAE: find anomalies, compress, give features to other algorithms.
 
 This room imports any other, and no other imports it. `pyro_vae.applications`, its names and its files are
 loaded at their first use, since some need an extra, and `import pyro_vae` stays fast.
@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_vae.applications.anomaly import AnomalyDetector
+    from pyro_vae.applications.codec import Codec
+    from pyro_vae.applications.codec_errors import CodecError
     from pyro_vae.applications.scores import anomaly_scores
 
 __all__ = [
     "AnomalyDetector",
+    "Codec",
+    "CodecError",
     "anomaly_scores",
 ]
 
 _FILES = {
     "AnomalyDetector": "anomaly",
+    "Codec": "codec",
+    "CodecError": "codec_errors",
     "anomaly_scores": "scores",
     "sklearn": "sklearn",
 }
