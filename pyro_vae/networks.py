@@ -223,7 +223,7 @@ def as_context(y: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Return a context (*, size): y itself if it is floating-point, or classes 0 … size − 1 (*,) as one-hot.
 
     Raises:
-        ValueError: If y has another size, or a class is out of range.
+        ValueError: If y has another size, a class is out of range, or a number is not finite.
 
     Example:
         >>> import torch
@@ -234,6 +234,9 @@ def as_context(y: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     if y.is_floating_point():
         if y.dim() == 0 or y.shape[-1] != size:
             raise ValueError(f"y must have shape (*, {size}), as context_dim says; got {tuple(y.shape)}")
+        if not y.isfinite().all():
+            index = tuple((~y.isfinite()).nonzero()[0].tolist())
+            raise ValueError(f"y must be finite; got {y[index]} at index {list(index)}")
         return y
     outside = (y < 0) | (y >= size)
     if outside.any():

@@ -135,6 +135,11 @@ BAD = {
         ValueError,
         r"\(\*, 3\).*\(1, 4\)",
     ),
+    "not finite": (
+        lambda cvae, x, y: pv.fit(cvae, (x, torch.full((N, C), torch.nan))),
+        ValueError,
+        r"y must be finite; got nan at index \[0, 0\]",
+    ),
     "another length": (lambda cvae, x, y: pv.fit(cvae, (x, y[1:])), ValueError, "same number of rows"),
     "samples without": (lambda cvae, x, y: cvae.sample(3), ValueError, "one context for each of the 3"),
     "samples of another length": (lambda cvae, x, y: cvae.sample(3, y=y), ValueError, "the 3 samples; got 7"),

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -251,6 +251,11 @@ def _settings(
     if not isinstance(estimator, ELBO | None):
         got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
         raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
+    if isinstance(estimator, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
+        raise ValueError(
+            f"{type(estimator).__name__} gives no bound per datum, which fit would report and validate by: use "
+            "pyro_vae.SVI, which takes its steps"
+        )
     if others["precision"] not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {others['precision']!r}")
     if not 0 <= kl_warmup < math.inf:

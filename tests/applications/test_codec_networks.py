@@ -173,7 +173,7 @@ def test_tables_are_the_likelihood(name):
     tables = CodecModel.from_vae(vae, Lattice(8, 6.0), levels - 1).tables
     raw = (torch.tensor([[-6.0, -0.3, 2.0], [0.1, 1.0, 3.0]]).double() * UNIT).round() / UNIT
     raw = raw[:, None].repeat(1, tables.num_parameters, 1)
-    likelihood.outputs = lambda z: raw.unbind(1)
+    likelihood.outputs = lambda z, y=None: raw.unbind(1)
     p = likelihood(torch.zeros(2, 2).double()).base_dist
     found = tables.of((raw * UNIT).round().long().numpy())
     if levels == 2:

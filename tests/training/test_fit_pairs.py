@@ -8,7 +8,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    ReweightedWakeSleep,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
@@ -317,3 +323,14 @@ def test_a_vae_takes_one_argument_and_says_so():
     )
     with pytest.raises(TypeError, match="a VAE takes x alone"):
         pv.fit(vae, (noise(N, 3), torch.zeros(N)), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [ReweightedWakeSleep(), TraceTailAdaptive_ELBO(num_particles=3)],
+    ids=["RWS", "tail adaptive"],
+)
+def test_estimators_without_a_bound_go_with_svi(estimator):
+    model, guide, data = two_latents_and_a_label()
+    with pytest.raises(ValueError, match="gives no bound per datum.*pyro_vae.SVI"):
+        pv.fit(pv.Pair(model, guide), data, estimator=estimator, epochs=1, progress=False)
