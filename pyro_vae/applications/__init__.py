@@ -1,4 +1,4 @@
-"""Use a trained VAE: find anomalies.
+"""Use a trained VAE: anomalies, missing and noisy data.
 
 This room imports any other, and no other imports it. `pyro_vae.applications` and its names are loaded at
 their first use, so that `import pyro_vae` stays fast.
@@ -8,17 +8,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_vae.applications import corruptions
     from pyro_vae.applications.anomaly import AnomalyDetector
+    from pyro_vae.applications.denoising import denoise
+    from pyro_vae.applications.imputation import Pooled, impute, pool
+    from pyro_vae.applications.posterior_draws import Restored
     from pyro_vae.applications.scores import anomaly_scores
 
 __all__ = [
     "AnomalyDetector",
+    "Pooled",
+    "Restored",
     "anomaly_scores",
+    "corruptions",
+    "denoise",
+    "impute",
+    "pool",
 ]
 
 _FILES = {
     "AnomalyDetector": "anomaly",
+    "Pooled": "imputation",
+    "Restored": "posterior_draws",
     "anomaly_scores": "scores",
+    "corruptions": "corruptions",
+    "denoise": "denoising",
+    "impute": "imputation",
+    "pool": "imputation",
 }
 
 
