@@ -126,7 +126,7 @@ def test_metropolis_within_gibbs_is_calibrated(noise):
     for parameter in vae.likelihood.parameters():
         nn.init.normal_(parameter, std=1.0)
     x = vae.sample(600)
-    y = x if noise is None else noise(x).sample()
+    y = x.clone() if noise is None else noise(x).sample()
     y[:, :2] = math.nan
     draws, bins = 99, 10
     found = denoise(
@@ -134,7 +134,7 @@ def test_metropolis_within_gibbs_is_calibrated(noise):
         y,
         corruption=noise or Erase(y.isnan()),
         method="metropolis",
-        num_particles=20 * 99,
+        num_particles=20 * 600,
         num_draws=draws,
     )
     for element in range(2):
