@@ -73,6 +73,12 @@ def discretized_logistic_nll(p: nn.Module, x: Tensor, raw_loc: Tensor, raw_scale
     return -(up_to - below).log().sum(-1)
 
 
+def student_t_nll(p: nn.Module, x: Tensor, loc: Tensor, raw_scale: Tensor, raw_df: Tensor) -> Tensor:
+    df, scale = positive(raw_df) + 2, positive(raw_scale) + 1e-3
+    log_normaliser = ((df + 1) / 2).lgamma() - (df / 2).lgamma() - (df * math.pi).log() / 2 - scale.log()
+    return -(log_normaliser - (df + 1) / 2 * (1 + ((x - loc) / scale) ** 2 / df).log()).sum(-1)
+
+
 LIKELIHOODS = {
     "Bernoulli": LikelihoodCase(
         likelihoods.Bernoulli, binary, lambda p, x, logits: closed_form.bernoulli_nll(x, logits)
@@ -97,6 +103,7 @@ LIKELIHOODS = {
     "DiscretizedLogistic": LikelihoodCase(likelihoods.DiscretizedLogistic, grey, discretized_logistic_nll),
     "Poisson": LikelihoodCase(likelihoods.Poisson, counts, poisson_nll),
     "NegativeBinomial": LikelihoodCase(likelihoods.NegativeBinomial, counts, negative_binomial_nll),
+    "StudentT": LikelihoodCase(likelihoods.StudentT, real, student_t_nll),
 }
 
 

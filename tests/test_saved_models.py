@@ -60,6 +60,7 @@ RECORDS = [
     described(likelihoods.Normal, LIKELIHOOD | {"variance": "shared"}, network=network(2, 5)),
     described(likelihoods.NegativeBinomial, LIKELIHOOD | OPTIONS | {"network": None}),
     described(likelihoods.NegativeBinomial, LIKELIHOOD, network=network(2, 5)),
+    described(likelihoods.StudentT, LIKELIHOOD | OPTIONS | {"min_scale": 0.1}),
     described(priors.StandardNormal, {"latent_dim": 2}),
     described(priors.LearnedNormal, {"latent_dim": 2}),
     described(priors.Mixture, {"latent_dim": 2, "num_components": 3}),

@@ -1,4 +1,4 @@
-"""Use a trained VAE: find anomalies, compress, give features to other algorithms.
+"""Use a trained VAE: anomalies, missing and noisy data, compression, features for other algorithms.
 
 This room imports any other, and no other imports it. `pyro_vae.applications`, its names and its files are
 loaded at their first use, since some need an extra, and `import pyro_vae` stays fast.
@@ -8,23 +8,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_vae.applications import corruptions
     from pyro_vae.applications.anomaly import AnomalyDetector
     from pyro_vae.applications.codec import Codec
     from pyro_vae.applications.codec_errors import CodecError
+    from pyro_vae.applications.denoising import denoise
+    from pyro_vae.applications.imputation import Pooled, impute, pool
+    from pyro_vae.applications.posterior_draws import Restored
     from pyro_vae.applications.scores import anomaly_scores
 
 __all__ = [
     "AnomalyDetector",
     "Codec",
     "CodecError",
+    "Pooled",
+    "Restored",
     "anomaly_scores",
+    "corruptions",
+    "denoise",
+    "impute",
+    "pool",
 ]
 
 _FILES = {
     "AnomalyDetector": "anomaly",
     "Codec": "codec",
     "CodecError": "codec_errors",
+    "Pooled": "imputation",
+    "Restored": "posterior_draws",
     "anomaly_scores": "scores",
+    "corruptions": "corruptions",
+    "denoise": "denoising",
+    "impute": "imputation",
+    "pool": "imputation",
     "sklearn": "sklearn",
 }
 

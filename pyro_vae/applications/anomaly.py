@@ -73,7 +73,7 @@ class AnomalyDetector:
         num_particles: int = 50,
         seed: int = 0,
     ):
-        if not isinstance(vae, VAE):
+        if not isinstance(vae, VAE) or vae.takes_context:
             raise TypeError(f"vae must be a pyro_vae.VAE; got {type(vae).__name__}")
         if not callable(score):
             require_score(score)

@@ -89,7 +89,7 @@ class Codec:
         particles: int = 1,
         max_count: int = 255,
     ):
-        if not isinstance(vae, VAE):
+        if not isinstance(vae, VAE) or vae.takes_context:
             raise TypeError(
                 f"Codec takes a pyro_vae.VAE; got {type(vae).__name__} (Codec.load reads a saved one)"
             )

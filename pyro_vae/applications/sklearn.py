@@ -131,7 +131,7 @@ class _VAEEstimator(BaseEstimator):
             >>> VAETransformer.from_vae(vae).transform(np.zeros((5, 4))).shape
             (5, 3)
         """
-        if not isinstance(vae, VAE):
+        if not isinstance(vae, VAE) or vae.takes_context:
             raise TypeError(f"from_vae takes a pyro_vae.VAE; got {type(vae).__name__}")
         event_shape = _event_shape(vae)
         estimator = cls(vae.prior().event_shape[0], **parameters)
@@ -263,7 +263,7 @@ class _VAEEstimator(BaseEstimator):
         features, sizes = x.shape[1], tuple(self.hidden_layer_sizes)
         if self.vae_factory is not None:
             vae = self.vae_factory(features, self.n_components)
-            if not isinstance(vae, VAE):
+            if not isinstance(vae, VAE) or vae.takes_context:
                 raise TypeError(f"vae_factory must return a pyro_vae.VAE; got {type(vae).__name__}")
             return vae
         if self.likelihood == "normal":

@@ -66,7 +66,7 @@ def prepare(vae: Any, data: Any, *, seed: int) -> Batches:
         ValueError: If data have another shape, lie outside the likelihood's support (NaN and ±inf do), or are
             images that are binarised at random, whose score would depend on their position.
     """
-    if not isinstance(vae, VAE):
+    if not isinstance(vae, VAE) or vae.takes_context:
         raise TypeError(f"vae must be a pyro_vae.VAE; got {type(vae).__name__}: build pv.VAE(prior=, ...)")
     if isinstance(data, Images) and data.binarize in ("dynamic", "fixed"):
         raise ValueError(

@@ -1,0 +1,68 @@
+"""Find odd images with a VAE of digits: AUROC of every score, p-values, and where an image is odd.
+
+    uv run python examples/anomalies.py
+
+trains on the bundled digits and writes runs/anomalies/explained.png.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import pyro_vae as pv
+
+
+def auroc(normal: Tensor, odd: Tensor) -> float:
+    """Probability that a normal example has a higher score than an odd one; ties count one half."""
+    above = (normal[:, None] > odd).double() + 0.5 * (normal[:, None] == odd).double()
+    return float(above.mean())
+
+
+def main() -> None:
+    """Train, score, print and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/anomalies"), metavar="DIR")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(20),
+        likelihood=pv.likelihoods.DiscretizedLogistic(20, (1, 28, 28)),
+        guide=pv.guides.DiagonalNormal((1, 28, 28), 20),
+    )
+    pv.fit(vae, pv.data.load("digits"), epochs=args.epochs, seed=0)
+
+    held_out = pv.data.load("digits", split="test")[:]
+    reference, x = held_out[:600], held_out[600:]
+    odd = {
+        "upside down": x.flip(2),
+        "dark": (x * 64).round() / 255,
+        "black": torch.zeros_like(x[:1]),
+        "noise": (torch.rand_like(x) * 255).round() / 255,
+    }
+    scores = pv.applications.anomaly_scores(vae, x, reference=reference)
+    names = [name for name in scores if name not in ("pareto_k", "effective_sample_size")]
+    print(f"{'AUROC':22}" + "".join(f"{kind:>13}" for kind in odd))
+    found = {kind: pv.applications.anomaly_scores(vae, y, reference=reference) for kind, y in odd.items()}
+    for name in names:
+        normal = torch.from_numpy(scores[name].values)
+        row = [auroc(normal, torch.from_numpy(other[name].values)) for other in found.values()]
+        print(f"{name:22}" + "".join(f"{value:13.3f}" for value in row))
+
+    detector = pv.applications.AnomalyDetector(vae, contamination=0.05).fit(reference)
+    rate = float((detector.p_value(x) <= 0.05).double().mean())
+    print(f"false alarms at 5 %: {rate:.1%} of {len(x)} digits")
+    spotted = x[:8].clone()
+    spotted[4:, :, 3:7, 3:7] = 1.0
+    args.output.mkdir(parents=True, exist_ok=True)
+    pv.plots.save(pv.plots.heat_map(spotted, detector.explain(spotted)), args.output / "explained.png")
+    print(f"figure in {args.output / 'explained.png'}")
+
+
+if __name__ == "__main__":
+    main()
