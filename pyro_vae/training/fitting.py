@@ -253,8 +253,8 @@ def _settings(
         raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
     if isinstance(estimator, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
         raise ValueError(
-            f"{type(estimator).__name__} gives no bound per datum, which fit would report and validate by: use "
-            "pyro_vae.SVI, which takes its steps"
+            f"{type(estimator).__name__} gives no bound per datum, which fit would report and validate by: "
+            "use pyro_vae.SVI, which takes its steps"
         )
     if others["precision"] not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {others['precision']!r}")
