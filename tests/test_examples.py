@@ -266,3 +266,12 @@ def set_to_posterior(vae):
     raw = torch.log(torch.expm1(variance.sqrt() - 1e-6)).repeat(len(vae.logits))
     vae.network.weight.copy_(torch.cat([slope, gain, torch.zeros_like(gain)]))
     vae.network.bias.copy_(torch.cat([offset, loc, raw]))
+
+
+def test_conditional_vae(monkeypatch, tmp_path, capsys):
+    path = EXAMPLE.parent / "conditional_vae.py"
+    options = ["--epochs", "1", "--width", "10", "--test-size", "20", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [str(path), *options])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "error of p(y|x)" in capsys.readouterr().out
+    assert (tmp_path / "samples.png").stat().st_size > 1000

@@ -93,7 +93,7 @@ def test_every_class_has_a_record():
     rooms = (guides, likelihoods, priors, networks)
     public = {getattr(room, name) for room in rooms for name in room.__all__}
     modules = {c for c in public if inspect.isclass(c) and issubclass(c, torch.nn.Module)}
-    assert {cls for cls, _, _ in RECORDS} == {c for c in modules if not inspect.isabstract(c)}
+    assert {cls for cls, _, _ in RECORDS} == modules - {guides.Guide, likelihoods.Likelihood}
 
 
 def test_a_file_of_earlier_code_loads_with_the_same_numbers(tmp_path):

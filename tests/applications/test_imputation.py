@@ -116,7 +116,10 @@ def test_metropolis_corrects_what_pseudo_gibbs_gets_wrong():
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [None, Normal(0.7)], ids=["erased", "noise"])
 def test_metropolis_within_gibbs_is_calibrated(noise):
-    """Simulation-based calibration: the rank of the true value among draws is uniform."""
+    """Simulation-based calibration: the rank of the true value among draws is uniform.
+
+    The decoder is smooth enough for the chains to mix: with weights of twice the size they need 2,000 sweeps.
+    """
     torch.manual_seed(0)
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(2),
@@ -124,7 +127,7 @@ def test_metropolis_within_gibbs_is_calibrated(noise):
         guide=pv.guides.DiagonalNormal((4,), 2, hidden_features=(8,)),
     )
     for parameter in vae.likelihood.parameters():
-        nn.init.normal_(parameter, std=1.0)
+        nn.init.normal_(parameter, std=0.5)
     x = vae.sample(600)
     y = x.clone() if noise is None else noise(x).sample()
     y[:, :2] = math.nan
@@ -137,7 +140,7 @@ def test_metropolis_within_gibbs_is_calibrated(noise):
         num_particles=20 * 600,
         num_draws=draws,
     )
-    for element in range(2):
+    for element in range(2 if noise is None else 4):
         rank = (found.draws[:, :, element] < x[:, element]).sum(0)
         counts = torch.histc(rank.float(), bins, 0, draws + 1)
         chi_square = ((counts - 60) ** 2 / 60).sum()

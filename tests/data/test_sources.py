@@ -98,8 +98,8 @@ def test_what_has_no_rows_by_position_raises_with_what_works():
         (Stream(), "return rows by position .* got Stream"),
         ((row for row in X), "return rows by position .* got generator"),
         ([[1.0, 2.0]], "got list: convert with torch.as_tensor"),
-        ((X, X), "a VAE takes x alone; got a tuple"),
-        (TensorDataset(X, X), "a VAE takes x alone; got a tuple"),
+        ((X, X), "a VAE takes x alone; got 2 arguments, a tuple"),
+        (TensorDataset(X, X), "a VAE takes x alone; got 2 arguments, a tuple"),
         (pd.DataFrame({"a": ["x", "y"]}), "must be numbers; got .*: select or convert columns"),
     ]:
         with pytest.raises(TypeError, match=message):
