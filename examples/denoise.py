@@ -30,7 +30,12 @@ def main() -> None:
         print(f"{name:12} mean squared error {(image - x).square().mean():.4f}")
     folder = Path("runs/denoise")
     folder.mkdir(parents=True, exist_ok=True)
-    axes = pv.plots.reconstructions(y, clean.mean.clamp(0, 1), title="Flipped bits, and the posterior's mean")
+    axes = pv.plots.reconstructions(
+        y,
+        clean.mean.clamp(0, 1),
+        title="Digits with one bit in ten flipped, and E[x|y]",
+        names=("corrupted", "E[x|y]"),
+    )
     pv.plots.save(axes, folder / "restored.png")
     print(f"figure in {folder / 'restored.png'}")
 

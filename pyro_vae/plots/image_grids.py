@@ -111,6 +111,7 @@ def reconstructions(
     *,
     columns: int = 10,
     title: str = "Originals and their reconstructions",
+    names: tuple[str, str] = ("original", "reconstruction"),
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draw each image above its reconstruction.
@@ -120,6 +121,7 @@ def reconstructions(
         reconstructions: Images of the same shape, such as means of p(x|z) with z ~ q(z|x).
         columns: Pairs per row, at most.
         title: Title of the figure.
+        names: Labels of the rows of originals and of reconstructions.
         ax: Axes to draw in; by default of a new figure.
 
     Example:
@@ -135,7 +137,6 @@ def reconstructions(
             f"originals and reconstructions must have the same shape; got {len(above)} originals of "
             f"{above.shape[2:]} pixels and {len(below)} reconstructions of {below.shape[2:]}"
         )
-    names = "original", "reconstruction"
     return _draw_pairs(above, below, names, columns=columns, title=title, ax=ax)
 
 
