@@ -275,3 +275,23 @@ def test_conditional_vae(monkeypatch, tmp_path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert "error of p(y|x)" in capsys.readouterr().out
     assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_two_stochastic_layers(monkeypatch, tmp_path, capsys):
+    path = EXAMPLE.parent / "two_stochastic_layers.py"
+    options = [
+        "--epochs",
+        "1",
+        "--estimators",
+        "IWAE",
+        "--batch-size",
+        "2000",
+        "--test-size",
+        "9",
+        "--draws",
+        "9",
+    ]
+    monkeypatch.setattr("sys.argv", [str(path), *options, "--output", str(tmp_path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "IWAE, 5 particles" in capsys.readouterr().out
+    assert (tmp_path / "samples_IWAE.png").stat().st_size > 1000
