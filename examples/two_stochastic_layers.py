@@ -8,7 +8,7 @@ As in Burda, Grosse and Salakhutdinov, 2016, Importance weighted autoencoders, a
     model:  z2 ~ N(0, I₅₀) → z1 ~ N(f(z2), diag) in 100 dimensions → x ~ Bernoulli(g(z1))
     guide:  z1 ~ q(z1|x) → z2 ~ q(z2|z1)
 
-Both are plain Pyro functions with two sites, methods of one module, which `fit` and `evaluate` take as a pair.
+Both are Pyro functions with two sites, methods of one module, which `fit` and `evaluate` take as a pair.
 `TraceMeanField_ELBO` is not valid here: the guide draws z2 given z1, the model z1 given z2, so the KLs of the
 two sites do not add up to the KL of the joint distributions. Pyro only warns; `check_guide` reports the
 problem and valid estimators.
