@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments
 from pyro_vae.inference.svi import default_loss
-from pyro_vae.objectives.sites import run_pair, sample_sites
+from pyro_vae.objectives.sites import run_pair, subsampling_factor
 from pyro_vae.utils.display import Estimate
 
 __all__ = ["WholeEvaluation", "evaluate_whole"]
@@ -66,8 +66,7 @@ def evaluate_whole(
     estimator = default_loss(pair.model, pair.guide, *args, **kwargs)
     with poutine.block():
         _, model_trace = run_pair(pair.model, pair.guide, args, kwargs)
-    observed = [site for site in sample_sites(model_trace).values() if site["is_observed"]]
-    scale = max((float(torch.as_tensor(site["scale"]).max()) for site in observed), default=1.0)
+    scale = subsampling_factor(model_trace)
     values = []
     for _ in range(num_particles):
         values.append(-float(estimator.loss(pair.model, pair.guide, *args, **kwargs)) / len(batches) / scale)

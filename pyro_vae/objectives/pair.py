@@ -10,7 +10,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import pyro
 import torch
@@ -91,7 +91,9 @@ class Stored(nn.Module):
     Attributes:
         tensors: Unconstrained parameters by Pyro's names, wherever they are registered.
         constraints: Their constraints.
+        named: Modules by the names that the programs give them, wherever they are registered.
         waiting: Loaded values, by key, of what the programs have not named yet.
+        promised: Constraints of these values, as text, by Pyro's names.
     """
 
     def __init__(self) -> None:
@@ -99,29 +101,51 @@ class Stored(nn.Module):
         self.tensors: dict[str, Tensor] = {}
         self.constraints: dict[str, Any] = {}
         self.names: dict[Tensor, str] = {}
+        self.named: dict[str, nn.Module] = {}
         self.waiting: dict[str, Tensor] = {}
+        self.promised: dict[str, str] = {}
 
     def add_parameter(self, name: str, init: Any, constraint: Any) -> None:
         """Enter a new parameter with an initial value; a module's own is entered as it is."""
         value = init() if callable(init) else init
         if not isinstance(value, Tensor):
             raise TypeError(f"the initial value of parameter {name!r} must be a tensor; got {value!r}")
+        if self.promised.pop(name, str(constraint)) != str(constraint):
+            raise ValueError(
+                f"the constraint of parameter {name!r} is {constraint}; it was another when saved"
+            )
         if not (isinstance(value, nn.Parameter) and _is_real(constraint)):
             with torch.no_grad():
                 value = nn.Parameter(transform_to(constraint).inv(value.detach()).contiguous().clone())
-            loaded = self.waiting.pop(_key(name), value)
-            if loaded.shape != value.shape:
-                raise ValueError(
-                    f"parameter {name!r} has shape {tuple(value.shape)}, but the loaded one "
-                    f"{tuple(loaded.shape)}: build the pair as it was when it was saved"
-                )
-            value.data.copy_(loaded)
-            self.register_parameter(_key(name), value)
+            self.register(name, value)
+        elif self._key(name) in self.waiting:
+            self.register(name, value)  # a user's parameter, which has loaded values
         self.tensors[name], self.constraints[name], self.names[value] = value, constraint, name
+
+    def register(self, name: str, parameter: Tensor) -> None:
+        """Register a parameter, and fill it with the value that was loaded for it."""
+        if any(parameter is own for own in self._parameters.values()):
+            return
+        key = self._key(name)
+        loaded = self.waiting.pop(key, parameter.detach())
+        if loaded.shape != parameter.shape:
+            raise ValueError(
+                f"parameter {name!r} has shape {tuple(parameter.shape)}, but the loaded one "
+                f"{tuple(loaded.shape)}: build the pair as it was when it was saved"
+            )
+        parameter.data.copy_(loaded)
+        self.register_parameter(key, cast(nn.Parameter, parameter))
+
+    def _key(self, name: str) -> str:
+        """Return a name as torch allows it: without dots, and other than the attributes of a module."""
+        key = name.replace(".", "/")
+        while hasattr(self, key):
+            key += "_"
+        return key
 
     def add(self, name: str, module: nn.Module) -> None:
         """Register a module, and fill it with values that were loaded for it."""
-        key = _key(name)
+        key = self._key(name)
         self.add_module(key, module)
         own = {k: self.waiting.pop(k) for k in list(self.waiting) if k.startswith(f"{key}.")}
         if own:
@@ -131,7 +155,7 @@ class Stored(nn.Module):
         known = {*self._parameters, *self._modules}
         for key, value in state_dict.items():
             inner = key.removeprefix(prefix)
-            if key.startswith(prefix) and inner.split(".")[0] not in known:
+            if not self.tensors and key.startswith(prefix) and inner.split(".")[0] not in known:
                 self.waiting[inner] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
         unexpected: list[str] = args[-2]
@@ -141,10 +165,6 @@ class Stored(nn.Module):
         for tensor in self.tensors.values():
             vars(tensor).pop("unconstrained", None)  # Pyro's weak reference, which cannot be copied
         return vars(self)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch allows no dot in a name
 
 
 def _is_real(constraint: Any) -> bool:
@@ -216,9 +236,10 @@ class _OwnStore(Messenger):
         elsewhere = {id(p) for module in modules for p in module._parameters.values()}
         for name, tensor in self.stored.tensors.items():
             if id(tensor) in elsewhere:
-                self.stored._parameters.pop(_key(name), None)
+                for key in [k for k, own in self.stored._parameters.items() if own is tensor]:
+                    del self.stored._parameters[key]
             elif isinstance(tensor, nn.Parameter):
-                self.stored.register_parameter(_key(name), tensor)
+                self.stored.register(name, tensor)
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         if getattr(msg["fn"], "__self__", None) is not pyro.get_param_store():
@@ -234,14 +255,16 @@ class _OwnStore(Messenger):
     def _meet(self, name: str, init: Any, constraint: Any) -> None:
         if isinstance(init, nn.Parameter) and _is_real(constraint):
             given, module = _module_being_named() or (name, None)
-            if module is not None and module not in set(self.owner.modules()):
-                self.stored.add(given, module)
+            if module is not None:
+                self.stored.named[given] = module
+                if module not in set(self.owner.modules()):
+                    self.stored.add(given, module)
         self.stored.add_parameter(name, init, constraint)
 
     def _lend(self, name: str) -> None:
         """Let the module that a program names have the state of the one that is registered for it."""
         given, module = _module_being_named() or (name, None)
-        own = self.stored._modules.get(_key(given))
+        own = self.stored.named.get(given)
         if module is None or own is None or any(module is lent for lent, _ in self.lent):
             return
         for original, copied in zip(module.modules(), own.modules(), strict=True):
@@ -332,7 +355,13 @@ class Pair(OwnParameters):
 
         Raises:
             OSError: If the file cannot be written; an existing file is then unchanged.
+            ValueError: If loaded values wait for programs that have not run yet.
         """
+        if self.stored.waiting:
+            raise ValueError(
+                "the pair was loaded and has not run since, so that it does not hold all values yet: call "
+                "pair.make_parameters(*batch) first"
+            )
         serialization.write(path, "pair", {"state": self.state_dict(), "constraints": self._constraints()})
 
     def load(self, path: str | os.PathLike[str]) -> "Pair":
@@ -352,6 +381,8 @@ class Pair(OwnParameters):
                 if saved != constraint:
                     raise ValueError(f"parameter {name!r} was {saved}, is {constraint}")
             self.load_state_dict(content["state"])
+            made = self.stored.tensors
+            self.stored.promised = {n: c for n, c in content["constraints"].items() if n not in made}
             return self
 
         return serialization.fitting(path, restore)
@@ -366,6 +397,12 @@ def make_parameters(pair: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     with evaluation_mode(pair.model, pair.guide), torch.no_grad(), poutine.block(), states.followed():
         run_pair(pair.model, pair.guide, args, kwargs)
     states.restore_buffers()  # of modules that were not known as the pair's, and ran in training mode
+    waiting = pair.stored.waiting if isinstance(pair, OwnParameters) else {}
+    if waiting:
+        raise ValueError(
+            f"the loaded file holds {', '.join(map(repr, waiting))}, which the programs do not name with "
+            "these arguments: it is of other programs, or needs other arguments"
+        )
 
 
 def stored_parameters(*programs: Callable[..., Any]) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ __all__ = [
     "sample_sites",
     "shared_scale",
     "site_family",
+    "subsampling_factor",
     "vectorized_plates",
 ]
 
@@ -113,6 +114,16 @@ def sample_sites(trace: poutine.Trace) -> Sites:
         and not site_is_subsample(site)
         and not site["infer"].get("_deterministic", False)
     }
+
+
+def subsampling_factor(model_trace: poutine.Trace) -> float:
+    """Return the number of data that a model speaks for, over those in its batch: 1 without subsampling."""
+    sites = [site for site in sample_sites(model_trace).values() if site["is_observed"]]
+    factors = [
+        math.prod((frame.full_size or frame.size) / frame.size for frame in site["cond_indep_stack"])
+        for site in sites
+    ]
+    return max(factors, default=1.0)
 
 
 def latent_sites(model_sites: Sites) -> Sites:

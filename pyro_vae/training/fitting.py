@@ -188,10 +188,11 @@ def fit(
     train, held_out = _prepare(pair, data, validation, binarize, seed)
     with _surroundings(pair, train.device, seed):
         _make_parameters(pair, vae, train, batch_size)
-        run = Run(pair, train, held_out, _with_estimator(settings, pair, train))
-        checkpoint = Checkpoint(run)
-        checkpoint.begin(resume=resume)
-        _train(run, checkpoint, epochs, [partial(callback, vae) for callback in callbacks], progress=progress)
+        with evaluation_mode(pair):  # also of the modules that have just been met
+            run = Run(pair, train, held_out, _with_estimator(settings, pair, train))
+            checkpoint = Checkpoint(run)
+            checkpoint.begin(resume=resume)
+            _train(run, checkpoint, epochs, [partial(call, vae) for call in callbacks], progress=progress)
         if patience is not None:
             pair.load_state_dict(run.best_state)
     return run.history

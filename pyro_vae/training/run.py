@@ -23,7 +23,13 @@ from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import EnumeratedError, Terms, terms
 from pyro_vae.objectives.pair import OwnParameters
-from pyro_vae.objectives.sites import NotSeparableError, run_pair, sample_sites, vectorized_plates
+from pyro_vae.objectives.sites import (
+    NotSeparableError,
+    run_pair,
+    sample_sites,
+    subsampling_factor,
+    vectorized_plates,
+)
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at, seed_generators
 from pyro_vae.utils.validation import NonFiniteError
@@ -129,7 +135,7 @@ class Run:
                 with isolated(self.pair.model, self.pair.guide), torch.no_grad():
                     self.pair.train()
                     guide_trace, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
-                self.scales[length] = _scale(model_trace)
+                self.scales[length] = subsampling_factor(model_trace)
                 self.nesting = max(1, _nesting(guide_trace), _nesting(model_trace))
             except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -246,7 +252,7 @@ class Run:
         loss, length = self.svi.evaluate_loss(*args, **kwargs), num_rows(batch)
         with isolated(self.pair.model, self.pair.guide), torch.no_grad():
             _, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
-        return torch.full((length,), -loss / length / _scale(model_trace))
+        return torch.full((length,), -loss / length / subsampling_factor(model_trace))
 
     def _terms(self, args: tuple, kwargs: dict[str, Any]) -> Terms:
         return terms(self.pair.model, self.pair.guide, *args, max_plate_nesting=self.nesting, **kwargs)
@@ -286,12 +292,6 @@ class Run:
         if folder is None:
             return "training interrupted; without checkpoint_dir nothing was saved"
         return f"training interrupted, and saved in {folder}: fit(..., resume=True) continues it"
-
-
-def _scale(model_trace: poutine.Trace) -> float:
-    """Return the factor by which a pair scales the loss of a batch, as for a subsample of its data."""
-    sites = [site for site in sample_sites(model_trace).values() if site["is_observed"]]
-    return max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
 
 
 def _nesting(trace: poutine.Trace) -> int:

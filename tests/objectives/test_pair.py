@@ -268,3 +268,77 @@ def test_pickling_works_where_the_programs_can_be_pickled():
     pair.make_parameters(X, X.sum(1))
     again = pickle.loads(pickle.dumps(pair))
     assert all(torch.equal(again.state_dict()[key], value) for key, value in pair.state_dict().items())
+
+
+def line(x, loc):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(loc(z), 1.0), obs=x)
+
+
+def draw(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 1.0))
+
+
+def test_a_copy_has_its_own_weights_under_every_name_of_a_module():
+    net = nn.Linear(1, 1)
+
+    def model(x):
+        pyro.module("decoder", net)
+        line(x, lambda z: net(z[..., None])[..., 0])
+
+    def guide(x):
+        pyro.module("encoder", net)
+        draw(x)
+
+    pair = pv.Pair(model, guide)
+    pair.make_parameters(X[:, 0])
+    copied = copy.deepcopy(pair)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.fill_(9.0)
+    trace = pyro.poutine.trace(copied.model).get_trace(X[:, 0])
+    expected = 9 * trace.nodes["z"]["value"] + 9
+    torch.testing.assert_close(trace.nodes["x"]["fn"].loc, expected)
+    assert not torch.equal(net.weight, torch.full((1, 1), 9.0))
+
+
+def shifted(init, **options):
+    def model(x):
+        shift = pyro.param("shift", init, **options)
+        line(x, lambda z: z + shift)
+
+    return pv.Pair(model, draw)
+
+
+def test_loading_before_the_first_run(tmp_path):
+    path = tmp_path / "pair.pt"
+    saved = shifted(nn.Parameter(torch.tensor(5.0)))
+    saved.make_parameters(X[:, 0])
+    saved.save(path)
+    other = nn.Parameter(torch.tensor(0.0))
+    loaded = shifted(other).load(path)
+    with pytest.raises(ValueError, match=r"has not run since.*make_parameters"):
+        loaded.save(path)
+    loaded.make_parameters(X[:, 0])
+    assert other == 5
+    with pytest.raises(ValueError, match="constraint of parameter 'shift' is GreaterThan"):
+        shifted(torch.tensor(1.0), constraint=constraints.positive).load(path).make_parameters(X[:, 0])
+    with pytest.raises(ValueError, match="the loaded file holds 'shift', which the programs do not name"):
+        pv.Pair(lambda x: line(x, lambda z: z * pyro.param("slope", torch.tensor(1.0))), draw).load(
+            path
+        ).make_parameters(X[:, 0])
+    with pytest.raises(CheckpointError, match="stored.shift"):
+        make().load(path)
+
+
+@pytest.mark.parametrize("name", ["names", "training", "type", "a.b"])
+def test_any_name_goes(name):
+    def model(x):
+        shift, again = pyro.param(name, torch.tensor(1.0)), pyro.param("a/b", torch.tensor(2.0))
+        line(x, lambda z: z + shift * again)
+
+    pair = pv.Pair(model, draw)
+    pair.make_parameters(X[:, 0])
+    assert sorted(p.item() for p in pair.parameters()) == [1.0, 2.0]
