@@ -73,7 +73,10 @@ class ConditionalVAE(VAE):
 
     def p_z(self, *context: Tensor) -> dist.Distribution:
         """Return p(z|y), of batch shape () if the prior does not depend on y."""
-        takes_y = len(inspect.signature(self.prior.forward).parameters) > 0
+        parameters = inspect.signature(self.prior.forward).parameters.values()
+        takes_y = any(
+            parameter.name == "y" or parameter.default is parameter.empty for parameter in parameters
+        )
         if not takes_y or getattr(self.prior, "context_dim", None) == 0:
             return self.prior()
         return self.prior(*context)

@@ -172,3 +172,13 @@ def test_a_step_with_classes_is_recorded(caplog):
     x, y = data()
     pv.fit(linear(), (x, y), epochs=2, batch_size=4, engine="traced", progress=False)
     assert not caplog.records
+
+
+def test_an_optional_argument_of_a_prior_is_not_the_context():
+    class Tempered(nn.Module):
+        def forward(self, temperature=1.0):
+            return dist.Normal(torch.zeros(K), temperature).to_event(1)
+
+    cvae = linear()
+    cvae.prior = Tempered()
+    assert torch.equal(cvae.p_z(data()[1]).stddev, torch.ones(K))
