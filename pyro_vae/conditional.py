@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.utils.isolation import evaluating
+from pyro_vae.utils.isolation import evaluating, seed_generators
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count
 from pyro_vae.vae import VAE
@@ -85,13 +85,21 @@ class ConditionalVAE(VAE):
     def class_log_evidence(
         self, x: Tensor, num_classes: int, *, num_particles: int = 50, seed: int = 0
     ) -> Tensor:
-        """Estimate log p(x|y) for each class y = 0 … C − 1, (N, C), by importance sampling with q(z|x, y).
+        r"""Estimate log p(x|y) for each class y = 0 … C − 1, (N, C), in nats, by importance sampling.
+
+        .. math:: \log \frac1S \sum_s \frac{p(x, z_s|y)}{q(z_s|x, y)}, \qquad z_s \sim q(z|x, y)
+
+        All classes are given the same random numbers, which reduces the noise of their differences.
 
         Args:
             x: Data, (N, *event_shape).
             num_classes: C.
             num_particles: S, draws of z per example and class.
             seed: Non-negative integer from which every random number is derived.
+
+        Raises:
+            TypeError: If a count is not an integer.
+            ValueError: If a count is below 1, or a part's context has another size than C.
         """
         require_count("num_classes", num_classes)
         require_count("num_particles", num_particles)
@@ -105,7 +113,7 @@ class ConditionalVAE(VAE):
 
     def _log_evidence(self, x: Tensor, label: int, num_particles: int, seed: int) -> Tensor:
         y = torch.full((len(x),), label, device=x.device)
-        torch.manual_seed(seed)
+        seed_generators(x.device, seed)
         q = self.encode(x, y)
         z = q.rsample((num_particles,)) if q.has_rsample else q.sample((num_particles,))
         log_weight = self.log_joint(x, z, y) - q.log_prob(z)
@@ -128,6 +136,9 @@ class ConditionalVAE(VAE):
             class_log_prior: log p(y), (C,); by default all classes are equally likely.
             num_particles: As in `class_log_evidence`.
             seed: As in `class_log_evidence`.
+
+        Raises:
+            ValueError: If `class_log_prior` has another shape; or as `class_log_evidence`.
         """
         scores = self.class_log_evidence(x, num_classes, num_particles=num_particles, seed=seed)
         if class_log_prior is not None:

@@ -16,7 +16,6 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.applications.linear_start import factor_analysis_vae
+from pyro_vae.applications.shared_noise import draw_with_shared_noise
 from pyro_vae.evaluation import evaluate
 from pyro_vae.guides import DiagonalNormal
 from pyro_vae.priors import StandardNormal
@@ -551,8 +551,8 @@ def log_evidence(vae: VAE, x: Tensor, *, num_particles: int, seed: int) -> Tenso
 
     .. math:: \log \frac1S \sum_s \frac{p(x, z_s)}{q(z_s|x)}
 
-    An example's value is a function of the example and the seed, up to rounding, whatever else is in x: every
-    example gets the same standard normal noise if q is a diagonal normal, else the same seed.
+    An example's value is a function of the example and the seed, up to rounding, whatever else is in x; see
+    `shared_noise`.
 
     Args:
         vae: The VAE, on the CPU.
@@ -576,28 +576,11 @@ def log_evidence(vae: VAE, x: Tensor, *, num_particles: int, seed: int) -> Tenso
         True
     """
     vae.check_data(x)
-    noise = torch.randn(
-        num_particles,
-        1,
-        vae.prior().event_shape[0],
-        generator=torch.Generator().manual_seed(seed % 2**63),
-        dtype=torch.float64,
-    ).to(x.dtype)
-
-    def draws(q: Any, part: Tensor) -> Tensor:
-        base = getattr(q, "base_dist", None)
-        if isinstance(base, dist.Normal) and len(q.event_shape) == 1:
-            return base.loc + base.scale * noise
-        with isolated_generators(_CPU, seed):
-            return q.sample((num_particles,))
-
+    values = []
     with evaluating(vae, _CPU, seed):
-        factorised = isinstance(getattr(vae.encode(x[:1]), "base_dist", None), dist.Normal)
-        values = []
-        for part in x.split(_rows(x, num_particles) if factorised else 1):
-            q = vae.encode(part)
-            z = draws(q, part)
-            log_weight = vae.log_joint(part, z) - q.log_prob(z)
+        for part in x.split(_rows(x, num_particles)):
+            _, z, log_guide = draw_with_shared_noise(vae, part, num_particles, seed=seed)
+            log_weight = vae.log_joint(part, z) - log_guide
             values.append(log_weight.double().logsumexp(0) - math.log(num_particles))
     return torch.cat(values)
 

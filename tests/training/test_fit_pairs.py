@@ -334,3 +334,34 @@ def test_estimators_without_a_bound_go_with_svi(estimator):
     model, guide, data = two_latents_and_a_label()
     with pytest.raises(ValueError, match="gives no bound per datum.*pyro_vae.SVI"):
         pv.fit(pv.Pair(model, guide), data, estimator=estimator, epochs=1, progress=False)
+
+
+def test_bounds_divide_by_the_subsampling_and_by_no_other_scale():
+    def write(scale):
+        def model(x):
+            with pyro.plate("data", 1000, subsample=x) as batch:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                with poutine.scale(scale=scale):
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=batch)
+
+        def guide(x):
+            slope = pyro.param("slope", torch.tensor(0.4))
+            with pyro.plate("data", 1000, subsample=x) as batch:
+                pyro.sample("z", dist.Normal(slope * batch, 0.7))
+
+        return pv.Pair(model, guide)
+
+    data = noise(N)
+    for scale in (1.0, 10.0):
+        pair = write(scale)
+        (epoch,) = pv.fit(pair, data, epochs=1, batch_size=4, learning_rate=1e-12, seed=7, progress=False)
+        total = 0.0
+        for number, batch in enumerate(Batches(data, seed=7).epoch(0, batch_size=4)):
+            torch.manual_seed(seed_at(derived_seed(7, 20, 0), number))
+            z = pair.stored.slope.detach() * batch + 0.7 * torch.randn(len(batch))
+            log_likelihood = scale * dist.Normal(z, 1.0).log_prob(batch)
+            kl = torch.distributions.kl_divergence(
+                dist.Normal(pair.stored.slope.detach() * batch, 0.7), dist.Normal(0.0, 1.0)
+            )
+            total += (log_likelihood - kl).sum().item()
+        assert epoch.train_bound == pytest.approx(total / N, rel=1e-8)
