@@ -27,6 +27,7 @@ from pyro_vae.evaluation import (
 )
 from pyro_vae.inference import SVI, GuideError, GuideReport, check_guide, check_mean_field
 from pyro_vae.objectives import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Pair, Renyi, Terms, terms
+from pyro_vae.semi_supervised import SemiSupervisedVAE
 from pyro_vae.training import Epoch, History, TensorBoard, fit
 from pyro_vae.utils.serialization import CheckpointError
 from pyro_vae.utils.validation import NonFiniteError
@@ -53,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "Pair",
     "Renyi",
+    "SemiSupervisedVAE",
     "TensorBoard",
     "Terms",
     "annealed_importance_sampling",

@@ -22,7 +22,7 @@ from pyro_vae.distributions import (
     NormalMixture,
     build_flow,
 )
-from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive, with_context
+from pyro_vae.networks import MLP, NetworkOptions, apply_in_context, check_input, positive
 from pyro_vae.utils.isolation import without_autocast
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_event_and_latent
@@ -102,10 +102,8 @@ class Guide(nn.Module, ABC):
             ValueError: If x or y has another event shape or device, or the network another output size.
         """
         check_input(self, "x", x, self.event_shape)
-        event_dim = len(self.event_shape)
-        inputs = with_context(self, x.flatten(x.dim() - event_dim) if self.context_dim else x, y)
-        raw = apply_batched(self.network, inputs, 1 if self.context_dim else event_dim)
-        expected = (*x.shape[: x.dim() - len(self.event_shape)], sum(self.output_sizes))
+        raw, batch_shape = apply_in_context(self, x, y, len(self.event_shape))
+        expected = (*batch_shape, sum(self.output_sizes))
         if raw.shape != expected:
             raise ValueError(
                 f"{type(self).__name__}: the network must return shape {expected} "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import distributions
-from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_batched, check_input, positive, with_context
+from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_in_context, check_input, positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_event_and_latent
 
@@ -83,8 +83,7 @@ class Likelihood(nn.Module):
             ValueError: If z or y has another size or device, or the network another output size.
         """
         check_input(self, "z", z, (self.latent_dim,))
-        raw = apply_batched(self.network, with_context(self, z, y), 1)
-        batch_shape = z.shape[:-1]
+        raw, batch_shape = apply_in_context(self, z, y, 1)
         expected = (*batch_shape, self.num_parameters, *self.event_shape)
         if raw.shape[: len(batch_shape)] != batch_shape or raw.numel() != math.prod(expected):
             raise ValueError(

@@ -8,7 +8,7 @@ for an argument of another type and ValueError for a size out of range, naming t
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ __all__ = [
     "ConvEncoder",
     "NetworkOptions",
     "apply_batched",
+    "apply_in_context",
     "as_context",
     "check_input",
+    "context_of",
     "positive",
     "with_context",
 ]
@@ -250,20 +252,60 @@ def as_context(y: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def with_context(module: nn.Module, inputs: Tensor, y: Tensor | None) -> Tensor:
-    """Append a context y to inputs (*, D), broadcast over *, if the module has `context_dim` above 0.
+    """Append a context y to inputs (*, D), both broadcast over *, if the module has `context_dim` above 0.
 
     Raises:
         TypeError: If y is missing, or the module takes none.
         ValueError: As `as_context`.
     """
+    context = context_of(module, inputs, y)
+    return inputs if context is None else torch.cat(_broadcast(inputs, context), -1)
+
+
+def context_of(module: nn.Module, inputs: Tensor, y: Tensor | None) -> Tensor | None:
+    """Return the context (*, C) of a module, or None if it takes none; raise as `with_context`."""
     size = int(getattr(module, "context_dim", 0))
     if size == 0 and y is None:
-        return inputs
+        return None
     if size == 0 or y is None:
         found = "got none: pass y" if y is None else "got one: build it with context_dim"
         raise TypeError(f"{type(module).__name__} takes {'a' if size else 'no'} context y; {found}")
-    context = as_context(y, size, inputs.dtype).to(inputs.device)
-    return torch.cat([inputs, context.expand(*inputs.shape[:-1], size)], -1)
+    return as_context(y, size, inputs.dtype).to(inputs.device)
+
+
+def apply_in_context(
+    module: nn.Module, inputs: Tensor, y: Tensor | None, event_dim: int
+) -> tuple[Tensor, torch.Size]:
+    """Apply `module.network` to inputs (*, *event), with a context y appended if the module takes one.
+
+    Where inputs and context are broadcast, as for each of several classes, the first layer of an `MLP` is
+    applied to each of the two before they are.
+
+    Returns:
+        The outputs and their batch shape, *.
+
+    Raises:
+        TypeError: As `with_context`.
+        ValueError: As `as_context`.
+    """
+    network = cast(nn.Module, module.network)
+    context = context_of(module, inputs, y)
+    if context is None:
+        return apply_batched(network, inputs, event_dim), inputs.shape[: inputs.dim() - event_dim]
+    inputs = inputs.flatten(inputs.dim() - event_dim)
+    batch_shape = torch.broadcast_shapes(inputs.shape[:-1], context.shape[:-1])
+    if type(network) is MLP and inputs.shape[:-1] != context.shape[:-1]:
+        first, *others = list(network)[1:]
+        if type(first) is nn.Linear and not (first._forward_hooks or first._forward_pre_hooks):
+            weights = first.weight.split([inputs.shape[-1], context.shape[-1]], 1)
+            hidden = F.linear(inputs, weights[0], first.bias) + F.linear(context, weights[1])
+            return apply_batched(nn.Sequential(*others), hidden, 1), batch_shape
+    return apply_batched(network, torch.cat(_broadcast(inputs, context), -1), 1), batch_shape
+
+
+def _broadcast(*parts: Tensor) -> list[Tensor]:
+    batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return [part.expand(*batch_shape, -1) for part in parts]
 
 
 def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.distributions import FlowDistribution, NormalMixture, build_flow
-from pyro_vae.networks import RAW_ONE, positive, with_context
+from pyro_vae.networks import RAW_ONE, context_of, positive
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_shape
 
@@ -77,17 +77,11 @@ class LearnedNormal(nn.Module):
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
         """Return p(z), or p(z|y) of batch shape (*,)."""
         loc, raw_scale = self.loc, self.raw_scale
-        context = with_context(self, loc.new_empty(*_batch_shape(y, self.context_dim), 0), y)
+        context = context_of(self, loc, y)
         if self.shift is not None:
             shift_loc, shift_scale = self.shift(context).chunk(2, -1)
             loc, raw_scale = loc + shift_loc, raw_scale + shift_scale
         return dist.Normal(loc, positive(raw_scale)).to_event(1)
-
-
-def _batch_shape(y: Tensor | None, context_dim: int) -> torch.Size:
-    if y is None or not context_dim:
-        return torch.Size()
-    return y.shape[:-1] if y.is_floating_point() else y.shape
 
 
 @rebuildable

@@ -79,19 +79,19 @@ class VAE(OwnParameters):
 
     def model(self, x: Tensor, *context: Tensor) -> Tensor:
         """Run the generative model p(z) p(x|z) with x (N, *event_shape) observed."""
-        _emit_param_sites(prior=self.prior, likelihood=self.likelihood)
-        with _data_plate(x):
+        emit_param_sites(prior=self.prior, likelihood=self.likelihood)
+        with data_plate(x):
             z = pyro.sample("z", self.p_z(*context))
-            return pyro.sample("x", _check_event_shape(self.likelihood(z, *context), x), obs=x)
+            return pyro.sample("x", check_event_shape(self.likelihood(z, *context), x), obs=x)
 
     def guide(self, x: Tensor, *context: Tensor) -> Tensor:
         """Run the guide q(z|x) for x (N, *event_shape)."""
-        _emit_param_sites(posterior=self.posterior)
+        emit_param_sites(posterior=self.posterior)
         with self._own_store() if self.names_parameters else nullcontext():
             q = self._call_posterior(x, *context)
         if not isinstance(q, dist.Distribution):
             return q  # the function samples its own sites
-        with _data_plate(x):
+        with data_plate(x):
             return pyro.sample("z", q)
 
     @property
@@ -163,11 +163,11 @@ class VAE(OwnParameters):
         x, *context = self._arguments(batch)
         require_floating("x", x)
         with evaluation_mode(self), torch.no_grad(), isolated_generators(x.device, seed=0):
-            of_one = [y[:1] for y in context]
+            of_one = [y[:1] for y in context if y is not None]
             p_z = self.p_z(*of_one)
             shape = p_z.batch_shape or (1,)
             p, other = (self.decode(p_z.expand(shape).sample(), *of_one) for _ in range(2))
-        support = known_support(_check_event_shape(p, x))
+        support = known_support(check_event_shape(p, x))
         if support is None or not same_support(support, known_support(other)):
             return
         message = outside_support("x", x, type(self.likelihood).__name__, support)
@@ -238,13 +238,13 @@ class VAE(OwnParameters):
         return serialization.fitting(path, restore)
 
 
-def _data_plate(x: Tensor) -> pyro.plate:
+def data_plate(x: Tensor) -> pyro.plate:
     if len(x) == 0:
         raise ValueError("x is empty: the batch must hold at least one example")
     return pyro.plate("data", len(x))
 
 
-def _check_event_shape(p: dist.Distribution, x: Tensor) -> dist.Distribution:
+def check_event_shape(p: dist.Distribution, x: Tensor) -> dist.Distribution:
     """Return p, or raise if it is not a distribution with the event shape of x."""
     if not isinstance(p, dist.Distribution):
         raise TypeError(f"the likelihood must return a Pyro distribution; got {type(p).__name__}")
@@ -276,7 +276,7 @@ def _require_parts(**parts: Any) -> None:
         )
 
 
-def _emit_param_sites(**modules: Any) -> None:
+def emit_param_sites(**modules: Any) -> None:
     """Emit a Pyro "param" site for each parameter, so that Pyro's SVI trains it.
 
     `pyro.module` would register parameters by name in the global store, so that a second VAE or a copy would

@@ -13,7 +13,7 @@ FLOORS = {
     1: {"networks", "distributions", "objectives", "engine", "data", "plots"},
     2: {"priors", "likelihoods", "guides", "vae", "inference"},
     3: {"conditional", "training", "evaluation"},
-    4: {"comparison"},
+    4: {"comparison", "semi_supervised"},
     5: {"applications"},
     6: {"__main__"},
 }

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_vae.data.balance import Balance
 from pyro_vae.data.images import Images
 from pyro_vae.data.permutations import permutation
-from pyro_vae.data.sources import Source, as_source
+from pyro_vae.data.sources import Source, as_source, num_rows
 from pyro_vae.utils.isolation import derived_seed, seed_at
 
 __all__ = ["Batches"]
@@ -71,6 +72,7 @@ class Batches:
         self.source, self.rows_of, self.length, self.seed, self.device = source, rows_of, length, seed, device
         self.generator = torch.Generator(source.device)
         self.unchecked: Callable[[Any], None] | None = None
+        self.balance: Balance | None = None
         return self
 
     def __len__(self) -> int:
@@ -118,6 +120,8 @@ class Batches:
             >>> Batches(torch.zeros(7, 2)).lengths(3), Batches(torch.zeros(8, 2)).lengths(3)
             ([3, 4], [3, 3, 2])
         """
+        if self.balance is not None and batch_size < len(self):
+            return self.balance.lengths(batch_size)
         full, rest = divmod(len(self), batch_size)
         lengths = [batch_size] * full
         if rest == 1 and full:
@@ -129,19 +133,37 @@ class Batches:
     def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Any]:
         """Yield the batches (B, *event_shape) of a pass in random order, from the batch `start` on.
 
-        A batch of all the data keeps their order, as parameters of single examples in a guide need.
+        A batch of all the data keeps their order, as parameters of single examples in a guide need. With a
+        `balance`, batches have one more argument, weight (B,).
         """
-        order = permutation(len(self), derived_seed(self.seed, _ORDER, number))
+        seed, bits = derived_seed(self.seed, _ORDER, number), derived_seed(self.seed, _BITS, number)
+        lengths = self.lengths(batch_size)
+        if self.balance is not None and batch_size < len(self):
+            balanced = self.balance.positions(batch_size, seed)
+            for batch in self._read(balanced, bits, range(start, len(lengths))):
+                yield _with_weight(batch, self.balance.weights(batch_size, num_rows(batch)))
+            return
+        order = permutation(len(self), seed)
         if batch_size >= len(self):
             order = lambda positions: positions  # noqa: E731
-        bits = derived_seed(self.seed, _BITS, number)
-        lengths = self.lengths(batch_size)
 
         def positions(which: int) -> Tensor:
             begin = which * batch_size
             return order(torch.arange(begin, begin + lengths[which]))
 
         yield from self._read(positions, bits, range(start, len(lengths)))
+
+    def balanced(self, labelled: Tensor, share: float) -> "Batches":
+        """Return these data with at least a share of labelled examples in each batch of an epoch.
+
+        Args:
+            labelled: Which examples are, bool (N,).
+            share: Their least share, below 1.
+        """
+        part = self.first(len(self))
+        part.unchecked = self.unchecked
+        part.balance = Balance(labelled.nonzero().flatten(), (~labelled).nonzero().flatten(), share)
+        return part
 
     def in_order(self, batch_size: int) -> Iterator[Any]:
         """Yield the batches (B, *event_shape) of a pass in the order of the data."""
@@ -216,6 +238,12 @@ class Batches:
     def describe(self) -> dict[str, Any]:
         """Return plain values that tell these data from others; see `Source.fingerprint`."""
         return {**self.source.fingerprint, "length": len(self)}
+
+
+def _with_weight(batch: Any, weight: Tensor) -> Any:
+    leaf = next(leaf for leaf in tree_leaves(batch) if leaf.is_floating_point())
+    weight = weight.to(leaf)
+    return {**batch, "weight": weight} if isinstance(batch, dict) else (*batch, weight)
 
 
 def _ahead(read: Callable[[int], tuple[Tensor, Any]], numbers: range) -> Iterator[tuple[Tensor, Any]]:

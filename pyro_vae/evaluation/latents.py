@@ -29,7 +29,7 @@ from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.draws import Pair, by_example, chunk_sizes, in_chunks
 from pyro_vae.objectives.log_terms import PairSites, terms
-from pyro_vae.objectives.sites import Site, masked_log_prob, run, sample_sites
+from pyro_vae.objectives.sites import Site, joint_mask, masked_log_prob, run, sample_sites
 
 __all__ = ["AggregatePosterior", "LatentSummary", "aggregate_posterior", "marginals", "summarise_latents"]
 
@@ -77,7 +77,8 @@ def summarise_latents(sites: PairSites) -> LatentSummary:
         values = _by_dimension(sites, guide, guide["value"])
         count = values.shape[-1]
         names += [name] if count == 1 else [f"{name}[{number}]" for number in range(count)]
-        kl.append(_by_dimension(sites, guide, _kl(guide, latent)).mean(0).expand(values.shape[1:]))
+        counted = _kl(guide, latent).where(joint_mask(guide), 0.0)
+        kl.append(_by_dimension(sites, guide, counted).mean(0).expand(values.shape[1:]))
         mean.append(_by_dimension(sites, guide, _mean(guide)).expand(values.shape))
     means = torch.cat(mean, dim=-1)
     return LatentSummary(

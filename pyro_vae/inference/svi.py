@@ -24,7 +24,7 @@ from pyro_vae.inference.guide_check import check_mean_field, check_training, unt
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
 from pyro_vae.objectives.pair import split_pair, stored_parameters
-from pyro_vae.objectives.sites import Program, latent_sites, run_pair, sample_sites
+from pyro_vae.objectives.sites import Program, latent_sites, plate_nesting, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
 from pyro_vae.utils.validation import NonFiniteError, flag_non_finite
 
@@ -34,7 +34,8 @@ __all__ = ["SVI", "default_loss"]
 def default_loss(model: Program, guide: Program, *args: Any, **kwargs: Any) -> ELBO:
     """Return the ELBO estimator that suits a pair: the one with the least noise that is valid for it.
 
-    `TraceEnum_ELBO` if the model enumerates a site that the guide lacks; else `TraceMeanField_ELBO`, with KLs
+    `TraceEnum_ELBO` if a latent site is marked to be enumerated, as by `infer={"enumerate": "parallel"}` in
+    the guide, or in the model alone; else `TraceMeanField_ELBO`, with KLs
     in closed form, if it is right for the pair (`check_mean_field`); else `Trace_ELBO`.
 
     Args:
@@ -45,9 +46,10 @@ def default_loss(model: Program, guide: Program, *args: Any, **kwargs: Any) -> E
     """
     with isolated(model, guide), torch.no_grad():
         guide_trace, model_trace = run_pair(model, guide, args, kwargs)
-        missing = latent_sites(sample_sites(model_trace)).keys() - sample_sites(guide_trace).keys()
-        if any(model_trace.nodes[name]["infer"].get("enumerate") for name in missing):
-            return TraceEnum_ELBO()
+        guide_sites = sample_sites(guide_trace)
+        latent = {**latent_sites(sample_sites(model_trace)), **guide_sites}
+        if any(site["infer"].get("enumerate") for site in latent.values()):
+            return TraceEnum_ELBO(max_plate_nesting=plate_nesting(guide_trace, model_trace))
         try:
             check_mean_field(model, guide, *args, **kwargs)
         except ValueError:

@@ -36,6 +36,7 @@ __all__ = [
     "latent_sites",
     "masked_log_prob",
     "outer_family",
+    "plate_nesting",
     "registered_kl",
     "require_programs",
     "run",
@@ -315,6 +316,12 @@ def draw_sources(program: Program, data: tuple, kwargs: dict[str, Any]) -> dict[
 def vectorized_plates(site: Site) -> list[Any]:
     """Return the vectorized plates of a site, as Pyro's frames, outermost first."""
     return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda frame: frame.dim)
+
+
+def plate_nesting(*traces: poutine.Trace) -> int:
+    """Return the number of dimensions that the plates of traces take."""
+    sites = (site for trace in traces for site in sample_sites(trace).values())
+    return max((-frame.dim for site in sites for frame in vectorized_plates(site)), default=0)
 
 
 def masked_log_prob(site: Site, value: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def fit(
             except by `binarize="fixed"`. A tuple or dict of these for programs of several arguments, which
             are called as f(*batch) or f(**batch); None for an argument that is not there.
         estimator: A `pyro.infer.ELBO`; by default `TraceMeanField_ELBO()` where it is valid for the pair,
-            `TraceEnum_ELBO` where the model enumerates a site that the guide lacks, else `Trace_ELBO()`.
+            `TraceEnum_ELBO()` where a site is marked to be enumerated, else `Trace_ELBO()`.
         epochs: Passes over the data, those before a resume included.
         batch_size: Data a step; the last batch may be smaller. By default 128, or N where there are fewer.
             More than N means N, with a warning.
@@ -299,7 +299,7 @@ def _train(
     """Take the epochs that remain, and save after each."""
     with (
         _deferred_interrupt() as interrupted,
-        progress_bar(epochs * len(run.train), initial=run.data_seen(), shown=progress, unit=" data") as bar,
+        progress_bar(epochs * run.epoch_size, initial=run.data_seen(), shown=progress, unit=" data") as bar,
     ):
         bar.unit_scale = True
         stop = False
@@ -346,7 +346,8 @@ def _prepare(
     for batches in (train, held_out):
         if batches is not None:
             batches.check(getattr(pair, "check_data", check_arguments))
-    return train, held_out
+    arrange = getattr(pair, "arrange", None)
+    return train if arrange is None else arrange(train), held_out
 
 
 @contextlib.contextmanager

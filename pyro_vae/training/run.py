@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,10 +24,9 @@ from pyro_vae.objectives.log_terms import EnumeratedError, Terms, terms
 from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.objectives.sites import (
     NotSeparableError,
+    plate_nesting,
     run_pair,
-    sample_sites,
     subsampling_factor,
-    vectorized_plates,
 )
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at, seed_generators
@@ -79,7 +77,8 @@ class Run:
                 self.batch_size,
                 len(train),
             )
-        self.steps_per_epoch = len(train.lengths(self.batch_size))
+        lengths = train.lengths(self.batch_size)
+        self.steps_per_epoch, self.epoch_size = len(lengths), sum(lengths)
         assert settings.estimator is not None
         estimator = settings.estimator
         if settings.kl_warmup:
@@ -136,7 +135,7 @@ class Run:
                     self.pair.train()
                     guide_trace, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
                 self.scales[length] = subsampling_factor(model_trace)
-                self.nesting = max(1, _nesting(guide_trace), _nesting(model_trace))
+                self.nesting = max(1, plate_nesting(guide_trace, model_trace))
             except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 remedy = "choose another batch_size" + ", 2 or more for batch normalisation" * (length == 1)
@@ -273,7 +272,7 @@ class Run:
 
     def data_seen(self) -> int:
         """Return the number of examples that the run has taken a step on, repeats counted."""
-        return len(self.history) * len(self.train) + sum(length for length, _ in self.done)
+        return len(self.history) * self.epoch_size + sum(length for length, _ in self.done)
 
     def require_finite_parameters(self) -> None:
         """Raise if a parameter is infinite or NaN."""
@@ -292,9 +291,3 @@ class Run:
         if folder is None:
             return "training interrupted; without checkpoint_dir nothing was saved"
         return f"training interrupted, and saved in {folder}: fit(..., resume=True) continues it"
-
-
-def _nesting(trace: poutine.Trace) -> int:
-    """Return the number of dimensions that the plates of a trace take."""
-    frames = [frame for site in sample_sites(trace).values() for frame in vectorized_plates(site)]
-    return max((-frame.dim for frame in frames), default=0)

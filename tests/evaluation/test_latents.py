@@ -130,3 +130,21 @@ def test_other_plates_count_as_a_sum_in_the_aggregate_posterior():
     torch.testing.assert_close(found.log_guide, log_q.diagonal().double(), rtol=1e-5, atol=1e-5)
     expected = log_q.logsumexp(1) - math.log(N)
     torch.testing.assert_close(found.log_aggregate, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_masked_values_have_no_kl():
+    counted = torch.tensor([True, False, True, False, False])
+
+    def model(x):
+        with pyro.plate("data", 5), pyro.poutine.mask(mask=counted):
+            z = pyro.sample("z", dist.Normal(torch.zeros(5, 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 5), pyro.poutine.mask(mask=counted):
+            pyro.sample("z", dist.Normal(torch.tensor([1.0, 2.0]).expand(5, 2), 1.0).to_event(1))
+
+    t = terms(model, guide, torch.zeros(5), num_particles=3)
+    found = summarise_latents(t.sites).kl
+    torch.testing.assert_close(found, counted[:, None] * torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(found.sum(-1), t.kl)
