@@ -63,13 +63,17 @@ class ConditionalVAE(VAE):
     def __init__(self, *, prior: nn.Module, likelihood: nn.Module, guide: nn.Module):
         super().__init__(prior=prior, likelihood=likelihood, guide=guide)
 
-    def model(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        """Run the generative model p(z|y) p(x|z, y) with x (N, *event_shape) observed."""
-        return super().model(x, y)
+    def model(  # type: ignore[override]
+        self, x: Tensor, y: Tensor, *, observed: Tensor | None = None
+    ) -> Tensor:
+        """Run the generative model p(z|y) p(x|z, y) with x (N, *event_shape) observed; see `VAE.model`."""
+        return super().model(x, y, observed=observed)
 
-    def guide(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+    def guide(  # type: ignore[override]
+        self, x: Tensor, y: Tensor, *, observed: Tensor | None = None
+    ) -> Tensor:
         """Run the guide q(z|x, y)."""
-        return super().guide(x, y)
+        return super().guide(x, y, observed=observed)
 
     def p_z(self, *context: Tensor) -> dist.Distribution:
         """Return p(z|y), of batch shape () if the prior does not depend on y."""

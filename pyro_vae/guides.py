@@ -38,6 +38,12 @@ __all__ = [
 ]
 
 
+class GuideOptions(NetworkOptions, total=False):
+    """Keyword arguments of every guide, documented in `Guide`."""
+
+    mask_input: bool
+
+
 class Guide(nn.Module, ABC):
     """Base class of guides: a network from x to the parameters of q(z|x).
 
@@ -54,6 +60,8 @@ class Guide(nn.Module, ABC):
             sum of `sizes`, such as `sum(guides.LowRankNormal.sizes(20, rank=3))`. With a context from
             (N, prod(event_shape) + C).
         context_dim: C, the size of a further input y, for q(z|x, y); see `networks.as_context`.
+        mask_input: Give the network, where values of x may be missing, a second half of its first dimension,
+            (2 event_shape[0], ...): 1 where x is observed, 0 where it is missing.
         options: Keyword arguments of `sizes`.
     """
 
@@ -66,11 +74,13 @@ class Guide(nn.Module, ABC):
         activation: str = "relu",
         network: nn.Module | None = None,
         context_dim: int = 0,
+        mask_input: bool = False,
         **options: int,
     ):
         super().__init__()
         require_count("context_dim", context_dim, minimum=0)
         self.context_dim = context_dim
+        self.mask_input = mask_input
         self.event_shape = require_event_and_latent(
             f"{type(self).__name__}(event_shape, latent_dim)", event_shape=event_shape, latent_dim=latent_dim
         )
@@ -81,7 +91,8 @@ class Guide(nn.Module, ABC):
         self.output_sizes = self.sizes(latent_dim, **options)
         # one output layer for all parameters: a single matrix product
         if network is None:
-            sizes = math.prod(self.event_shape) + context_dim, sum(self.output_sizes)
+            inputs = (1 + mask_input) * math.prod(self.event_shape) + context_dim
+            sizes = inputs, sum(self.output_sizes)
             network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
         self.network = network
 
@@ -94,7 +105,9 @@ class Guide(nn.Module, ABC):
     def distribution(self, *parts: Tensor) -> dist.Distribution:
         """Return q(z|x), of batch shape (*,) and event shape (K,), from parameters (*, size)."""
 
-    def outputs(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+    def outputs(
+        self, x: Tensor, y: Tensor | None = None, observed: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Apply the network: x (*, *event_shape) to the parameters of q(z|x), each (*, its size).
 
         Raises:
@@ -102,6 +115,9 @@ class Guide(nn.Module, ABC):
             ValueError: If x or y has another event shape or device, or the network another output size.
         """
         check_input(self, "x", x, self.event_shape)
+        if self.mask_input:
+            mask = torch.ones_like(x) if observed is None else observed.to(x.dtype)
+            x = torch.cat([x, mask], -len(self.event_shape))
         raw, batch_shape = apply_in_context(self, x, y, len(self.event_shape))
         expected = (*batch_shape, sum(self.output_sizes))
         if raw.shape != expected:
@@ -112,9 +128,17 @@ class Guide(nn.Module, ABC):
             )
         return raw.split(self.output_sizes, dim=-1)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> dist.Distribution:
-        """Return q(z|x), or q(z|x, y), of batch shape (*,) and event shape (K,)."""
-        return self.distribution(*self.outputs(x, y))
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, observed: Tensor | None = None
+    ) -> dist.Distribution:
+        """Return q(z|x), or q(z|x, y), of batch shape (*,) and event shape (K,).
+
+        Args:
+            x: (*, *event_shape), 0 where missing.
+            y: Context, if there is one.
+            observed: Where x is observed, bool (*, *event_shape), for `mask_input`; by default everywhere.
+        """
+        return self.distribution(*self.outputs(x, y, observed))
 
 
 @rebuildable
@@ -199,7 +223,7 @@ class LowRankNormal(Guide):
         latent_dim: int,
         *,
         rank: int = 2,
-        **network_options: Unpack[NetworkOptions],
+        **network_options: Unpack[GuideOptions],
     ):
         super().__init__(event_shape, latent_dim, rank=rank, **network_options)
 
@@ -241,7 +265,7 @@ class Mixture(Guide):
         latent_dim: int,
         *,
         num_components: int = 4,
-        **network_options: Unpack[NetworkOptions],
+        **network_options: Unpack[GuideOptions],
     ):
         super().__init__(event_shape, latent_dim, num_components=num_components, **network_options)
 
@@ -291,7 +315,7 @@ class Flow(Guide):
         num_context: int = 32,
         num_transforms: int = 3,
         flow_features: Sequence[int] = (64, 64),
-        **network_options: Unpack[NetworkOptions],
+        **network_options: Unpack[GuideOptions],
     ):
         super().__init__(event_shape, latent_dim, num_context=num_context, **network_options)
         self.flow = build_flow(
@@ -368,15 +392,19 @@ class SemiAmortised(nn.Module):
         self.step_size = step_size
         self.num_particles = num_particles
         self.end_to_end = end_to_end
+        self.mask_input = guide.mask_input
 
-    def forward(self, x: Tensor, log_joint: Callable[[Tensor, Tensor], Tensor]) -> dist.Distribution:
+    def forward(
+        self, x: Tensor, log_joint: Callable[[Tensor, Tensor], Tensor], observed: Tensor | None = None
+    ) -> dist.Distribution:
         """Return the refined q(z|x), of batch shape (N,) and event shape (K,).
 
         Args:
-            x: Data (N, *event_shape).
+            x: Data (N, *event_shape), 0 where missing.
             log_joint: Function from x and z (S, N, K) to log p(x, z) (S, N).
+            observed: As for a `Guide`.
         """
-        start = torch.cat(self.guide.outputs(x), dim=-1)
+        start = torch.cat(self.guide.outputs(x, observed=observed), dim=-1)
         through = self.end_to_end and torch.is_grad_enabled()
         with torch.enable_grad():
             refined = self._refined(start if through else start.detach(), x, log_joint, through=through)

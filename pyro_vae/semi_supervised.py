@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from pyro_vae.conditional import ConditionalVAE
 from pyro_vae.data.batches import Batches
+from pyro_vae.data.sources import Arguments, arguments
 from pyro_vae.utils.isolation import evaluation_mode
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count
-from pyro_vae.vae import check_event_shape, data_plate, emit_param_sites
+from pyro_vae.vae import data_plate, emit_param_sites
 
 __all__ = ["SemiSupervisedVAE"]
 
@@ -118,7 +119,12 @@ class SemiSupervisedVAE(ConditionalVAE):
         self.register_buffer("class_log_prior", _log_prior(class_prior, num_classes), persistent=False)
 
     def model(  # type: ignore[override]
-        self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        weight: Tensor | None = None,
+        *,
+        observed: Tensor | None = None,
     ) -> Tensor:
         """Run p(y) p(z|y) p(x|z, y) with x observed, and y where it is not missing.
 
@@ -126,30 +132,38 @@ class SemiSupervisedVAE(ConditionalVAE):
             x: Data, (N, *event_shape).
             y: Classes, (N,), −1 where missing; None if all are.
             weight: Positive weight of each example in a loss, (N,); by default 1. No bound depends on it.
+            observed: Where x is observed, as in `VAE.model`. The classifier, too, sees 0 elsewhere.
         """
         given, labels = _given(x, y)
+        x_seen = x if observed is None else torch.where(observed, x, 0.0)
         emit_param_sites(prior=self.prior, likelihood=self.likelihood)
         with data_plate(x), _weighted(weight):
             p_y = dist.Categorical(logits=self.class_log_prior)
             label = pyro.sample("y", p_y, obs=labels, obs_mask=given)
             z = pyro.sample("z", self.p_z(label))
-            p_x = check_event_shape(self.likelihood(z, label), x)
             if self.training and self.classification_weight:
-                self._teach_classifier(x, given, labels, weight)
-            return pyro.sample("x", p_x, obs=x)
+                self._teach_classifier(x_seen, given, labels, weight)
+            p, x = self._observable(z, x, label, observed=observed)
+            return pyro.sample("x", p, obs=x)
 
     def guide(  # type: ignore[override]
-        self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        weight: Tensor | None = None,
+        *,
+        observed: Tensor | None = None,
     ) -> Tensor:
         """Run q(y|x) where y is missing, then q(z|x, y); arguments are those of the model."""
         given, labels = _given(x, y)
+        x = x if observed is None else torch.where(observed, x, 0.0)
         emit_param_sites(posterior=self.posterior, classifier=self.classifier)
         with data_plate(x), _weighted(weight):
             # uniform where y is given: the draws of z there count equally, and without noise in the gradient
             q_y = dist.Categorical(logits=self.q_y(x).logits.masked_fill(given[:, None], 0.0))
             with poutine.mask(mask=~given):
                 drawn = pyro.sample("y_unobserved", q_y, infer={"enumerate": "parallel"})
-            q_z = self._call_posterior(x, torch.where(given, labels, drawn))
+            q_z = self._call_posterior(x, torch.where(given, labels, drawn), observed=observed)
             if len(x) > 1 and drawn.shape[-1] == 1:  # all classes, (C, 1, ...), rather than draws (..., N)
                 q_z = _with_shared_noise(q_z, -drawn.dim())
             return pyro.sample("z", q_z)
@@ -177,14 +191,16 @@ class SemiSupervisedVAE(ConditionalVAE):
             )
         return dist.Categorical(logits=logits)
 
-    def encode(self, x: Tensor, *context: Tensor) -> dist.Distribution:
+    def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
         """Return q(z|x, y), with the most probable y where it is missing."""
-        return super().encode(x, self._filled(x, *context))
+        x = x if observed is None else torch.where(observed, x, 0.0)
+        return super().encode(x, self._filled(x, *context), observed=observed)
 
-    def reconstruct(self, x: Tensor, *context: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
         """Return E[x|z, y] at the mean of q(z|x, y), with the most probable y where it is missing."""
         with torch.no_grad():
-            return super().reconstruct(x, self._filled(x, *context))
+            x = x if observed is None else torch.where(observed, x, 0.0)
+            return super().reconstruct(x, self._filled(x, *context), observed=observed)
 
     def _filled(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         given, labels = _given(x, y)
@@ -227,7 +243,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             TypeError: If y does not hold integers.
             ValueError: If y has another shape than (N,), or a class is out of range; names the first such.
         """
-        x, y, _ = self._arguments(batch)
+        (x, y, _), observed = self._arguments(batch)
         _, labels = _given(x, y)
         outside = (labels < 0) | (labels >= self.num_classes)
         if outside.any():
@@ -236,7 +252,7 @@ class SemiSupervisedVAE(ConditionalVAE):
                 f"y[{index}] is {int(labels[index])}: classes must lie in 0 … {self.num_classes - 1}, or be "
                 f"{_MISSING} where missing"
             )
-        super().check_data((x, labels, None))
+        super().check_data(Arguments((x, labels), {"observed": observed}))
 
     def arrange(self, batches: Batches) -> Batches:
         """Return training data with `labelled_share` of labelled examples in each batch.
@@ -245,8 +261,8 @@ class SemiSupervisedVAE(ConditionalVAE):
             ValueError: If no example is labelled.
         """
         with torch.no_grad():
-            arguments = (self._arguments(batch) for batch in batches.in_order(_ROWS))
-            parts = [torch.where(*_given(x, y), _MISSING).cpu() for x, y, _ in arguments]
+            given = (self._arguments(batch) for batch in batches.in_order(_ROWS))
+            parts = [torch.where(*_given(x, y), _MISSING).cpu() for (x, y, _), _ in given]
         y = torch.cat(parts)
         labelled = y != _MISSING
         if not labelled.any():
@@ -259,15 +275,14 @@ class SemiSupervisedVAE(ConditionalVAE):
             logger.warning("no example of class %s is labelled", ", ".join(map(str, absent)))
         return batches if labelled.all() else batches.balanced(labelled, self.labelled_share)
 
-    def _arguments(self, batch: Any) -> tuple:
-        given = batch if isinstance(batch, tuple | dict) else (batch,)
-        signature = inspect.signature(self.model)
+    def _arguments(self, batch: Any) -> tuple[tuple, Tensor | None]:
+        args, kwargs = arguments(batch)
         try:
-            bound = signature.bind(**given) if isinstance(given, dict) else signature.bind(*given)
+            bound = inspect.signature(self.model).bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"a {type(self).__name__} takes (x, y), or x alone: {error}") from error
         bound.apply_defaults()
-        return bound.args
+        return bound.args, bound.kwargs["observed"]
 
 
 def _given(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:

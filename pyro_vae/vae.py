@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import pyro
@@ -19,8 +20,10 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.data.sources import arguments
 from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
+from pyro_vae.utils.elements import observe_elements
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
 from pyro_vae.utils.validation import known_support, outside_support, require_floating, same_support, to_shape
@@ -77,18 +80,33 @@ class VAE(OwnParameters):
         self.likelihood = likelihood
         self.posterior = guide  # q(z|x), which approximates p(z|x)
 
-    def model(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Run the generative model p(z) p(x|z) with x (N, *event_shape) observed."""
+    def model(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
+        """Run the generative model p(z) p(x|z) with x observed.
+
+        Args:
+            x: (N, *event_shape).
+            *context: What a `ConditionalVAE` is given.
+            observed: Where x is observed, bool (N, *event_shape): what is missing has no density, and its
+                values play no role. By default all is observed.
+        """
         emit_param_sites(prior=self.prior, likelihood=self.likelihood)
         with data_plate(x):
             z = pyro.sample("z", self.p_z(*context))
-            return pyro.sample("x", check_event_shape(self.likelihood(z, *context), x), obs=x)
+            p, x = self._observable(z, x, *context, observed=observed)
+            return pyro.sample("x", p, obs=x)
 
-    def guide(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Run the guide q(z|x) for x (N, *event_shape)."""
+    def _observable(
+        self, z: Tensor, x: Tensor, *context: Tensor, observed: Tensor | None
+    ) -> tuple[dist.Distribution, Tensor]:
+        """Return p(x|z) of what is observed, and x with valid values where it is missing."""
+        p = check_event_shape(self.decode(z, *context), x)
+        return (p, x) if observed is None else observe_elements(p, x, observed)
+
+    def guide(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
+        """Run the guide q(z|x), given 0 where x is missing; arguments are those of the model."""
         emit_param_sites(posterior=self.posterior)
         with self._own_store() if self.names_parameters else nullcontext():
-            q = self._call_posterior(x, *context)
+            q = self._call_posterior(x, *context, observed=observed)
         if not isinstance(q, dist.Distribution):
             return q  # the function samples its own sites
         with data_plate(x):
@@ -99,20 +117,25 @@ class VAE(OwnParameters):
         """Whether the guide may make parameters as it runs: a Pyro guide function, or a `PyroModule`."""
         return isinstance(self.posterior, PyroModule) or not isinstance(self.posterior, nn.Module)
 
-    def _call_posterior(self, x: Tensor, *context: Tensor) -> Any:
+    def _call_posterior(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Any:
         posterior: Callable[..., Any] = self.posterior
+        options: dict[str, Any] = {}
+        if observed is not None:
+            x = torch.where(observed, x, 0.0)
+            if getattr(posterior, "mask_input", False):
+                options["observed"] = observed
         if getattr(posterior, "needs_log_joint", False):  # it optimises q under this model
-            return posterior(x, self.log_joint)
-        return posterior(x, *context)
+            return posterior(x, partial(self.log_joint, observed=observed), **options)
+        return posterior(x, *context, **options)
 
     def p_z(self, *context: Tensor) -> dist.Distribution:
         """Return p(z), with batch shape () and event shape (K,)."""
         return self.prior(*context)
 
-    def encode(self, x: Tensor, *context: Tensor) -> dist.Distribution:
+    def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
         """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
         with poutine.block(), self._own_store():
-            trace = poutine.trace(self._call_posterior).get_trace(x, *context)
+            trace = poutine.trace(self._call_posterior).get_trace(x, *context, observed=observed)
         q = trace.nodes["_RETURN"]["value"]
         return q if isinstance(q, dist.Distribution) else trace.nodes["z"]["fn"]
 
@@ -120,9 +143,10 @@ class VAE(OwnParameters):
         """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""
         return self.likelihood(z, *context)
 
-    def log_joint(self, x: Tensor, z: Tensor, *context: Tensor) -> Tensor:
+    def log_joint(self, x: Tensor, z: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
         """Return log p(x, z) = log p(x|z) + log p(z), (*, N), for x (N, *event_shape) and z (*, N, K)."""
-        return self.decode(z, *context).log_prob(x) + self.p_z(*context).log_prob(z)
+        p, x = self._observable(z, x, *context, observed=observed)
+        return p.log_prob(x) + self.p_z(*context).log_prob(z)
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
@@ -138,9 +162,9 @@ class VAE(OwnParameters):
         return p.mean if mean else p.sample()
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *context: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
         """Return E[x|z], (N, *event_shape), at the mean of q(z|x), or at a draw if q has no analytic mean."""
-        q = self.encode(x, *context)
+        q = self.encode(x, *context, observed=observed)
         try:
             z = q.mean
         except NotImplementedError:
@@ -160,7 +184,7 @@ class VAE(OwnParameters):
                 message names the first such value and its index. A support that depends on z, or that the
                 distribution does not state, is not checked.
         """
-        x, *context = self._arguments(batch)
+        (x, *context), observed = self._arguments(batch)
         require_floating("x", x)
         with evaluation_mode(self), torch.no_grad(), isolated_generators(x.device, seed=0):
             of_one = [y[:1] for y in context if y is not None]
@@ -170,15 +194,18 @@ class VAE(OwnParameters):
         support = known_support(check_event_shape(p, x))
         if support is None or not same_support(support, known_support(other)):
             return
+        if observed is not None:
+            x = torch.where(observed, x, p.sample()[0])
         message = outside_support("x", x, type(self.likelihood).__name__, support)
         if message:
-            raise ValueError(message)
+            hint = "; if NaN means missing, pass missing='nan'" if x.isnan().any() else ""
+            raise ValueError(message + hint)
 
-    def _arguments(self, batch: Any) -> tuple:
-        """Return x, and the context of a conditional VAE; raise for another number of arguments."""
-        given = batch if isinstance(batch, tuple) else (batch,)
-        if isinstance(batch, dict):
-            given = inspect.signature(self.model).bind(**batch).args
+    def _arguments(self, batch: Any) -> tuple[tuple, Tensor | None]:
+        """Return x, with the context of a conditional VAE, and where x is observed; raise for others."""
+        args, kwargs = arguments(batch)
+        bound = inspect.signature(self.model).bind(*args, **kwargs)
+        given, observed = bound.args, bound.kwargs.get("observed")
         if len(given) != 1 + self.takes_context:
             takes, remedy = (
                 ("x and y", "pass (x, y)")
@@ -189,7 +216,7 @@ class VAE(OwnParameters):
                 f"a {type(self).__name__} takes {takes}; got {len(given)} arguments, a "
                 f"{type(batch).__name__}: {remedy}"
             )
-        return given
+        return given, observed
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters and constructor arguments of the VAE to a file.

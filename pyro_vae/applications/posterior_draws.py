@@ -120,7 +120,7 @@ class Observed:
 
     def start(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw z (count, n, K) from q(z|guess), or from the prior for blank examples, and its log-density."""
-        q, prior = self.vae.encode(self.guess), self.vae.prior()
+        q, prior = self.vae.encode(self.guess, observed=~self.missing), self.vae.prior()
         z = q.sample((count,))
         log_q = q.log_prob(z)
         if self.blank.any():
@@ -265,7 +265,7 @@ class _Chain:
         self.observed = observed
         self.z, _ = observed.start(count)
         try:
-            width = observed.vae.encode(observed.guess).stddev
+            width = observed.vae.encode(observed.guess, observed=~observed.missing).stddev
         except (AttributeError, NotImplementedError):
             width = torch.ones_like(self.z[0])
         self.width = torch.where(observed.blank[:, None], 1.0, width)

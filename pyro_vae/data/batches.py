@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_vae.data.balance import Balance
 from pyro_vae.data.images import Images
 from pyro_vae.data.permutations import permutation
-from pyro_vae.data.sources import Source, as_source, num_rows
+from pyro_vae.data.sources import Arguments, Source, as_source, num_rows, without_missing
 from pyro_vae.utils.isolation import derived_seed, seed_at
 
 __all__ = ["Batches"]
@@ -37,6 +37,7 @@ class Batches:
         seed: Seed of the order and of the binarisation.
         device: Device of the batches; the data stay on theirs.
         dtype: Floating-point type of batches from data other than tensors and images.
+        missing_for: The model, if NaN means missing: it gets the mask as a further argument.
 
     Raises:
         TypeError: If the data are of an unsupported type, or to be binarised and not floating-point.
@@ -56,9 +57,12 @@ class Batches:
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        missing_for: Callable[..., Any] | None = None,
     ):
         fixed = seed if isinstance(data, Images) else derived_seed(seed, _FIXED)  # as `Images.binarized`
         source = as_source(data, binarize=binarize, seed=fixed, dtype=dtype or torch.get_default_dtype())
+        if missing_for is not None:
+            source = without_missing(source, missing_for)
         self._fill(source, lambda positions: positions, len(source), seed, torch.device(device))
 
     def _fill(
@@ -243,6 +247,8 @@ class Batches:
 def _with_weight(batch: Any, weight: Tensor) -> Any:
     leaf = next(leaf for leaf in tree_leaves(batch) if leaf.is_floating_point())
     weight = weight.to(leaf)
+    if isinstance(batch, Arguments):
+        return Arguments((*batch.args, weight), batch.kwargs)
     return {**batch, "weight": weight} if isinstance(batch, dict) else (*batch, weight)
 
 

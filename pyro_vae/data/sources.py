@@ -5,6 +5,7 @@ map-style torch data sets; and tuples or dicts of these, for programs of several
 but the rows of a batch.
 """
 
+import inspect
 import math
 import random
 import warnings
@@ -12,7 +13,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -291,6 +292,73 @@ def _row_shape(batch: Any) -> tuple[int, ...]:
     return (sum(math.prod(leaf.shape[1:]) for leaf in tree_leaves(batch)),)
 
 
+class Arguments(NamedTuple):
+    """A batch of positional and named arguments."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class _Masked(Source):
+    """Another source whose NaN are missing values: 0 in their place, and a mask as a further argument.
+
+    The batch x becomes f(x, observed=...), (x, y) becomes f(x, y, observed=...), and of a dict it is "x", or
+    the first entry.
+    """
+
+    def __init__(self, source: Source):
+        self.source, self.shape, self.device = source, source.shape, source.device
+        self.itemsize, self.in_memory = source.itemsize, source.in_memory
+        self.is_random, self.runs_user_code = source.is_random, source.runs_user_code
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Any:
+        batch = self.source.batch(index, generator)
+        if isinstance(batch, dict):
+            name = "x" if "x" in batch else next(iter(batch))
+            x, observed = _fill(batch[name])
+            return {**batch, name: x, "observed": observed}
+        first, *others = batch if isinstance(batch, tuple) else (batch,)
+        x, observed = _fill(first)
+        return Arguments((x, *others), {"observed": observed})
+
+    def raw(self, index: Tensor) -> Any:
+        return self.source.raw(index)
+
+
+def told_of_missing(missing: str | None, pair: Any) -> Callable[..., Any] | None:
+    """Return the model of a pair if it is to be told which values are missing, for `Batches`, or None.
+
+    Raises:
+        ValueError: If `missing` is neither None nor "nan".
+    """
+    if missing not in (None, "nan"):
+        raise ValueError(f"missing must be None or 'nan', the mark of a missing value; got {missing!r}")
+    return None if missing is None else getattr(pair, "written", pair).model
+
+
+def without_missing(source: Source, model: Callable[..., Any]) -> Source:
+    """Return a source with 0 for NaN, and where it was not NaN as a further argument; see `_Masked`.
+
+    Raises:
+        TypeError: If the model takes no argument `observed`.
+    """
+    parameters = inspect.signature(model).parameters.values()
+    if not any(
+        parameter.name == "observed" or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters
+    ):
+        raise TypeError(
+            "missing='nan' calls model(x, observed=...) and guide(x, observed=...), with 0 for NaN in x, and "
+            "False there in observed, of the shape of x; this model takes no such argument: add it to both"
+        )
+    return _Masked(source)
+
+
+def _fill(x: Tensor) -> tuple[Tensor, Tensor]:
+    require_floating("data with missing values", x)
+    observed = ~x.isnan()
+    return torch.where(observed, x, 0.0), observed
+
+
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
     """Return positional and named arguments of a program for a batch.
 
@@ -299,6 +367,8 @@ def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
         >>> len(arguments(x)[0]), len(arguments((x, y))[0]), list(arguments({"x": x, "y": y})[1])
         (1, 2, ['x', 'y'])
     """
+    if isinstance(batch, Arguments):
+        return batch
     if isinstance(batch, dict):
         return (), batch
     return (batch if isinstance(batch, tuple) else (batch,)), {}

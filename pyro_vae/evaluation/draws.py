@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.images import Images
-from pyro_vae.data.sources import arguments, check_arguments, num_rows
+from pyro_vae.data.sources import arguments, check_arguments, num_rows, told_of_missing
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
 from pyro_vae.objectives.sites import Site
@@ -81,7 +81,9 @@ class Chunk:
         return self.log_likelihood + self.log_prior - self.log_guide
 
 
-def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> Batches:
+def prepare_data(
+    pair: Pair, data: Any, *, binarize: str | None, seed: int, missing: str | None = None
+) -> Batches:
     """Validate data and parameters, and binarise the data once, so that every pass sees the same values.
 
     Args:
@@ -89,6 +91,7 @@ def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> B
         data: (N, *event_shape).
         binarize: None, "dynamic" or "fixed" (the same here: one draw from `seed`), or "threshold".
         seed: Seed of the binarisation.
+        missing: As in `fit`.
 
     Raises:
         TypeError: If the data are of a kind that `fit` does not take, or not floating-point.
@@ -104,7 +107,14 @@ def prepare_data(pair: Pair, data: Any, *, binarize: str | None, seed: int) -> B
     device = next((parameter.device for parameter in parameters.values()), getattr(data, "device", "cpu"))
     binarize = "fixed" if binarize == "dynamic" else binarize
     dtype = next((parameter.dtype for parameter in parameters.values()), None)
-    batches = Batches(data, binarize=binarize, seed=seed, device=device, dtype=dtype)
+    batches = Batches(
+        data,
+        binarize=binarize,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        missing_for=told_of_missing(missing, pair),
+    )
     batches.check(getattr(pair, "check_data", check_arguments))
     return batches
 

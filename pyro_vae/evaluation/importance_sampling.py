@@ -20,7 +20,7 @@ from pyro_vae.evaluation.whole import evaluate_whole
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.objectives.log_terms import EnumeratedError, PairSites, terms
 from pyro_vae.objectives.pair import as_programs
-from pyro_vae.objectives.sites import NotSeparableError
+from pyro_vae.objectives.sites import NotSeparableError, joint_mask
 from pyro_vae.utils.display import Estimate, progress_bar
 from pyro_vae.utils.isolation import evaluating, isolated
 from pyro_vae.utils.validation import require_count
@@ -34,6 +34,7 @@ def evaluate(
     *,
     num_particles: int = 1000,
     binarize: str | None = None,
+    missing: str | None = None,
     seed: int = 0,
     aggregate_size: int = 5000,
     max_plate_nesting: int = 1,
@@ -54,6 +55,8 @@ def evaluate(
         num_particles: S, draws of z per example.
         binarize: "dynamic" or "fixed" (the same here: one Bernoulli draw, from `seed`), or "threshold" (at
             ½), for grey levels under a Bernoulli likelihood.
+        missing: "nan" if NaN means missing, as in `fit`: log p(x) is then that of the observed values, and
+            bits are per observed value.
         seed: Non-negative integer from which every random number is derived.
         aggregate_size: Number of examples, the first ones, whose aggregate posterior gives the mutual
             information; the cost grows with its square. 0 omits it.
@@ -90,7 +93,7 @@ def evaluate(
     vae = as_programs("evaluate(pair, data)", vae)
     require_count("num_particles", num_particles)
     require_count("aggregate_size", aggregate_size, minimum=0)
-    batches = prepare_data(vae, data, binarize=binarize, seed=seed)
+    batches = prepare_data(vae, data, binarize=binarize, seed=seed, missing=missing)
     with (
         evaluating(vae, batches.device, seed),
         progress_bar(len(batches) * num_particles, shown=progress, unit=" draws", unit_scale=True) as bar,
@@ -139,7 +142,7 @@ class _Reduced:
     bounds: dict[int, tuple[Tensor, Tensor]]
     unit_names: list[str]
     observed_names: list[str]
-    num_dimensions: int
+    num_observed: int
     has_analytic_kl: bool
     has_analytic_entropy: bool
 
@@ -174,10 +177,19 @@ def _reduce(chunk: Chunk) -> _Reduced:
         bounds=bound_by_particles(log_weight),
         unit_names=latent.names,
         observed_names=list(sites.observed),
-        num_dimensions=sum(site["value"].numel() for site in sites.observed.values()) // sites.num_data,
+        num_observed=_num_observed(sites),
         has_analytic_kl=kl is not None,
         has_analytic_entropy=entropy is not None,
     )
+
+
+def _num_observed(sites: PairSites) -> int:
+    """Return the number of observed values of the chunk's examples."""
+    masks = [
+        sites.in_full(joint_mask(site).expand(site["fn"].shape()), site["fn"].event_dim)
+        for site in sites.observed.values()
+    ]
+    return sum(int(mask.sum()) // len(mask) for mask in masks)  # the first dimension is the particles'
 
 
 def _by_site(sites: PairSites) -> Tensor:
@@ -213,7 +225,7 @@ def _evaluation(reduced: list[_Reduced], aggregate: AggregatePosterior | None, *
         },
         unit_names=reduced[0].unit_names,
         observed_names=reduced[0].observed_names,
-        num_dimensions=reduced[0].num_dimensions,
+        num_dimensions=sum(chunk.num_observed for chunk in reduced) / num_data,
         activity=standard_error(per_datum.unit_mean).square() * num_data - noise,
         aggregate=aggregate,
         has_analytic_kl=reduced[0].has_analytic_kl,

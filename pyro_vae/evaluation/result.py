@@ -90,7 +90,7 @@ class Evaluation:
         has_analytic_entropy: True if the entropy is in closed form.
         num_data: N.
         num_particles: S.
-        num_dimensions: Number of values per example.
+        num_dimensions: Mean number of observed values per example.
         seed: Seed of the draws.
     """
 
@@ -104,7 +104,7 @@ class Evaluation:
     has_analytic_entropy: bool
     num_data: int
     num_particles: int
-    num_dimensions: int
+    num_dimensions: float
     seed: int
 
     def mean(self, name: str) -> Estimate:

@@ -33,6 +33,7 @@ from pyro_vae.objectives.sites import (
     data_plate,
     draw_sources,
     guide_messenger,
+    joint_mask,
     latent_sites,
     masked_log_prob,
     run,
@@ -40,6 +41,7 @@ from pyro_vae.objectives.sites import (
     shared_scale,
     site_family,
 )
+from pyro_vae.utils.elements import elementwise
 from pyro_vae.utils.validation import require_count
 
 __all__ = ["EnumeratedError", "PairSites", "Terms", "particle_plate", "terms"]
@@ -122,6 +124,20 @@ class Terms:
             for name, site in self.sites.guide.items()
             if getattr(site["score_function"], "requires_grad", False)
         ]
+
+    def by_element(self, site: str) -> Tensor:
+        """Return log p of each element of an observed site, (S, N, *event), 0 where it is missing.
+
+        Its sum over the elements is the site's part of `log_likelihood`. Dimensions of other plates precede
+        those of the event.
+
+        Raises:
+            ValueError: If there is no such site, or its elements are not independent given z.
+        """
+        if site not in self.sites.observed:
+            known = ", ".join(map(repr, self.sites.observed))
+            raise ValueError(f"{site!r} is not an observed site: {known}")
+        return self.sites.by_element(self.sites.observed[site])
 
     def scale_path_gradients(self, weight: Tensor) -> None:
         """Multiply the gradients of log p(x|z) and log p(z) through z by `weight`, (S, N).
@@ -342,6 +358,13 @@ class PairSites:
         shape[0], shape[self.data_dim] = self.num_particles, self.num_data
         batch_dim = site["value"].dim() - site["fn"].event_dim
         return weight.reshape(shape[self.rank - batch_dim :] + [1] * site["fn"].event_dim)
+
+    def by_element(self, site: Site) -> Tensor:
+        """Return the masked log density of each element of a site, (S, N, *others, *event)."""
+        log_prob = elementwise(site["fn"]).log_prob(site["value"])
+        log_prob = log_prob.where(joint_mask(site), 0.0)
+        values = self.in_full(log_prob, site["fn"].event_dim).movedim(self.data_axis, 1)
+        return values.expand(self.num_particles, self.num_data, *values.shape[2:])
 
     def log_score(self) -> Tensor:
         """Compute log q at fixed draws, (S, N); see `Terms.log_score`."""

@@ -316,6 +316,9 @@ class Pair(OwnParameters):
         (['stored.scale'], 0)
     """
 
+    written: Programs
+    """The two as they were given."""
+
     def __init__(self, model: Program, guide: Program):
         for program in (model, guide):
             if isinstance(program, type | TorchDistributionMixin):
@@ -331,17 +334,18 @@ class Pair(OwnParameters):
         self.programs = nn.ModuleList(
             dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module))
         )
-        vars(self)["_functions"] = model, guide  # not as a submodule, whose state would be stored twice
+        # not as submodules, whose state would be stored twice
+        vars(self)["written"] = Programs(model, guide)
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         with self._own_store():
-            return vars(self)["_functions"][0](*args, **kwargs)
+            return self.written.model(*args, **kwargs)
 
     def guide(self, *args: Any, **kwargs: Any) -> Any:
         """Run the guide."""
         with self._own_store():
-            return vars(self)["_functions"][1](*args, **kwargs)
+            return self.written.guide(*args, **kwargs)
 
     def make_parameters(self, *args: Any, **kwargs: Any) -> None:
         """Run both once, in evaluation mode, so that parameters exist before an optimiser is made of them.

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sources import arguments, check_arguments
+from pyro_vae.data.sources import arguments, check_arguments, told_of_missing
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.inference.svi import default_loss
 from pyro_vae.objectives.pair import OwnParameters, Pair, as_programs, make_parameters
@@ -83,6 +83,7 @@ def fit(
     clip_norm: float | None = None,
     validation: Any = None,
     binarize: str | None = None,
+    missing: str | None = None,
     kl_warmup: float = 0,
     engine: str = "auto",
     precision: str = "float32",
@@ -128,6 +129,9 @@ def fit(
         validation: Held-out data, or the fraction of `data` to hold out; 0 or None for neither.
         binarize: "dynamic" (fresh Bernoulli draws at each pass), "fixed" (one draw) or "threshold"
             (at ½), for grey levels under a Bernoulli likelihood.
+        missing: "nan" if NaN in x, the first of several arguments, means missing: the bound is that of the
+            observed values alone. The model and the guide are then called with `observed`, see `VAE.model`,
+            and with 0 for NaN, which reaches no network; a guide with `mask_input` sees where.
         kl_warmup: Epochs over which the weight on the KL rises linearly from 0 to 1. What is
             reported stays the value at weight 1.
         engine: How the steps are taken: "auto", "eager", "traced" or "compiled"; see `SVI`. All take the same
@@ -185,7 +189,7 @@ def fit(
         checkpoint_dir=checkpoint_dir,
         resume=resume,
     )
-    train, held_out = _prepare(pair, data, validation, binarize, seed)
+    train, held_out = _prepare(pair, data, validation, binarize=binarize, seed=seed, missing=missing)
     with _surroundings(pair, train.device, seed):
         _make_parameters(pair, vae, train, batch_size)
         with evaluation_mode(pair):  # also of the modules that have just been met
@@ -330,12 +334,19 @@ def _prepare(
     pair: OwnParameters,
     data: Any,
     validation: Any,
+    *,
     binarize: str | None,
     seed: int,
+    missing: str | None,
 ) -> tuple[Batches, Batches | None]:
     """Check the data and split off, or take, the validation data."""
     parameter = next(pair.parameters(), torch.empty(0))
-    options: dict[str, Any] = {"binarize": binarize, "device": parameter.device, "dtype": parameter.dtype}
+    options: dict[str, Any] = {
+        "binarize": binarize,
+        "device": parameter.device,
+        "dtype": parameter.dtype,
+        "missing_for": told_of_missing(missing, pair),
+    }
     train = Batches(data, seed=seed, **options)
     held_out = None
     if isinstance(validation, Real):

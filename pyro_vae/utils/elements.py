@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["elementwise"]
+__all__ = ["elementwise", "observe_elements"]
+
+_FILLERS = (0.0, 1.0, 0.5)  # one of them lies in any common support
 
 
 def elementwise(distribution: Any) -> Any:
@@ -32,3 +36,27 @@ def elementwise(distribution: Any) -> Any:
             "in .to_event(...)"
         )
     return inner
+
+
+def observe_elements(distribution: Any, x: Tensor, observed: Tensor) -> tuple[Any, Tensor]:
+    r"""Return p(x|z) of the observed elements alone, and x with values in the support where it is missing.
+
+    .. math:: \log p(x_{obs}|z) = \sum_{d\ \text{observed}} \log p(x_d|z)
+
+    Args:
+        distribution: p(x|z), with independent elements.
+        x: (N, *event_shape), any number where missing.
+        observed: bool, (N, *event_shape).
+
+    Raises:
+        TypeError: If `observed` is not boolean.
+        ValueError: If it has another shape than x, or the elements are not independent.
+    """
+    if observed.dtype != torch.bool:
+        raise TypeError(f"observed must be boolean; got {observed.dtype}: use observed.bool()")
+    if observed.shape != x.shape:
+        raise ValueError(f"observed must have the shape of x, {tuple(x.shape)}; got {tuple(observed.shape)}")
+    single = elementwise(distribution)
+    filler = next((value for value in _FILLERS if single.support.check(x.new_tensor(value)).all()), 0.0)
+    masked = single.mask(observed).to_event(len(distribution.event_shape))
+    return masked, torch.where(observed, x, filler)

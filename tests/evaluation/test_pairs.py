@@ -76,7 +76,7 @@ def test_annealing_and_export_take_several_arguments():
 
 def test_a_tuple_of_functions_reads_pyros_store():
     pair, data, _ = covariates()
-    model, guide = vars(pair)["_functions"]
+    model, guide = pair.written
     with pyro.get_param_store().scope():
         pyro.param("widen", torch.tensor(3.0), constraint=constraints.positive)
         wide = pv.evaluate((model, guide), data, num_particles=50, progress=False)

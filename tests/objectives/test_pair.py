@@ -94,7 +94,7 @@ def test_losses_are_those_of_pyros_svi_on_functions_and_of_pyros_svi_on_the_pair
     pyro.clear_param_store()
     torch.manual_seed(1)
     bare = write_pair()
-    model, guide = vars(bare)["_functions"]
+    model, guide = bare.written
     with torch.no_grad():
         bare.encoder_itself().eval()
         guide(X)
