@@ -277,6 +277,31 @@ def test_conditional_vae(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
+def test_semi_supervised(monkeypatch, tmp_path, capsys):
+    path = EXAMPLE.parent / "semi_supervised.py"
+    options = ["--epochs", "1", "--epochs-features", "1", "--latent-dim", "3", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [str(path), *options])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "semi-supervised  error" in capsys.readouterr().out
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_sequences(monkeypatch, tmp_path, capsys):
+    path = EXAMPLE.parent / "sequences.py"
+    options = ["--epochs", "1", "--width", "8", "--test-size", "5", "--output", str(tmp_path)]
+    module = runpy.run_path(str(path))
+    x, mask = torch.zeros(3, 14, 56), torch.arange(14) < torch.tensor([[14], [9], [5]])
+    x[0, 13], x[1, 8], x[2, 4] = 1.0, 1.0, 1.0
+    dmm = module["DeepMarkovModel"](2, 4)
+    assert torch.equal(dmm.read_backwards(x, mask)[1, 8], dmm.read_backwards(x[1:2, :9], mask[1:2, :9])[0, 8])
+    assert (module["load"]("test")["mask"].sum(1) >= 5).all()
+
+    monkeypatch.setattr("sys.argv", [str(path), *options])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "log p(x)" in capsys.readouterr().out
+    assert (tmp_path / "continued.png").exists()
+
+
 def test_two_stochastic_layers(monkeypatch, tmp_path, capsys):
     path = EXAMPLE.parent / "two_stochastic_layers.py"
     options = [
