@@ -18,7 +18,7 @@ from pyro_vae.evaluation.latents import AggregatePosterior, aggregate_posterior,
 from pyro_vae.evaluation.result import Evaluation, PerDatum, standard_error
 from pyro_vae.evaluation.whole import evaluate_whole
 from pyro_vae.inference.guide_check import require_fit
-from pyro_vae.objectives.log_terms import EnumeratedError, PairSites, terms
+from pyro_vae.objectives.log_terms import PairSites, terms
 from pyro_vae.objectives.pair import as_programs
 from pyro_vae.objectives.sites import NotSeparableError, joint_mask
 from pyro_vae.utils.display import Estimate, progress_bar
@@ -123,8 +123,6 @@ def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str
     try:
         with isolated(pair.model, pair.guide), torch.no_grad():
             terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
-    except EnumeratedError as error:
-        return str(error)
     except NotSeparableError as error:
         require_fit(pair.model, pair.guide, *args, **kwargs)
         return str(error)
@@ -171,12 +169,14 @@ def _reduce(chunk: Chunk) -> _Reduced:
             pareto_k=weights.pareto_k,
             unit_kl=latent.kl.cpu().double(),
             unit_mean=latent.mean.cpu().double(),
-            site_log_likelihood=_by_site(sites),
+            site_log_likelihood=torch.stack(
+                [mean(part.cpu()) for part in chunk.first_terms.by_site().values()], -1
+            ),
         ),
         unit_mean_variance=latent.mean_variance.cpu().double(),
         bounds=bound_by_particles(log_weight),
         unit_names=latent.names,
-        observed_names=list(sites.observed),
+        observed_names=list(chunk.first_terms.by_site()),
         num_observed=_num_observed(sites),
         has_analytic_kl=kl is not None,
         has_analytic_entropy=entropy is not None,
@@ -185,17 +185,13 @@ def _reduce(chunk: Chunk) -> _Reduced:
 
 def _num_observed(sites: PairSites) -> int:
     """Return the number of observed values of the chunk's examples."""
-    masks = [
-        sites.in_full(joint_mask(site).expand(site["fn"].shape()), site["fn"].event_dim)
-        for site in sites.observed.values()
-    ]
-    return sum(int(mask.sum()) // len(mask) for mask in masks)  # the first dimension is the particles'
-
-
-def _by_site(sites: PairSites) -> Tensor:
-    """Return E_q[log p] of each observed site, (N, O), from the chunk's first run."""
-    parts = [sites.sum([site["log_prob"]]).double().mean(0).cpu() for site in sites.observed.values()]
-    return torch.stack(parts, dim=-1)
+    total = 0
+    for site in sites.observed.values():
+        mask = joint_mask(site).expand(site["fn"].shape())
+        while mask.dim() - site["fn"].event_dim >= sites.rank:  # the same for all particles and classes
+            mask = mask[0]
+        total += int(mask.sum())
+    return total
 
 
 def _entropy(sites: PairSites) -> Tensor | None:

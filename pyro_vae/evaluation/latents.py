@@ -77,7 +77,9 @@ def summarise_latents(sites: PairSites) -> LatentSummary:
         values = _by_dimension(sites, guide, guide["value"])
         count = values.shape[-1]
         names += [name] if count == 1 else [f"{name}[{number}]" for number in range(count)]
-        counted = _kl(guide, latent).where(joint_mask(guide), 0.0)
+        unknown = name in sites.summed  # its prior is a sum
+        each = torch.full_like(guide["value"], torch.nan) if unknown else _kl(guide, latent)
+        counted = each.where(joint_mask(guide), 0.0)
         kl.append(_by_dimension(sites, guide, counted).mean(0).expand(values.shape[1:]))
         mean.append(_by_dimension(sites, guide, _mean(guide)).expand(values.shape))
     means = torch.cat(mean, dim=-1)

@@ -11,6 +11,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
+from pyro_vae.objectives.enumeration import enumerated_sites
 from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.guide_problems import (
     explain_failure,
@@ -22,6 +23,7 @@ from pyro_vae.objectives.guide_problems import (
     subsample_problems,
     support,
 )
+from pyro_vae.objectives.kl_weighting import inner_estimator
 from pyro_vae.objectives.log_terms import particle_plate
 from pyro_vae.objectives.sites import (
     Program,
@@ -39,6 +41,7 @@ __all__ = [
     "FittingPair",
     "require_fit",
     "run_fitting_pair",
+    "sums_out",
 ]
 
 
@@ -65,7 +68,8 @@ def run_fitting_pair(
 ) -> FittingPair:
     """Run a guide, then the model at its draws, as an estimator does; raise if the guide does not fit.
 
-    Sites that the model marks for enumeration may be missing from the guide if the estimator enumerates.
+    Sites that the model enumerates may be missing from the guide, except for an estimator that does not sum
+    over their values.
     """
     programs = (model, guide)
     if estimator is not None:
@@ -74,12 +78,9 @@ def run_fitting_pair(
     model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     dims = {site["infer"].get("_enumerate_dim") for site in (*model_sites.values(), *guide_sites.values())}
-    if isinstance(estimator, TraceEnum_ELBO | TraceTMC_ELBO):
-        model_sites = {
-            name: site
-            for name, site in model_sites.items()
-            if name in guide_sites or not site["infer"].get("enumerate")
-        }
+    if estimator is None or sums_out(estimator):
+        summed = enumerated_sites(model_sites, guide_sites)
+        model_sites = {name: site for name, site in model_sites.items() if name not in summed}
     mismatches = problems(
         model_sites, guide_sites, returned, enumerated=dims - {None}, model_failed=error is not None
     )
@@ -95,6 +96,11 @@ def run_fitting_pair(
         error.add_note("The model raised this error when it was run at the guide's draws.")
         raise error
     return FittingPair(model, guide, data, kwargs, guide_trace, model_trace, reports)
+
+
+def sums_out(estimator: ELBO) -> bool:
+    """Return whether an estimator sums over the values of sites that the model alone enumerates."""
+    return isinstance(inner_estimator(estimator), TraceEnum_ELBO | TraceTMC_ELBO | Estimator)
 
 
 def _as_run_by(

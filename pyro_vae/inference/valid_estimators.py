@@ -8,7 +8,8 @@ from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.inspect import get_dependencies
 
-from pyro_vae.inference.guide_fit import FittingPair
+from pyro_vae.inference.guide_fit import FittingPair, sums_out
+from pyro_vae.objectives.enumeration import enumerated_sites
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi
 from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.sites import (
@@ -60,6 +61,9 @@ def failure_reason(estimator: ELBO, pair: FittingPair) -> str | None:
 def invalid_reason(estimator: ELBO, pair: FittingPair) -> str | None:
     """Run an estimator and return the reason why it is not valid for a pair, or None."""
     programs = pair.model, pair.guide
+    summed = enumerated_sites(sample_sites(pair.model_trace), sample_sites(pair.guide_trace))
+    if summed and not sums_out(estimator):
+        return f"it does not sum over the values of {summed[0]!r}, which the guide lacks"
     try:
         if isinstance(estimator, TraceEnum_ELBO):
             check_plates(sample_sites(pair.guide_trace), sample_sites(pair.model_trace))

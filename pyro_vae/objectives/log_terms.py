@@ -23,9 +23,11 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_vae.objectives.enumeration import enumerated_sites, sum_out
 from pyro_vae.objectives.guide_problems import mask_problems, name_problems
 from pyro_vae.objectives.pair import split_pair
 from pyro_vae.objectives.sites import (
+    NotSeparableError,
     Program,
     Site,
     Sites,
@@ -44,7 +46,7 @@ from pyro_vae.objectives.sites import (
 from pyro_vae.utils.elements import elementwise
 from pyro_vae.utils.validation import require_count
 
-__all__ = ["EnumeratedError", "PairSites", "Terms", "particle_plate", "terms"]
+__all__ = ["PairSites", "Terms", "particle_plate", "terms"]
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ class Terms:
         The sum of the KLs of the sites. If the distributions of a site depend on draws of other sites, so
         does its KL, and the mean over particles is returned: an unbiased estimate with less variance than a
         sampled KL. None if torch has no KL for the two distributions of a site, if their masks differ, if the
-        guide has a Delta with a density or an auxiliary site, or if guide and model draw their sites in
-        different order (the prior of a site might then depend on its descendants in the guide, and the sum
-        would be wrong).
+        guide has a Delta with a density or an auxiliary site, if the prior of a site is a sum over enumerated
+        values, or if guide and model draw their sites in different order (the prior of a site might then
+        depend on its descendants in the guide, and the sum would be wrong).
         """
         guide_sites, latent = self.sites.guide, self.sites.latent
-        if list(guide_sites) != list(latent):
+        if list(guide_sites) != list(latent) or self.sites.summed & set(latent):
             return None
         kls = [analytic_kl(site, latent[name]) for name, site in guide_sites.items()]
         known = [kl for kl in kls if kl is not None]
@@ -125,6 +127,17 @@ class Terms:
             if getattr(site["score_function"], "requires_grad", False)
         ]
 
+    def by_site(self) -> dict[str, Tensor]:
+        """Return log p of each observed site, (S, N), of sum `log_likelihood`.
+
+        Sites that depend on values which are summed out have one entry together.
+        """
+        parts = {name: self.sites.sum([part]) for name, part in self.sites.apart(self.sites.observed).items()}
+        together = [name for name in self.sites.observed if name in self.sites.summed]
+        if together:
+            parts[" and ".join(together)] = self.log_likelihood - sum(parts.values())
+        return parts
+
     def by_element(self, site: str) -> Tensor:
         """Return log p of each element of an observed site, (S, N, *event), 0 where it is missing.
 
@@ -137,6 +150,10 @@ class Terms:
         if site not in self.sites.observed:
             known = ", ".join(map(repr, self.sites.observed))
             raise ValueError(f"{site!r} is not an observed site: {known}")
+        if site in self.sites.summed:
+            raise ValueError(
+                f"{site!r} depends on values that are summed out, so that elements are not apart"
+            )
         return self.sites.by_element(self.sites.observed[site])
 
     def scale_path_gradients(self, weight: Tensor) -> None:
@@ -207,10 +224,17 @@ def terms(
         )
     particles = particle_plate(num_particles, max_plate_nesting) if num_particles > 1 else nullcontext()
     guide_trace, model_trace, draws = _run_pair(model, guide, data, kwargs, particles)
+    enumerated = enumerated_sites(sample_sites(model_trace), sample_sites(guide_trace))
+    nesting = math.inf  # of batch dimensions that plates explain
+    if enumerated:
+        nesting = max_plate_nesting + 1
+        guide_trace, model_trace, draws = _run_pair(
+            model, guide, data, kwargs, particles, enumeration=poutine.enum(first_available_dim=-1 - nesting)
+        )
     guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
     observed = {key: site for key, site in model_sites.items() if site["is_observed"]}
-    latent = latent_sites(model_sites)
-    _check_sites(latent, observed, model_sites, guide_sites)
+    latent = {key: site for key, site in latent_sites(model_sites).items() if key not in enumerated}
+    _check_sites(latent, observed, model_sites, guide_sites, enumerated)
     plate = data_plate(
         guide_sites, model_sites, max_plate_nesting=max_plate_nesting, ignore=_particles(max_plate_nesting)
     )
@@ -220,12 +244,14 @@ def terms(
     for key, site in guide_sites.items():
         site["score_function"] = _set_log_prob(f"the guide's site {key!r}", site).score_function
     for key, site in model_sites.items():
-        _set_log_prob(f"the model's site {key!r}", site)
+        _set_log_prob(f"the model's site {key!r}", site, nesting)
+    sums = sum_out(model_trace, enumerated)
 
     sites = PairSites(
         guide=guide_sites,
         latent=latent,
         observed=observed,
+        summed=sums.names,
         draws=draws,
         num_particles=num_particles,
         num_data=next(iter(guide_sites.values()))["log_prob"].shape[plate.dim],
@@ -234,8 +260,8 @@ def terms(
         at_fixed_draws=partial(_sites_at_fixed_draws, guide, guide_trace, data, kwargs, particles),
     )
     return Terms(
-        log_likelihood=sites.sum(site["log_prob"] for site in observed.values()),
-        log_prior=sites.sum(site["log_prob"] for site in latent.values()),
+        log_likelihood=sites.sum([*sites.apart(observed).values(), *sums.log_likelihood]),
+        log_prior=sites.sum([*sites.apart(latent).values(), *sums.log_prior]),
         log_guide=sites.sum(site["log_prob"] for site in guide_sites.values()),
         scale=shared_scale(guide_sites, model_sites, sites.num_data),
         sites=sites,
@@ -253,9 +279,19 @@ def _particles(max_plate_nesting: int) -> str:
 
 
 def _run_pair(
-    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], particles: AbstractContextManager
+    model: Program,
+    guide: Program,
+    data: tuple,
+    kwargs: dict[str, Any],
+    particles: AbstractContextManager,
+    *,
+    enumeration: AbstractContextManager = nullcontext(),  # noqa: B008 (it has no state)
 ) -> tuple[poutine.Trace, poutine.Trace, dict[str, Tensor]]:
-    """Run the guide, then the model at its draws; return both traces and the draws passed to the model."""
+    """Run the guide, then the model at its draws; return both traces and the draws passed to the model.
+
+    Only the model runs within `enumeration`, inside the replay of the draws and outside the plates, as
+    Pyro's handler has to be.
+    """
     with particles, _suggesting_check_guide():
         guide_trace = run(guide, data, kwargs)
         # The model gets views of the draws, so that `scale_path_gradients` scales its gradients alone.
@@ -264,8 +300,14 @@ def _run_pair(
             for key, site in sample_sites(guide_trace).items()
             if not site["is_observed"]
         }
-        model_trace = run(poutine.replay(model, trace=_with_values(guide_trace, draws)), data, kwargs)
-    return guide_trace, model_trace, draws
+
+    def enumerated(*args: Any, **kwargs: Any) -> Any:
+        with enumeration, particles:
+            return model(*args, **kwargs)
+
+    with _suggesting_check_guide():
+        replayed = poutine.replay(enumerated, trace=_with_values(guide_trace, draws))
+        return guide_trace, run(replayed, data, kwargs), draws
 
 
 def _sites_at_fixed_draws(
@@ -284,22 +326,19 @@ def _sites_at_fixed_draws(
         return sample_sites(run(poutine.replay(guide, trace=fixed), data, kwargs))
 
 
-class EnumeratedError(ValueError):
-    """The model enumerates a site that the guide lacks."""
-
-
-def _check_sites(latent: Sites, observed: Sites, model_sites: Sites, guide_sites: Sites) -> None:
+def _check_sites(
+    latent: Sites, observed: Sites, model_sites: Sites, guide_sites: Sites, enumerated: list[str]
+) -> None:
+    if enumerated and not guide_sites:
+        raise NotSeparableError(
+            f"all latent sites, such as {enumerated[0]!r}, are summed out, so that the guide draws nothing: "
+            "use pyro.infer.TraceEnum_ELBO, whose loss is −log p(x)"
+        )
     if not latent:
         raise ValueError("the model has no latent site: there is nothing to infer")
     if not observed:
         raise ValueError("the model observes nothing: pass the data to a site as obs=...")
-    enumerated = [name for name in latent if model_sites[name]["infer"].get("enumerate")]
-    if set(enumerated) - set(guide_sites):
-        raise EnumeratedError(
-            f"the model enumerates {enumerated[0]!r}, which the guide does not draw, so that its terms are "
-            "sums over values: draw it in the guide, or use pyro.infer.TraceEnum_ELBO"
-        )
-    for problem in name_problems(model_sites, guide_sites):
+    for problem in name_problems({**latent, **observed}, guide_sites):
         raise ValueError(problem)
 
 
@@ -320,6 +359,7 @@ class PairSites:
     guide: Sites
     latent: Sites
     observed: Sites
+    summed: frozenset[str]  # sites whose log-densities are replaced by a sum over enumerated values
     draws: dict[str, Tensor]  # latent values, as passed to the model
     num_particles: int
     num_data: int
@@ -341,6 +381,10 @@ class PairSites:
         """Reshape values (*batch, *event) to all batch dimensions, with size 1 for the missing ones."""
         missing = self.rank + event_dim - values.dim()
         return values.reshape((1,) * missing + values.shape)
+
+    def apart(self, sites: Sites) -> dict[str, Tensor]:
+        """Return the log-densities of those of some sites that depend on no enumerated value."""
+        return {name: site["log_prob"] for name, site in sites.items() if name not in self.summed}
 
     def sum(self, log_probs: Iterable[Tensor]) -> Tensor:
         """Sum log-probabilities over sites and the dimensions of other plates, to (S, N)."""
@@ -394,12 +438,16 @@ def _with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Tra
     return copy
 
 
-def _set_log_prob(where: str, site: Site) -> Any:
-    """Set a site's `log_prob`, masked but not scaled, and return Pyro's `ScoreParts` of it."""
+def _set_log_prob(where: str, site: Site, nesting: float = math.inf) -> Any:
+    """Set a site's `log_prob`, masked but not scaled, and return Pyro's `ScoreParts` of it.
+
+    Plates must explain the rightmost `nesting` batch dimensions.
+    """
     try:
         parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
+        site["unscaled_log_prob"] = parts.log_prob
         site["log_prob"] = scale_and_mask(parts.log_prob, 1.0, site["mask"])
-        check_site_shape(site, math.inf)
+        check_site_shape(site, nesting)
     except ValueError as error:
         raise ValueError(
             f"{where} cannot score its value: {error}\n"

@@ -120,7 +120,7 @@ def test_an_enumerated_latent_is_summed_out():
     exact = (probs.log() + dist.Normal(locs, 0.5).log_prob(x[:, None])).logsumexp(1).mean()
     assert report.elbo == pytest.approx(exact.item(), abs=1e-10)
     assert math.isclose(report.elbo_se, 0.0, abs_tol=1e-12)
-    assert "enumerates 'k'" in report.reason
+    assert "all latent sites, such as 'k', are summed out" in report.reason
 
 
 def test_what_is_no_pair_is_refused():
