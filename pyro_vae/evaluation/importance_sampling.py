@@ -64,9 +64,9 @@ def evaluate(
         progress: Show a progress bar in a terminal or notebook.
 
     Returns:
-        The evaluation. Where a latent variable is shared by all examples, or the model enumerates one that
-        the guide lacks, there is no evidence of single examples here: then a `WholeEvaluation`, with the ELBO
-        of the data as a whole, and None with the reason for the rest.
+        The evaluation. Where a latent variable is shared by all examples there is no evidence of single ones,
+        and where all are summed out there are no draws: then a `WholeEvaluation`, with the ELBO of the data
+        as a whole, and None with the reason for the rest.
 
     Raises:
         TypeError: If the data are of a kind that `fit` does not take, or not floating-point; or if a number

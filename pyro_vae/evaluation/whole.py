@@ -19,7 +19,7 @@ __all__ = ["WholeEvaluation", "evaluate_whole"]
 
 @dataclass(frozen=True)
 class WholeEvaluation:
-    """Result of `evaluate` where a latent variable is shared by all examples, or is summed out.
+    """Result of `evaluate` where a latent variable is shared by all examples, or all are summed out.
 
     Attributes:
         elbo: ELBO of the data as a whole, over the number of examples, in nats.
