@@ -182,8 +182,9 @@ def terms(
     Args:
         model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`. The model's observed
             sites make up log p(x|z), its latent sites log p(z); discrete ones that it marks by
-            `infer={"enumerate": "parallel"}`, and the guide lacks, are summed out of both. The guide has the same arguments and latent
-            sites, possibly with additional sites marked `infer={"is_auxiliary": True}`.
+            `infer={"enumerate": "parallel"}`, and the guide lacks, are summed out of both. The guide has the
+            same arguments and latent sites, possibly with additional ones marked
+            `infer={"is_auxiliary": True}`.
         *data: The guide, if a model came first; then the arguments of both.
         num_particles: S, independent draws from the guide per example.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
