@@ -175,7 +175,8 @@ class SVI:
                     eager_step=self._eager_step,
                     fastest=self.fastest_products,
                 )
-            loss = self._replay.step(self.steps, *args, **kwargs)
+            step = partial(self._replay.step, self.steps) if not self._met_late else self._eager_step
+            loss = step(*args, **kwargs)
         self._require_trained(num_stored)
         self._checked = (self.model, self.guide, self.loss)
         self.steps += 1
