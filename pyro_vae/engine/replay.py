@@ -441,7 +441,7 @@ class _Recording:
         if not same_noise:
             raise Untraceable(
                 "the eager step leaves other random numbers to the next step than the graph: the model seeds "
-                "or restores a generator, or draws a number of times that depends on a value which is not an argument"
+                "or restores a generator, or how much it draws depends on a value that is not an argument"
             )
         if not recorded_agrees:
             raise Untraceable(

@@ -350,6 +350,7 @@ def method_of_an_instance():
         guide=pv.guides.DiagonalNormal((3,), 2),
     ).double()
     case.model, case.guide, case.parameters = vae.model, vae.guide, [*vae.parameters()]
+    case.optimizer = lambda p: torch.optim.Adam(p, 0.01)
     distribution = vae.likelihood.distribution
     case.change = lambda _: setattr(
         vae.likelihood, "distribution", lambda mean, *rest: distribution(mean / 2, *rest)
