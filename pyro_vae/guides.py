@@ -25,7 +25,7 @@ from pyro_vae.distributions import (
 from pyro_vae.networks import MLP, NetworkOptions, apply_batched, check_input, positive, with_context
 from pyro_vae.utils.isolation import without_autocast
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_event_and_latent
+from pyro_vae.utils.validation import require_count, require_event_and_latent, require_module
 
 __all__ = [
     "DiagonalNormal",
@@ -83,6 +83,7 @@ class Guide(nn.Module, ABC):
         if network is None:
             sizes = math.prod(self.event_shape) + context_dim, sum(self.output_sizes)
             network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
+        require_module("network", network)
         self.network = network
 
     @staticmethod
@@ -359,7 +360,7 @@ class SemiAmortised(nn.Module):
         super().__init__()
         if not isinstance(guide, Guide):
             raise TypeError(
-                f"SemiAmortised refines a guide of pyro_vae, a `Guide`; got {type(guide).__name__}"
+                f"SemiAmortised refines a guide of pyro_vae, such as DiagonalNormal((6,), 2); got {guide!r}"
             )
         require_count("num_steps", num_steps)
         require_count("num_particles", num_particles)

@@ -23,7 +23,14 @@ from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
-from pyro_vae.utils.validation import known_support, outside_support, require_floating, same_support, to_shape
+from pyro_vae.utils.validation import (
+    known_support,
+    outside_support,
+    require_count,
+    require_floating,
+    same_support,
+    to_shape,
+)
 
 __all__ = ["VAE"]
 
@@ -73,6 +80,8 @@ class VAE(OwnParameters):
     ):
         super().__init__()
         _require_parts(prior=prior, likelihood=likelihood, guide=guide)
+        if type(self) is VAE:
+            _require_no_argument(prior)
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = guide  # q(z|x), which approximates p(z|x)
@@ -132,8 +141,7 @@ class VAE(OwnParameters):
             num_samples: Number of examples, N.
             mean: Return E[x|z] instead of a draw of x, as is common for images.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        require_count("num_samples", num_samples)
         p = self.decode(self.prior().sample((num_samples,)))
         return p.mean if mean else p.sample()
 
@@ -178,6 +186,16 @@ class VAE(OwnParameters):
         """Return x, and the context of a conditional VAE; raise for another number of arguments."""
         given = batch if isinstance(batch, tuple) else (batch,)
         if isinstance(batch, dict):
+            names = {
+                name: parameter.default is not parameter.empty
+                for name, parameter in inspect.signature(self.model).parameters.items()
+                if parameter.kind is not parameter.VAR_POSITIONAL
+            }
+            if not {name for name in names if not names[name]} <= set(batch) <= set(names):
+                raise TypeError(
+                    f"a {type(self).__name__} takes arguments by the names {', '.join(names)}; got a dict of "
+                    f"{', '.join(map(repr, batch)) or 'nothing'}: give its entries these names"
+                )
             given = inspect.signature(self.model).bind(**batch).args
         if len(given) != 1 + self.takes_context:
             takes, remedy = (
@@ -232,6 +250,8 @@ class VAE(OwnParameters):
                 vae = cast(VAE, rebuild(content["spec"], state)).to(device=device, dtype=dtype)
             if content["spec"] is not None and spec(vae) not in (None, content["spec"]):
                 raise ValueError("the parts or their settings differ from those of `into`")
+            if not isinstance(vae, cls):
+                raise ValueError(f"it is a {type(vae).__name__}: call {type(vae).__name__}.load")
             vae.load_state_dict(state)
             return vae
 
@@ -273,6 +293,16 @@ def _require_parts(**parts: Any) -> None:
         raise ValueError(
             f"the prior has {prior} latent dimensions, the likelihood expects {likelihood}: use the same "
             "latent_dim for both"
+        )
+
+
+def _require_no_argument(prior: Any) -> None:
+    """Raise if a prior takes x or z, as a guide or a likelihood in its place does."""
+    names = [*inspect.signature(getattr(prior, "forward", prior)).parameters]
+    if names and names[0] in ("x", "z"):
+        raise TypeError(
+            f"prior must return p(z) when called without arguments, as those of pyro_vae.priors; got a "
+            f"{type(prior).__name__}, which takes {names[0]}"
         )
 
 

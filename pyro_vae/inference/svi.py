@@ -26,7 +26,7 @@ from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explai
 from pyro_vae.objectives.pair import split_pair, stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
-from pyro_vae.utils.validation import NonFiniteError, flag_non_finite
+from pyro_vae.utils.validation import NonFiniteError, flag_non_finite, require_number
 
 __all__ = ["SVI", "default_loss"]
 
@@ -115,11 +115,15 @@ class SVI:
         call = "SVI(pair, optimizer, loss) or SVI(model, guide, optimizer, loss)"
         model, guide, rest = split_pair(call, model, *given)
         optimizer, loss = [*rest, None, None][:2]
+        if isinstance(loss, torch.optim.Optimizer) and isinstance(optimizer, ELBO):
+            raise TypeError(f"optimizer and loss are exchanged: call {call}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer, such as torch.optim.Adam(vae.parameters()); "
                 f"got {type(optimizer).__name__}. Pyro's optimisers go with pyro.infer.SVI"
             )
+        if clip_norm is not None:
+            require_number("clip_norm", clip_norm)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive; got {clip_norm}")
         if engine not in ENGINES:
