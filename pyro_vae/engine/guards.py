@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import weakref
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.engine.recorder import Untraceable
-from pyro_vae.engine.snapshot import ABSENT, BUFFER_TYPES, Snapshot, attribute, equal
+from pyro_vae.engine.snapshot import ABSENT, BUFFER_TYPES, MAX_ITEMS, Snapshot, attribute, equal
 
 __all__ = [
     "LIBRARIES",
@@ -94,13 +94,14 @@ class Guards:
     The search starts at `functions`. It follows what their code reads by name: global variables, closures,
     defaults, attributes of objects, tensors, classes, metaclasses, Python modules and functions, local
     imports, and methods; decorated functions, partials, and what `functools.cache` holds; items of
-    dictionaries in their order, lists, tuples, sets, deques, and the views and copies of these in `types` and
-    `collections`; elements of NumPy arrays, `array`, `bytearray` and ctypes; context variables and weak
-    references. Where code calls `getattr` with a name made at run time, or reads `vars(...)` or `__dict__`,
-    all attributes of the objects that it reads are guarded; where it names the environment, all its
-    variables. For torch modules the search includes parameters, buffers, submodules and hooks; for objects
-    of classes in torch, Pyro, zuko and pyro_vae, or derived from such a class other than `nn.Module`, all
-    attributes that are numbers, strings, tensors or arrays; for Pyro's messengers, all attributes.
+    dictionaries in their order, lists, tuples, sets, deques, the views and copies of these in `types` and
+    `collections`, other mappings that return what they hold; elements of NumPy arrays, `array`, `bytearray`
+    and ctypes; context variables and weak references. Where code that ran calls `getattr` with a name made
+    at run time, or reads `vars(...)` or `__dict__`, it includes all attributes of the objects that are read;
+    where code names the environment, all its variables. For torch modules the search includes parameters,
+    buffers, submodules and hooks; for objects of classes in torch, Pyro, zuko and pyro_vae, or derived from
+    such a class other than `nn.Module`, all attributes that are numbers, strings, tensors or arrays; for
+    Pyro's messengers, all attributes.
 
     Not guarded are
 
@@ -110,8 +111,8 @@ class Guards:
     - objects that a function returns and no variable or cache holds, such as one of a registry of a library;
     - values read by code of installed libraries and of pyro_vae, except the attributes above, and methods or
       functions replaced in their classes, and in their Python modules except where the model names these;
-    - files and clocks read through libraries; settings of torch other than the default dtype, device and
-      autocast, where the code of the model reads them.
+    - files and clocks that libraries read; what torch's functions say of its settings, such as its number of
+      threads; hooks of the nodes that accumulate gradients.
 
     Args:
         functions: Python functions, methods, classes, other callables; dictionaries that they read.
@@ -268,14 +269,8 @@ class Guards:
             self._visit_cache(value)
         elif isinstance(value, weakref.ref):
             parts.append(value())
-        elif isinstance(value, MappingProxyType):
-            parts.extend(gc.get_referents(value))
-        elif isinstance(value, UserDict | UserList):
-            parts.append(value.data)
-            if not is_of_library(type(value)):
-                self._list(value)
-        elif isinstance(value, ChainMap):
-            parts.append(value.maps)
+        elif (held := self._held(value)) is not None:
+            parts.extend(held)
         elif isinstance(value, operator.attrgetter | operator.methodcaller):
             texts = [text for text in value.__reduce__()[1] if isinstance(text, str)]
             self.reads |= {part for text in texts for part in text.split(".")}
@@ -288,12 +283,25 @@ class Guards:
         for part in parts:
             self._visit(part, value, "")
 
+    def _held(self, value: Any) -> list[Any] | None:
+        """Return what a container of a library other than the usual ones holds; None for other objects."""
+        if isinstance(value, MappingProxyType):
+            return gc.get_referents(value)
+        if isinstance(value, ChainMap):
+            return [value.maps]
+        if isinstance(value, UserDict | UserList):
+            if not is_of_library(type(value)):
+                self._list(value)
+            return [value.data]
+        return self.snapshot.add_mapping(value) if _is_stable_mapping(value) else None
+
     def _require_comparable(self, value: Any, owner: Any, name: Any) -> None:
         """Raise if the value is a container that no guard can compare, and code that ran reads it."""
         kind = type(value)
         moves = is_of_library(kind) and f"{kind.__module__}.".startswith(_MOVING)  # a run could not be undone
         is_read = bool(self.ran) and (not isinstance(name, str) or name in self.read_there or owner is value)
-        if moves or (is_read and _is_opaque(kind) and not isinstance(value, _SEARCHED)):
+        is_searched = isinstance(value, _SEARCHED) or _is_stable_mapping(value)
+        if moves or (is_read and _is_opaque(kind) and not is_searched):
             raise Untraceable(
                 f"it reads {describe(owner, name)}, of class {kind.__name__}, which cannot be compared at "
                 "each step: pass its values to step() as tensors, or keep them in a dictionary or a list"
@@ -447,6 +455,19 @@ def is_of_library(value: Any) -> bool:
     if isinstance(filename, str):
         return filename.startswith((_PACKAGE, *_LIBRARY_FOLDERS))
     return name.partition(".")[0] in (*sys.stdlib_module_names, "torch")
+
+
+def _is_stable_mapping(value: Any) -> bool:
+    """Return True for a mapping of a library, such as a configuration, that holds the objects it returns."""
+    if not (isinstance(value, Mapping) and is_of_library(type(value))):
+        return False
+    try:
+        found = (
+            [tuple(chain.from_iterable(value.items())) for _ in range(2)] if len(value) <= MAX_ITEMS else []
+        )
+    except Exception:  # a library's may raise anything, such as that a file is closed
+        return False
+    return bool(found) and equal(*found)
 
 
 def is_library_file(filename: str) -> bool:

@@ -9,10 +9,11 @@ import os
 import pickle
 import random
 from array import array as Array  # noqa: N812 (a class)
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from ctypes import Array as CArray
 from ctypes import _SimpleCData
+from functools import partial
 from itertools import chain, repeat
 from types import CellType, MappingProxyType
 from typing import Any, NamedTuple
@@ -20,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["ABSENT", "BUFFER_TYPES", "Change", "Snapshot", "attribute", "equal"]
+__all__ = ["ABSENT", "BUFFER_TYPES", "MAX_ITEMS", "Change", "Snapshot", "attribute", "equal"]
 
 ABSENT = object()
 _BY_VALUE = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device)
 BUFFER_TYPES = (np.ndarray, Array, bytearray, memoryview, CArray, _SimpleCData)  # compared by their bytes
-_MAX_ITEMS = 1_000  # of a container; a larger one is taken for data
+MAX_ITEMS = 1_000  # of a container; a larger one is taken for data
 _MAX_BYTES = 2**16  # of an array: some 10 µs
 
 
@@ -95,9 +96,11 @@ class Snapshot:
         self.in_objects = _Lookups(attribute, _put_attribute)
         self.in_cells = _Lookups(_content, _put_content)
         self.in_contexts = _Lookups(_context, _put_context)
+        self.in_mappings = _Lookups(_item, _put_item)
         self.in_calls = _Lookups(_called, _put_nothing)
         self.lookups = (
-            self.in_dicts, self.in_classes, self.in_objects, self.in_cells, self.in_contexts, self.in_calls
+            self.in_dicts, self.in_classes, self.in_objects, self.in_cells, self.in_contexts,
+            self.in_mappings, self.in_calls,
         )  # fmt: skip
         self.containers: list[
             tuple[Any, tuple[Any, Any], list | None]
@@ -135,6 +138,11 @@ class Snapshot:
         """Add a context variable; return its value."""
         return self.in_contexts.add(variable, variable.name, owner)
 
+    def add_mapping(self, mapping: Mapping) -> list[Any]:
+        """Add the items of a mapping that is not a dictionary; return the values."""
+        self.add_call(partial(tuple, mapping), "names", mapping)
+        return [self.in_mappings.add(mapping, name, mapping) for name in mapping]
+
     def add_call(self, function: Callable[[], tuple], name: str, owner: Any) -> None:
         """Add the values that a function returns as a tuple; they are compared, and not restored."""
         self.in_calls.add(function, name, owner)
@@ -152,7 +160,7 @@ class Snapshot:
 
     def add_container(self, container: Any, owner: Any, name: Any) -> bool:
         """Add a list, set, deque or dictionary; return False if it is so large that only its size counts."""
-        is_small = len(container) <= _MAX_ITEMS
+        is_small = len(container) <= MAX_ITEMS
         self.containers.append((container, (owner, name), list(container) if is_small else None))
         self.sized.append(container)
         self.sizes.append(len(container))
@@ -266,6 +274,13 @@ def _content(cell: CellType, _: str, default: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # the variable has no value yet
+        return default
+
+
+def _item(mapping: Mapping, name: Any, default: Any) -> Any:
+    try:
+        return mapping[name]
+    except Exception:  # a library's may raise anything
         return default
 
 

@@ -277,6 +277,10 @@ config.__getattr__ = lambda name: config.hidden if name == "computed" else getat
 config.hidden = 1.0
 
 
+PARSER, WEAK_KEYS = configparser.ConfigParser(), weakref.WeakKeyDictionary({BY_METHOD: 1.0})
+PARSER["model"] = {"beta": "1.0"}
+
+
 def set_order(container):
     def put(value):
         for name in ("a", "b") if value == 1.0 else ("b", "a"):
@@ -361,6 +365,11 @@ CASES |= {
         lambda: 1.0 / len(SHAPED),
         lambda v: setattr(SHAPED, "data", torch.ones(2 if v == 1.0 else 3)),
     ),
+    "configuration": (
+        lambda: PARSER.getfloat("model", "beta"),
+        lambda v: PARSER.set("model", "beta", str(v)),
+    ),
+    "weak keys": (lambda: WEAK_KEYS[BY_METHOD], lambda v: WEAK_KEYS.update({BY_METHOD: v})),
     "built in": (builtin, set_builtin),
     "negative zero": (
         lambda: 1.0 if np.copysign(1.0, SIGNED.zero) > 0 else 0.1,
@@ -433,10 +442,8 @@ def test_a_large_array_and_an_iterator_need_the_eager_step(caplog):
         assert re.search(reason, caplog.text)
 
 
-SERIES, PARSER = pd.Series({"beta": 1.0}), configparser.ConfigParser()
-PARSER["model"] = {"beta": "1.0"}
+SERIES = pd.Series({"beta": 1.0})
 QUEUE, SHARED = queue.Queue(), multiprocessing.Value("d", 1.0)
-WEAK_KEYS = weakref.WeakKeyDictionary({BY_METHOD: 1.0})
 
 
 def from_file():
@@ -453,8 +460,6 @@ def count_shared():
     ("read", "reason"),
     [
         (lambda: SERIES["beta"], "reads variable 'SERIES' .* of class Series, which cannot be compared"),
-        (lambda: PARSER.getfloat("model", "beta"), "of class ConfigParser"),
-        (lambda: WEAK_KEYS[BY_METHOD], "of class WeakKeyDictionary"),
         (lambda: QUEUE.get() + 1.0, "of class Queue"),
         (count_shared, "of class Synchronized"),
         (lambda: 1.0 if time.monotonic() < 1e12 else 2.0, "reads a clock"),
