@@ -81,6 +81,10 @@ class Replay:
     as compiled steps would have saved as much time so far as compiling takes, so that the total is at most
     twice that of the better choice. If compilation fails, a warning is logged and graphs are interpreted.
 
+    A step is eager under a Pyro handler or a mode of torch, without gradients, and where an argument requires
+    a gradient. Gradients of leaf tensors that the optimiser does not hold are accumulated as by a backward
+    pass.
+
     If no graph can be recorded, if the model changes Python values as it runs, if two recordings in a row do
     not last, or if a graph disagrees with the eager step, a warning is logged and all later steps are eager.
     A step whose graph is invalid (see `Graph`), or whose loss or gradient is not finite, is undone and taken

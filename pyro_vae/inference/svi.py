@@ -76,7 +76,9 @@ class SVI:
         engine: How to run a step; all engines give the same numbers. "eager" runs Pyro at every step,
             "traced" the graph of tensor operations recorded at the first step, "compiled" that graph compiled
             to machine code, which takes some seconds. "auto" is traced, and compiled once that saves time.
-            A model that changes Python values as it runs, such as a counter, takes eager steps.
+            A model that changes Python values as it runs, such as a counter, or that reads what cannot be
+            compared at each step, such as a clock, a file or a data frame, takes eager steps; a warning says
+            so once.
 
     Raises:
         TypeError: If the model or the guide is not callable, the optimiser is not a torch optimiser, or the
