@@ -61,6 +61,8 @@ class _Lookups:
         return map(self.get, self.spaces, self.names, repeat(ABSENT))
 
     def hold(self) -> bool:
+        if not self.names:
+            return True
         if all(map(operator.is_, self.found(), self.values)):
             return True
         found = list(self.found())
