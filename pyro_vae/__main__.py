@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compress(args: argparse.Namespace) -> None:
     codec = _codec(args)
-    array = np.load(args.input, mmap_mode="r", allow_pickle=False)
+    array = _array(args.input)
+    _require_folder(args.output)
     shape = codec.model.event_shape
     if array.ndim == 0 or math.prod(array.shape[1:]) != math.prod(shape):
         raise ValueError(
@@ -68,7 +69,29 @@ def _compress(args: argparse.Namespace) -> None:
     _print_table([args.output])
 
 
+def _array(path: Path) -> np.ndarray:
+    """Return the array of a .npy file, mapped into memory."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        reason = str(error) or "it is empty"
+        raise ValueError(f"{path} is not a .npy file of numbers: {reason}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(
+            f"{path} holds the arrays {', '.join(array.files)}: save one of them to a file, by "
+            "np.save(path, array)"
+        )
+    return array
+
+
+def _require_folder(path: Path) -> None:
+    """Raise if the folder of a file to be written does not exist."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first")
+
+
 def _decompress(args: argparse.Namespace) -> None:
+    _require_folder(args.output)
     with (
         _codec(args).reader(args.input) as reader,
         serialization.replacing(args.output) as partial,

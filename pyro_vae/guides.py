@@ -25,7 +25,7 @@ from pyro_vae.distributions import (
 from pyro_vae.networks import MLP, NetworkOptions, apply_in_context, check_input, positive
 from pyro_vae.utils.isolation import without_autocast
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_event_and_latent
+from pyro_vae.utils.validation import require_count, require_event_and_latent, require_module
 
 __all__ = [
     "DiagonalNormal",
@@ -94,6 +94,7 @@ class Guide(nn.Module, ABC):
             inputs = (1 + mask_input) * math.prod(self.event_shape) + context_dim
             sizes = inputs, sum(self.output_sizes)
             network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
+        require_module("network", network)
         self.network = network
 
     @staticmethod
@@ -381,7 +382,7 @@ class SemiAmortised(nn.Module):
         super().__init__()
         if not isinstance(guide, Guide):
             raise TypeError(
-                f"SemiAmortised refines a guide of pyro_vae, a `Guide`; got {type(guide).__name__}"
+                f"SemiAmortised refines a guide of pyro_vae, such as DiagonalNormal((6,), 2); got {guide!r}"
             )
         require_count("num_steps", num_steps)
         require_count("num_particles", num_particles)

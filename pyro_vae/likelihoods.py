@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_vae import distributions
 from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_in_context, check_input, positive
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_event_and_latent
+from pyro_vae.utils.validation import require_count, require_event_and_latent, require_module
 
 __all__ = [
     "Bernoulli",
@@ -73,6 +73,7 @@ class Likelihood(nn.Module):
             network = MLP(
                 latent_dim + context_dim, size, hidden_features=hidden_features, activation=activation
             )
+        require_module("network", network)
         self.network = network
 
     def outputs(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -327,7 +327,7 @@ def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequen
     if value.dtype != parameter.dtype and not torch.is_autocast_enabled(value.device.type):
         raise TypeError(
             f"{where} is {value.dtype}, the parameters are {parameter.dtype}: "
-            f"convert one of them ({name}.to({parameter.dtype}) or module.to({value.dtype}))"
+            f"convert {name}, by {name}.to({parameter.dtype}), or all modules, as by vae.to({value.dtype})"
         )
     if value.device != parameter.device:
         raise ValueError(

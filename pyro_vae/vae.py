@@ -26,7 +26,14 @@ from pyro_vae.utils import serialization
 from pyro_vae.utils.elements import observe_elements
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
-from pyro_vae.utils.validation import known_support, outside_support, require_floating, same_support, to_shape
+from pyro_vae.utils.validation import (
+    known_support,
+    outside_support,
+    require_count,
+    require_floating,
+    same_support,
+    to_shape,
+)
 
 __all__ = ["VAE"]
 
@@ -76,6 +83,8 @@ class VAE(OwnParameters):
     ):
         super().__init__()
         _require_parts(prior=prior, likelihood=likelihood, guide=guide)
+        if type(self) is VAE:
+            _require_no_argument(prior)
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = guide  # q(z|x), which approximates p(z|x)
@@ -156,8 +165,7 @@ class VAE(OwnParameters):
             num_samples: Number of examples, N.
             mean: Return E[x|z] instead of a draw of x, as is common for images.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        require_count("num_samples", num_samples)
         p = self.decode(self.prior().sample((num_samples,)))
         return p.mean if mean else p.sample()
 
@@ -204,7 +212,16 @@ class VAE(OwnParameters):
     def _arguments(self, batch: Any) -> tuple[tuple, Tensor | None]:
         """Return x, with the context of a conditional VAE, and where x is observed; raise for others."""
         args, kwargs = arguments(batch)
-        bound = inspect.signature(self.model).bind(*args, **kwargs)
+        signature = inspect.signature(self.model)
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        required = {p.name for p in parameters if p.default is p.empty}
+        if not args and not required <= set(kwargs) <= {p.name for p in parameters}:
+            raise TypeError(
+                f"a {type(self).__name__} takes arguments by the names "
+                f"{', '.join(p.name for p in parameters)}; got a dict of "
+                f"{', '.join(map(repr, kwargs)) or 'nothing'}: give its entries these names"
+            )
+        bound = signature.bind(*args, **kwargs)
         given, observed = bound.args, bound.kwargs.get("observed")
         if len(given) != 1 + self.takes_context:
             takes, remedy = (
@@ -259,6 +276,8 @@ class VAE(OwnParameters):
                 vae = cast(VAE, rebuild(content["spec"], state)).to(device=device, dtype=dtype)
             if content["spec"] is not None and spec(vae) not in (None, content["spec"]):
                 raise ValueError("the parts or their settings differ from those of `into`")
+            if not isinstance(vae, cls):
+                raise ValueError(f"it is a {type(vae).__name__}: call {type(vae).__name__}.load")
             vae.load_state_dict(state)
             return vae
 
@@ -300,6 +319,16 @@ def _require_parts(**parts: Any) -> None:
         raise ValueError(
             f"the prior has {prior} latent dimensions, the likelihood expects {likelihood}: use the same "
             "latent_dim for both"
+        )
+
+
+def _require_no_argument(prior: Any) -> None:
+    """Raise if a prior takes x or z, as a guide or a likelihood in its place does."""
+    names = [*inspect.signature(getattr(prior, "forward", prior)).parameters]
+    if names and names[0] in ("x", "z"):
+        raise TypeError(
+            f"prior must return p(z) when called without arguments, as those of pyro_vae.priors; got a "
+            f"{type(prior).__name__}, which takes {names[0]}"
         )
 
 

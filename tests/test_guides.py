@@ -413,7 +413,7 @@ def test_a_frozen_guide_can_be_refined():
             "unexpected keyword .*'num_component'",
         ),
         (lambda: guides.Flow(EVENT, 3, activations="elu"), TypeError, "unexpected keyword .*'activations'"),
-        (lambda: guides.SemiAmortised(nn.Linear(3, 2)), TypeError, "a `Guide`; got Linear"),
+        (lambda: guides.SemiAmortised(nn.Linear(3, 2)), TypeError, "refines a guide .*; got Linear"),
         (
             lambda: guides.SemiAmortised(GUIDES["DiagonalNormal"](), num_steps=0),
             ValueError,

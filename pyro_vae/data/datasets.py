@@ -260,6 +260,8 @@ def _load_path(name: str, split: str, *, size: int | tuple[int, int] | None, mod
     if is_file and path.suffix == ".npz":
         return _load_npz(path, split)
     if not (is_file and path.suffix == ".npy"):
+        if not os.path.exists(name) and (path.suffix or len(path.parts) > 1):
+            raise DataError(f"there is no file or folder {name!r}")
         known = [*_IDX_SETS, "digits"]
         close = difflib.get_close_matches(name.lower(), known, n=1)
         raise DataError(
@@ -269,7 +271,7 @@ def _load_path(name: str, split: str, *, size: int | tuple[int, int] | None, mod
     if split != "train":
         raise DataError(f"{path} has no {split!r} split: load all of it and take a subset")
     with reading(path, ".npy file"), path.open("rb") as file:
-        array = _read_npy(file)
+        array = _read_npy(file, path)
     return from_array(array, name=str(path))
 
 
@@ -280,7 +282,7 @@ def _require_folder(name: object, size: object, mode: object) -> None:
             raise DataError(f"{option}= is for folders of images; {name} is not one: leave it out")
 
 
-def _read_npy(file: IO[bytes]) -> np.ndarray:
+def _read_npy(file: IO[bytes], path: Path) -> np.ndarray:
     """Read the array of a .npy file; numpy's reader would allocate any size that the header announces."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -290,7 +292,10 @@ def _read_npy(file: IO[bytes]) -> np.ndarray:
     else:
         shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
     if dtype.hasobject:
-        raise ValueError("it contains Python objects, and loading them could run code")
+        raise DataError(
+            f"{path} contains Python objects, and loading them could run code: "
+            "save numbers, as by np.save(path, np.stack(list(images)).astype(np.uint8))"
+        )
     content = file.read()
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"its header announces {shape} of {dtype}; found {len(content):,} bytes")
@@ -311,5 +316,5 @@ def _load_npz(path: Path, split: str) -> Images:
         for name in (images, labels_of[images]):
             if name in names:
                 with archive.open(f"{name}.npy") as file:
-                    arrays.append(_read_npy(file))
+                    arrays.append(_read_npy(file, path))
     return from_array(*arrays, name=str(path))

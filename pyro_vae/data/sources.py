@@ -429,7 +429,11 @@ class _Binarised(Source):
     def _require_grey(self, grey: Tensor) -> None:
         require_floating("data", grey)
         if not ((grey >= 0) & (grey <= 1)).all():
+            divide = "divide those of 0..255 by 255"
+            other = (
+                "scale each column to [0, 1], or choose another likelihood without binarize, such as Normal"
+            )
             raise ValueError(
                 f"binarize={self.binarize!r} needs grey levels in [0, 1]; got {grey.min():.6g} to "
-                f"{grey.max():.6g}: divide those of 0..255 by 255"
+                f"{grey.max():.6g}: {divide if grey.min() >= 0 and grey.max() <= 255 else other}"
             )

@@ -60,6 +60,14 @@ class OptimizerStep:
         elif not skip:
             optimizer.step()
 
+    def zero_grad(self) -> None:
+        """Remove all gradients, as an eager step does first; the new ones reuse their memory."""
+        optimizer = self.optimizer
+        if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+            optimizer.zero_grad()
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all groups in order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -73,7 +81,10 @@ class OptimizerStep:
             or _global_optimizer_post_hooks
         )
         step = vars(self.optimizer).get("step")
-        return bool(hooks) or (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
+        if hasattr(step, "_wrapped_by_lr_sched"):  # a scheduler's, around the class's or a user's own
+            step = getattr(step, "__wrapped__", step)
+            return bool(hooks) or getattr(step, "__wrapped__", step) is not _inner(type(self.optimizer).step)
+        return bool(hooks) or step is not None
 
     def _build_kernels(self, has_gradient: Sequence[bool]) -> "list[_FusedAdam]":
         """Return a kernel for each group, device and dtype; none if only the optimiser can take the step."""
@@ -83,7 +94,8 @@ class OptimizerStep:
         index = 0
         members: dict[tuple, list[tuple[int, Tensor]]] = {}
         for number, group in enumerate(optimizer.param_groups):
-            if group["differentiable"] or any(isinstance(o, Tensor) for o in (group["lr"], *group["betas"])):
+            trained = [p for p in group["params"] if optimizer.state.get(p)]
+            if _needs_own_step(group, [optimizer.state[p] for p in trained]):
                 return []
             for parameter in group["params"]:
                 if has_gradient[index]:
@@ -93,6 +105,20 @@ class OptimizerStep:
                     members.setdefault(key, []).append((index, parameter))
                 index += 1
         return [_FusedAdam(optimizer, number, chosen) for (number, *_), chosen in members.items()]
+
+
+def _needs_own_step(group: dict[str, Any], states: Sequence[dict[str, Any]]) -> bool:
+    """Return True if the kernel lacks an option of the group, or states lack what an option needs."""
+    return (
+        group["differentiable"]
+        or any(isinstance(option, Tensor) for option in (group["lr"], *group["betas"]))
+        or (group["amsgrad"] and not all("max_exp_avg_sq" in state for state in states))
+    )
+
+
+def _inner(step: Any) -> Any:
+    """Return a function without the wrappers of torch's profiler and schedulers."""
+    return getattr(step, "__wrapped__", step)
 
 
 class _FusedAdam:
@@ -115,6 +141,8 @@ class _FusedAdam:
         """Return True if the optimiser still holds the same group, parameters and state tensors."""
         groups = self.optimizer.param_groups
         if self.number >= len(groups) or groups[self.number] is not self.group:
+            return False
+        if _needs_own_step(self.group, self.states):
             return False
         parameters = [parameter for group in groups for parameter in group["params"]]
         if self.indices[-1] >= len(parameters):

@@ -35,6 +35,8 @@ _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sha
 _INDEX_PUT = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 _TO_PYTHON = (Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__, Tensor.__dlpack__)
 _FROM_PYTHON = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_SPLITS = (torch.tensor_split, Tensor.tensor_split)  # may take indices in a tensor
+_GRADIENT = vars(torch._C.TensorBase)["grad"].__get__
 _MASK_DTYPES = (torch.bool, torch.uint8)
 LossAndGradients = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
@@ -303,6 +305,15 @@ class _NumbersAsTensors(TorchFunctionMode):
         if func is Tensor.item and args[0].dtype.is_floating_point | (args[0].dtype == torch.bool):
             with torch.no_grad():  # a copy, since the tensor may be changed in place
                 return args[0].clone() if args[0].dim() == 0 else args[0].reshape(()).clone()
+        if func in _SPLITS and any(
+            isinstance(part, Tensor) for part in (*args[1:], *(kwargs or {}).values())
+        ):
+            self.recorder.reason = f"it reads values of tensors into Python, by {func.__name__}"
+        if func == _GRADIENT:
+            gradient = func(*args)
+            if gradient is not None:
+                self.recorder.reason = "it reads the gradient of a tensor, by its attribute grad"
+            return gradient
         parts = pytree.tree_leaves([part for part in args if isinstance(part, list | tuple)])
         if func in _TO_PYTHON or (func in _FROM_PYTHON and any(isinstance(part, Tensor) for part in parts)):
             self.recorder.reason = f"it reads values of tensors into Python, by {func.__name__}"

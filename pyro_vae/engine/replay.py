@@ -19,12 +19,12 @@ A step of `Replay`:
 import copy
 import logging
 import math
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from pyro import get_param_store
 from pyro.infer import ELBO, TraceGraph_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import _PYRO_STACK
@@ -33,6 +33,7 @@ from torch.distributions import Distribution
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 
 from pyro_vae.engine.compiler import NotCompiled, choose_matmul_libraries, compile_graph
 from pyro_vae.engine.guards import PLAIN_TYPES
@@ -65,6 +66,7 @@ _SAVED_PER_OPERATION = 4e-6
 _SAVED_PER_VALUE = 1e-9  # per element of an operation's output
 
 
+_PROPERTIES = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 _Key = tuple[tuple, tuple]
 
 
@@ -78,6 +80,10 @@ class Replay:
     With "traced", graphs are interpreted as recorded; with "compiled", compiled at once; with "auto", as soon
     as compiled steps would have saved as much time so far as compiling takes, so that the total is at most
     twice that of the better choice. If compilation fails, a warning is logged and graphs are interpreted.
+
+    A step is eager under a Pyro handler or a mode of torch, without gradients, and where an argument requires
+    a gradient. Gradients of leaf tensors that the optimiser does not hold are accumulated as by a backward
+    pass.
 
     If no graph can be recorded, if the model changes Python values as it runs, if two recordings in a row do
     not last, or if a graph disagrees with the eager step, a warning is logged and all later steps are eager.
@@ -114,6 +120,7 @@ class Replay:
         self.optimizer_step = OptimizerStep(optimizer)
         self.recordings: dict[_Key, _Recording] = {}
         self.failures: dict[_Key, int] = {}
+        self.untrained: set[_Key] = set()  # that depend on leaves which the optimiser does not hold
         self.missed: set[_Key] = set()  # whose graphs were invalid many times in a row
         self.num_recordings = self.num_compilations = 0
         self.unpaid = 0  # recordings that have not been used for long
@@ -130,7 +137,7 @@ class Replay:
 
     def step(self, number: int, /, *args: Any, **kwargs: Any) -> float:
         """Take step `number`, counted from 0, and return its loss."""
-        if self.disabled or _PYRO_STACK:  # a handler around the step may have any effect
+        if self.disabled or _PYRO_STACK or _is_within_torch_mode():  # these may have any effect
             return self.eager_step(*args, **kwargs)
         if self.is_scheduled:
             self.weight.fill_(self.estimator.beta)
@@ -146,16 +153,19 @@ class Replay:
         graph = recording.graph
         states = [generator.get_state() for generator in graph.generators]
         values = [tensor.clone() for tensor in graph.mutated]
-        for parameter in self.optimizer_step.parameters():
-            parameter.grad = None  # frees memory that the new gradients reuse
+        self.optimizer_step.zero_grad()
         with torch.no_grad(), _without_autocast(self.device_types):
             loss, invalid, *gradients = recording.run(*tensors, *graph.captured)
+            num_trained = len(gradients) - len(recording.others)
+            gradients, others = gradients[:num_trained], gradients[num_trained:]
             invalid = flag_non_finite(gradients, invalid)
             self.optimizer_step(gradients, skip=invalid)
             value = loss.item()
             if math.isfinite(value) and not invalid:
                 if self.is_scheduled:
                     self.estimator.steps += 1
+                if others:
+                    _accumulate(recording.others, others)
                 self._count_step(key, recording)
                 return value
             for generator, state in zip(graph.generators, states, strict=True):
@@ -201,22 +211,32 @@ class Replay:
             leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         parameters = self.optimizer_step.parameters()
+        others: list[Tensor] = []
 
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
             rest = iter(tensors)
             filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(filled, spec) if spec else (filled, {})
-            return self._loss_and_gradients(parameters, args, kwargs)
+            return self._loss_and_gradients(parameters, others, args, kwargs)
 
+        if any(tensor.requires_grad for tensor in tensors):
+            raise _EagerOnce("an argument requires a gradient, which a graph does not compute")
         key = self._key(leaves, spec, tensors, parameters)
         recording = self.recordings.get(key)
-        if recording is None or not recording.guards.hold():
+        if recording is None or not recording.holds():
             if recording is not None and recording.steps < 2:
-                self._count_failure(
-                    key, f"the model reads {recording.guards.first_change()}, which keeps changing"
-                )
+                self._count_failure(key, f"the model reads {recording.first_change()}, which keeps changing")
             objects = [leaf for leaf in leaves if not isinstance(leaf, PLAIN_TYPES)]
-            recording = self.recordings[key] = self._record(key, loss_and_gradients, tensors, objects)
+            recording = self._record(key, loss_and_gradients, tensors, objects)
+            others += recording.untrained
+            if others and key not in self.untrained:
+                self.untrained.add(key)
+                raise _EagerOnce("SVI checks whether these parameters may be left out, after an eager step")
+            if others:  # an eager step leaves gradients on these, too
+                recording = self._record(key, loss_and_gradients, tensors, objects)
+                recording.others = others
+            self.recordings[key] = recording
+        others[:] = recording.others
         recording.loss_and_gradients = loss_and_gradients
         return key, recording, tensors
 
@@ -235,7 +255,7 @@ class Replay:
         structure = (
             spec,
             *[_signature(leaf) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves],
-            *[(id(p), *_signature(p), *(p._backward_hooks or ())) for p in parameters],
+            *[(id(p), *_signature(p), *_hooks(p)) for p in parameters],
             id(self._inner_estimator),
             *map(identities.index, identities),  # which arguments are the same tensor
             *[torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in self.device_types],
@@ -253,17 +273,29 @@ class Replay:
     ) -> "_Recording":
         if self.unpaid >= _MAX_RECORDINGS:
             raise Untraceable(f"shapes or attributes keep changing: {_MAX_RECORDINGS} graphs were recorded")
-        others = [r for (structure, _), r in self.recordings.items() if structure == key[0]]
-        if sum(recording.steps < 2 for recording in others) >= _MAX_VALUES:
+        same = [r for (structure, _), r in self.recordings.items() if structure == key[0]]
+        if sum(recording.steps < 2 for recording in same) >= _MAX_VALUES:
             raise Untraceable("its arguments other than tensors keep changing: pass numbers as tensors")
         self.num_recordings += 1
         self.unpaid += 1
-        functions = [self.model, self.guide, *objects]
+        hooks = [
+            hook for p in self.optimizer_step.parameters() for hook in (p._backward_hooks or {}).values()
+        ]
+        functions = [self.model, self.guide, *objects, *hooks, type(self.estimator)]
         try:
-            return _Recording(loss_and_gradients, tensors, functions, self._guarded_objects(), self.fastest)
+            recording = _Recording(
+                loss_and_gradients,
+                tensors,
+                functions,
+                self._guarded_objects(),
+                fastest=self.fastest,
+                ignored=self._counted(),
+                parameters=self.optimizer_step.parameters(),
+            )
         except SideEffect as reason:
             self._count_failure(key, reason)
             raise _EagerOnce(f"it may be of the first run only: {reason}") from reason
+        return recording
 
     def _prepare(self, recording: "_Recording", tensors: Sequence[Tensor], number: int) -> None:
         """Compile the graph if that now pays, and count the use."""
@@ -277,7 +309,7 @@ class Replay:
             recording.use(tensors)
 
     def _loss_and_gradients(
-        self, parameters: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+        self, parameters: list[Tensor], others: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         estimator, surrogate = self.estimator, None
         if type(estimator).__name__.startswith("Jit"):
@@ -291,19 +323,21 @@ class Replay:
             loss = -elbo
         else:
             raise Untraceable(f"{type(estimator).__name__} has no differentiable_loss")
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        trained = [parameter for parameter in [*parameters, *others] if parameter.requires_grad]
         if any(parameter._post_accumulate_grad_hooks for parameter in trained):
             raise Untraceable("a parameter has post-accumulate-gradient hooks")
         with without_autocast():
             gradients = torch.autograd.grad(
                 loss if surrogate is None else surrogate, trained, allow_unused=True
             )
+        num = len(trained) - len(others)
         if self.clip_norm is not None:
-            norm = get_total_norm([gradient for gradient in gradients if gradient is not None])
+            norm = get_total_norm([gradient for gradient in gradients[:num] if gradient is not None])
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
-            gradients = tuple(None if gradient is None else gradient * factor for gradient in gradients)
+            clipped = [None if gradient is None else gradient * factor for gradient in gradients[:num]]
+            gradients = (*clipped, *gradients[num:])
         found = dict(zip(map(id, trained), gradients, strict=True))
-        with_strides = [_with_strides_of(parameter, found.get(id(parameter))) for parameter in parameters]
+        with_strides = [_with_strides_of(p, found.get(id(p))) for p in [*parameters, *others]]
         return loss, _without_shared_memory(with_strides)
 
     @property
@@ -313,12 +347,16 @@ class Replay:
 
     def _guarded_objects(self) -> list[Any]:
         """Return the estimator, and all modules of the objects that the model and the guide belong to."""
-        objects: list[Any] = [self._inner_estimator]
+        objects: list[Any] = [self._inner_estimator, self.estimator]
         for function in (self.model, self.guide):
             owner = getattr(function, "__self__", function)
             if isinstance(owner, nn.Module):
                 objects += owner.modules()
         return objects
+
+    def _counted(self) -> set[tuple[int, Any]]:
+        """Return what changes in a loss with a scheduled weight at each step, outside the graph."""
+        return {(id(self.estimator), name) for name in ("beta", "steps") if self.is_scheduled}
 
 
 class _Recording:
@@ -330,13 +368,18 @@ class _Recording:
         tensors: Sequence[Tensor],
         functions: Sequence[Any],
         objects: list[Any],
+        *,
         fastest: dict[str, str],
+        ignored: set[tuple[int, Any]],
+        parameters: Sequence[Tensor],
     ):
         self.loss_and_gradients = loss_and_gradients
         try:
             # the class of the estimator, since a user's estimator is called by its methods only
-            readers = [*functions, type(objects[0]), get_param_store()._params]
-            self.graph, self.guards = record_with_guards(loss_and_gradients, tensors, readers, objects)
+            readers = [*functions, type(objects[0])]
+            self.graph, self.guards = record_with_guards(
+                loss_and_gradients, tensors, readers, objects, ignored
+            )
             self.reference = copy.deepcopy(self.graph.module).forward  # matrix products of eager torch
             if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.captured]):
                 choose_matmul_libraries(self.graph.module, fastest)
@@ -346,6 +389,13 @@ class _Recording:
             reason = (str(error).splitlines() or [""])[0]
             raise Untraceable(f"recording it raised {type(error).__name__}: {reason}") from error
         self.run = self.graph.module.forward
+        self.others: list[Tensor] = []  # of `untrained`, whose gradients the graph returns, too
+        known = {*map(id, parameters)}  # which are compared by the key
+        read = {**self.guards.tensors, **{id(tensor): tensor for tensor in self.graph.captured}}
+        self.tensors = [tensor for key, tensor in read.items() if key not in known]
+        leaves = [tensor for tensor in self.graph.captured if tensor.requires_grad and tensor.is_leaf]
+        self.untrained = [tensor for tensor in leaves if id(tensor) not in known]
+        self.signatures = self._signatures()
         self.is_compiled = self.disagreed = False
         self.uses = 0
         self.steps = self.misses = (
@@ -356,6 +406,14 @@ class _Recording:
         saved = _SAVED_PER_OPERATION * len(sizes) + _SAVED_PER_VALUE * sum(sizes)
         self.break_even = _COMPILE_TIME / saved  # steps
 
+    def holds(self) -> bool:
+        """Return True if the guards hold and no captured tensor has another shape, dtype or device."""
+        return self.guards.hold() and self._signatures() == self.signatures
+
+    def _signatures(self) -> list[tuple]:
+        """Return what a graph takes for constant of the tensors that the model reads, in few calls."""
+        return [*map(_PROPERTIES, self.tensors), *map(Tensor.stride, self.tensors)]
+
     def compile(self, tensors: Sequence[Tensor]) -> bool:
         """Compile the graph unless it is compiled already; return True if that was needed."""
         if self.is_compiled:
@@ -363,6 +421,13 @@ class _Recording:
         self.run = compile_graph(self.graph.module, [*tensors, *self.graph.captured])
         self.is_compiled, self.uses = True, 0
         return True
+
+    def first_change(self) -> str:
+        """Describe the first value that changed."""
+        for tensor, before in zip(self.tensors, self.signatures, strict=False):
+            if _PROPERTIES(tensor) != before:
+                return f"a tensor of shape {tuple(before[0])}, now {tuple(tensor.shape)}"
+        return self.guards.first_change()
 
     def use(self, tensors: Sequence[Tensor]) -> None:
         """Count a use, and at powers of 2 compare the graph with the function that it was recorded from.
@@ -376,7 +441,12 @@ class _Recording:
         self.uses += 1
         if self.uses & (self.uses - 1):  # not a power of 2
             return
-        recorded_agrees, compiled_agrees = self._compare(tensors)
+        recorded_agrees, compiled_agrees, same_noise = self._compare(tensors)
+        if not same_noise:
+            raise Untraceable(
+                "the eager step leaves other random numbers to the next step than the graph: the model seeds "
+                "or restores a generator, or how much it draws depends on a value that is not an argument"
+            )
         if not recorded_agrees:
             raise Untraceable(
                 "the graph disagrees with the eager step: the model reads a value that changes and is "
@@ -391,8 +461,10 @@ class _Recording:
             self.run, self.is_compiled, self.uses = self.graph.module.forward, False, 0
             raise NotCompiled("the compiled graph disagrees with the eager step")
 
-    def _compare(self, tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+    def _compare(self, tensors: Sequence[Tensor]) -> tuple[bool, bool, bool]:
         """Return whether the recorded graph agrees with the function, and the compiled with the recorded.
+
+        The third value is whether the graph draws as many random numbers as the function.
 
         The recorded graph is run with the matrix products of eager torch, so that both have the same
         operations. The compiled graph rounds differently, which exponentials of log weights amplify, so its
@@ -411,7 +483,7 @@ class _Recording:
             (recorded_loss, _, *recorded), recorded_states = draw(self.reference, *tensors, *graph.captured)
             invalid = flag_non_finite(recorded, invalid)
         if invalid:
-            return True, True  # the step is eager anyway
+            return True, True, True  # the step is eager anyway
         noise = python_noise()
         torch.clear_autocast_cache()
         (expected_loss, expected), expected_states = draw(self.loss_and_gradients, *tensors)
@@ -423,9 +495,34 @@ class _Recording:
         low = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
         compiled_agrees = not self.is_compiled or _agree(found, recorded, power=1 / 2, dtypes=low)
         return (
-            recorded_agrees and all(map(torch.equal, recorded_states, expected_states)),
+            recorded_agrees,
             compiled_agrees and all(map(torch.equal, states, recorded_states)),
+            all(map(torch.equal, recorded_states, expected_states)),
         )
+
+
+def _accumulate(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add gradients to those of leaf tensors, as a backward pass does."""
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        if gradient is not None:
+            # a copy, since a compiled graph may reuse the memory
+            tensor.grad = gradient.clone() if tensor.grad is None else tensor.grad.add_(gradient)
+
+
+def _is_within_torch_mode() -> bool:
+    """Return True without gradients, or under a mode that sees torch's operations, other than a device."""
+    if not torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        return True
+    if not torch._C._len_torch_function_stack():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return not all(isinstance(mode, DeviceContext) for mode in modes)
+
+
+def _hooks(parameter: Tensor) -> tuple:
+    """Return the identifiers of a parameter's hooks."""
+    hooks, later = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    return (*(hooks or ()), *(later or ())) if hooks or later else ()
 
 
 def _without_autocast(device_types: Sequence[str]) -> ExitStack:

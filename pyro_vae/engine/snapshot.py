@@ -8,7 +8,12 @@ import operator
 import os
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from array import array as Array  # noqa: N812 (a class)
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from ctypes import Array as CArray
+from ctypes import _SimpleCData
+from functools import partial
 from itertools import chain, repeat
 from types import CellType, MappingProxyType
 from typing import Any, NamedTuple
@@ -16,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["ABSENT", "Change", "Snapshot", "attribute", "equal"]
+__all__ = ["ABSENT", "BUFFER_TYPES", "MAX_ITEMS", "Change", "Snapshot", "attribute", "equal"]
 
 ABSENT = object()
 _BY_VALUE = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device)
-_MAX_ITEMS = 1_000  # of a container; a larger one is taken for data
+BUFFER_TYPES = (np.ndarray, Array, bytearray, memoryview, CArray, _SimpleCData)  # compared by their bytes
+MAX_ITEMS = 1_000  # of a container; a larger one is taken for data
 _MAX_BYTES = 2**16  # of an array: some 10 µs
 
 
@@ -55,6 +61,8 @@ class _Lookups:
         return map(self.get, self.spaces, self.names, repeat(ABSENT))
 
     def hold(self) -> bool:
+        if not self.names:
+            return True
         if all(map(operator.is_, self.found(), self.values)):
             return True
         found = list(self.found())
@@ -89,7 +97,13 @@ class Snapshot:
         self.in_classes = _Lookups(MappingProxyType.get, _put_attribute)
         self.in_objects = _Lookups(attribute, _put_attribute)
         self.in_cells = _Lookups(_content, _put_content)
-        self.lookups = (self.in_dicts, self.in_classes, self.in_objects, self.in_cells)
+        self.in_contexts = _Lookups(_context, _put_context)
+        self.in_mappings = _Lookups(_item, _put_item)
+        self.in_calls = _Lookups(_called, _put_nothing)
+        self.lookups = (
+            self.in_dicts, self.in_classes, self.in_objects, self.in_cells, self.in_contexts,
+            self.in_mappings, self.in_calls,
+        )  # fmt: skip
         self.containers: list[
             tuple[Any, tuple[Any, Any], list | None]
         ] = []  # container, owner and name, content
@@ -97,8 +111,10 @@ class Snapshot:
         self.sizes: list[int] = []
         self.sequences: list[Any] = []  # containers that are compared item by item
         self.items: list[Any] = []  # of all sequences
-        self.arrays: list[np.ndarray] = []
+        self.arrays: list[Any] = []
         self.bytes: list[bytes] = []
+        self.typed: list[Any] = []
+        self.types: list[type] = []
         self.environment: dict[Any, Any] | None = None
         self.generators: list[tuple[Any, Any]] = []  # with their states; `hold` does not compare these
         self._known = set(ignored)
@@ -120,6 +136,24 @@ class Snapshot:
         """Add a variable of a closure; return its value."""
         return self.in_cells.add(cell, name, owner)
 
+    def add_context(self, variable: ContextVar, owner: Any) -> Any:
+        """Add a context variable; return its value."""
+        return self.in_contexts.add(variable, variable.name, owner)
+
+    def add_mapping(self, mapping: Mapping) -> list[Any]:
+        """Add the items of a mapping that is not a dictionary; return the values."""
+        self.add_call(partial(tuple, mapping), "names", mapping)
+        return [self.in_mappings.add(mapping, name, mapping) for name in mapping]
+
+    def add_call(self, function: Callable[[], tuple], name: str, owner: Any) -> None:
+        """Add the values that a function returns as a tuple; they are compared, and not restored."""
+        self.in_calls.add(function, name, owner)
+
+    def add_type(self, item: Any) -> None:
+        """Add the class of an object, which may be assigned."""
+        self.typed.append(item)
+        self.types.append(type(item))
+
     def _add(self, lookups: _Lookups, space: Any, name: Any, owner: Any) -> Any:
         if (id(owner), name) in self._known:
             return ABSENT
@@ -128,21 +162,21 @@ class Snapshot:
 
     def add_container(self, container: Any, owner: Any, name: Any) -> bool:
         """Add a list, set, deque or dictionary; return False if it is so large that only its size counts."""
-        is_small = len(container) <= _MAX_ITEMS
+        is_small = len(container) <= MAX_ITEMS
         self.containers.append((container, (owner, name), list(container) if is_small else None))
         self.sized.append(container)
         self.sizes.append(len(container))
-        if is_small and not isinstance(container, dict):
+        if is_small and len(container):  # of a dictionary the names, in their order
             self.sequences.append(container)
             self.items += container
         return is_small
 
-    def add_array(self, array: np.ndarray) -> bool:
-        """Add the elements of an array; return False if they are too many."""
-        if array.nbytes > _MAX_BYTES:
+    def add_array(self, array: Any) -> bool:
+        """Add the elements of an array or another buffer; return False if they are too many."""
+        if (array if isinstance(array, np.ndarray) else memoryview(array)).nbytes > _MAX_BYTES:
             return False
         self.arrays.append(array)
-        self.bytes.append(array.tobytes())
+        self.bytes.append(_bytes(array))
         return True
 
     def add_generator(self, generator: Any) -> None:
@@ -159,7 +193,8 @@ class Snapshot:
             all(lookups.hold() for lookups in self.lookups)
             and list(map(len, self.sized)) == self.sizes
             and self._items_hold()
-            and list(map(np.ndarray.tobytes, self.arrays)) == self.bytes
+            and list(map(_bytes, self.arrays)) == self.bytes
+            and list(map(type, self.typed)) == self.types
             and (self.environment is None or _environment() == self.environment)
         )
 
@@ -176,8 +211,11 @@ class Snapshot:
             if len(container) != size or not same:
                 found.append(Change(owner, name, content, list(container)))
         for array, elements in zip(self.arrays, self.bytes, strict=True):
-            if array.tobytes() != elements:
-                found.append(Change(array, "elements", elements, array.tobytes()))
+            if _bytes(array) != elements:
+                found.append(Change(array, "elements", elements, _bytes(array)))
+        for item, kind in zip(self.typed, self.types, strict=True):
+            if type(item) is not kind:
+                found.append(Change(item, "__class__", kind, type(item)))
         if self.environment is not None and _environment() != self.environment:
             found.append(Change(os, "environ", self.environment, dict(_environment())))
         for generator, state in self.generators:
@@ -193,8 +231,11 @@ class Snapshot:
             if content is not None and not equal(tuple(container), tuple(content)):
                 _fill(container, content)
         for array, elements in zip(self.arrays, self.bytes, strict=True):
-            if array.tobytes() != elements:
-                array[...] = np.frombuffer(elements, array.dtype).reshape(array.shape)
+            if _bytes(array) != elements:
+                _put_bytes(array, elements)
+        for item, kind in zip(self.typed, self.types, strict=True):
+            if type(item) is not kind:
+                item.__class__ = kind
         if self.environment is not None and _environment() != self.environment:
             decoded = {os.fsdecode(name): os.fsdecode(value) for name, value in self.environment.items()}
             os.environ.clear()
@@ -204,15 +245,18 @@ class Snapshot:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Return True for the same object, for equal numbers and strings of one type, and for tuples of these."""
+    """Return True for the same object, for equal numbers and strings of one type, and for tuples of these.
+
+    Zeros of different sign differ.
+    """
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, tuple):
         return len(one) == len(other) and all(map(equal, one, other))
-    if isinstance(one, float | np.floating) and math.isnan(one):
-        return math.isnan(other)
+    if isinstance(one, float | np.floating) and (math.isnan(one) or not one):
+        return math.isnan(other) if one else not other and math.copysign(1, one) == math.copysign(1, other)
     return isinstance(one, _BY_VALUE) and bool(one == other)
 
 
@@ -233,6 +277,33 @@ def _content(cell: CellType, _: str, default: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # the variable has no value yet
         return default
+
+
+def _item(mapping: Mapping, name: Any, default: Any) -> Any:
+    try:
+        return mapping[name]
+    except Exception:  # a library's may raise anything
+        return default
+
+
+def _context(variable: ContextVar, _: str, default: Any) -> Any:
+    return variable.get(default)
+
+
+def _called(function: Callable[[], tuple], _: str, __: Any) -> tuple:
+    return function()
+
+
+def _bytes(array: Any) -> bytes:
+    """Return the elements of an array as bytes; of one of Python objects, their identities."""
+    return array.tobytes() if isinstance(array, np.ndarray) else bytes(memoryview(array))
+
+
+def _put_bytes(array: Any, elements: bytes) -> None:
+    if isinstance(array, np.ndarray):
+        array[...] = np.frombuffer(elements, array.dtype).reshape(array.shape)
+    else:
+        memoryview(array).cast("B")[:] = elements
 
 
 def _put_item(space: dict[Any, Any], name: Any, value: Any) -> None:
@@ -256,11 +327,21 @@ def _put_content(cell: CellType, _: str, value: Any) -> None:
         cell.cell_contents = value
 
 
+def _put_context(variable: ContextVar, _: str, value: Any) -> None:
+    if value is not ABSENT:  # a variable of a context cannot be removed from it
+        variable.set(value)
+
+
+def _put_nothing(*_: Any) -> None:
+    pass
+
+
 def _fill(container: Any, content: list[Any]) -> None:
-    """Give a container its former items, and remove new names of a dictionary, whose values are looked up."""
+    """Give a container its former items in their order; the values of a dictionary are looked up."""
     if isinstance(container, dict):
-        for name in set(container).difference(content):
-            del container[name]
+        former = {name: container[name] for name in content if name in container}
+        container.clear()
+        container.update(former)
     else:
         container.clear()
         container.update(content) if isinstance(container, set) else container.extend(content)

@@ -26,7 +26,7 @@ from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explai
 from pyro_vae.objectives.pair import split_pair, stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, plate_nesting, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
-from pyro_vae.utils.validation import NonFiniteError, flag_non_finite
+from pyro_vae.utils.validation import NonFiniteError, flag_non_finite, require_number
 
 __all__ = ["SVI", "default_loss"]
 
@@ -78,7 +78,9 @@ class SVI:
         engine: How to run a step; all engines give the same numbers. "eager" runs Pyro at every step,
             "traced" the graph of tensor operations recorded at the first step, "compiled" that graph compiled
             to machine code, which takes some seconds. "auto" is traced, and compiled once that saves time.
-            A model that changes Python values as it runs, such as a counter, takes eager steps.
+            A model that changes Python values as it runs, such as a counter, or that reads what cannot be
+            compared at each step, such as a clock, a file or a data frame, takes eager steps; a warning says
+            so once.
 
     Raises:
         TypeError: If the model or the guide is not callable, the optimiser is not a torch optimiser, or the
@@ -117,11 +119,15 @@ class SVI:
         call = "SVI(pair, optimizer, loss) or SVI(model, guide, optimizer, loss)"
         model, guide, rest = split_pair(call, model, *given)
         optimizer, loss = [*rest, None, None][:2]
+        if isinstance(loss, torch.optim.Optimizer) and isinstance(optimizer, ELBO):
+            raise TypeError(f"optimizer and loss are exchanged: call {call}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer, such as torch.optim.Adam(vae.parameters()); "
                 f"got {type(optimizer).__name__}. Pyro's optimisers go with pyro.infer.SVI"
             )
+        if clip_norm is not None:
+            require_number("clip_norm", clip_norm)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive; got {clip_norm}")
         if engine not in ENGINES:
@@ -177,7 +183,8 @@ class SVI:
                     eager_step=self._eager_step,
                     fastest=self.fastest_products,
                 )
-            loss = self._replay.step(self.steps, *args, **kwargs)
+            step = partial(self._replay.step, self.steps) if not self._met_late else self._eager_step
+            loss = step(*args, **kwargs)
         self._require_trained(num_stored)
         self._checked = (self.model, self.guide, self.loss)
         self.steps += 1

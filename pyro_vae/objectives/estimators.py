@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vae.objectives.log_terms import Terms, terms
 from pyro_vae.objectives.sites import Program
-from pyro_vae.utils.validation import require_count
+from pyro_vae.utils.validation import require_count, require_number
 
 __all__ = [
     "CIWAE",
@@ -252,6 +252,7 @@ class CIWAE(Estimator):
     """
 
     def __init__(self, beta: float, num_particles: int, *, max_plate_nesting: int = 1):
+        require_number("beta", beta)
         if not 0 <= beta <= 1:
             raise ValueError(f"beta, the weight of the ELBO, must lie in [0, 1]; got {beta}")
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
@@ -291,6 +292,7 @@ class Renyi(Estimator):
     """
 
     def __init__(self, alpha: float, num_particles: int, *, max_plate_nesting: int = 1):
+        require_number("alpha", alpha)
         if alpha == 1 or not math.isfinite(alpha):
             raise ValueError(f"alpha must be finite and not 1 (at 1 it is the ELBO: IWAE(1)); got {alpha}")
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)

@@ -79,7 +79,9 @@ def explain_failure(error: Exception, trace: poutine.Trace, waiting: list[str], 
                 )
             if x.is_floating_point() and x.dtype != parameter.dtype:
                 return (
-                    f"{message}\nIts parameter {name!r} is {parameter.dtype}: convert it, guide.to({x.dtype})"
+                    f"{message}\nIts parameter {name!r} is {parameter.dtype}: convert it and all others of "
+                    f"another dtype than the data, by .to({x.dtype}) of their modules; or, if the model has "
+                    f"{parameter.dtype} too, the data"
                 )
     about_shapes = isinstance(error, RuntimeError) and re.search(r"shape|size|dim", str(error))  # torch's
     return message + "\nReshape or flatten the data to the shape its network expects" * bool(about_shapes)
@@ -120,6 +122,10 @@ def name_problems(model_sites: Sites, guide_sites: Sites, returned: Any = None) 
     Arguments as for `problems`.
     """
     latent = latent_sites(model_sites)
+    observed = [name for name, q in guide_sites.items() if q["is_observed"] and name not in model_sites]
+    if observed and len(latent) == len(model_sites):
+        yield f"the guide observes {observed[0]!r}, the model nothing: model and guide are exchanged"
+        return
     renamed = _renamed(latent, model_sites, guide_sites)
     for name, p in latent.items():
         if name not in guide_sites and name not in renamed.values():

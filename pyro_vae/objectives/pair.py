@@ -55,6 +55,8 @@ def as_programs(call: str, pair: Any) -> Any:
     """
     if isinstance(pair, tuple) and len(pair) == 2 and not hasattr(pair, "model"):
         pair = Programs(*pair)
+    if isinstance(pair, type):
+        raise TypeError(f"expected a model and a guide; got the class {pair.__name__} itself: build one")
     if not _has_both(pair):
         raise TypeError(
             "expected an object with Pyro functions model and guide, such as a VAE or pyro_vae.Pair(model, "

@@ -243,6 +243,11 @@ def training_curves(
         >>> [text.get_text() for text in axes.get_legend().get_texts()]
         ['train ELBO ± SE', 'exact log p(x)']
     """
+    if not isinstance(history, Mapping):
+        raise TypeError(
+            "history must be a dict of columns, such as columns() of the history that fit returns; "
+            f"got {type(history).__name__}"
+        )
     if "epoch" not in history:
         raise ValueError(f'history needs a column "epoch"; got {", ".join(history) or "no columns"}')
     epoch = finite_array("epoch", history["epoch"])

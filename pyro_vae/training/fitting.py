@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import pyro
 import torch
 from pyro.infer import ELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO
+from pyro.optim import PyroOptim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -31,7 +32,7 @@ from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.run import BATCH_SIZE, PRECISIONS, Run, Settings
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
-from pyro_vae.utils.validation import require_count
+from pyro_vae.utils.validation import require_count, require_number
 from pyro_vae.vae import VAE
 
 __all__ = ["Callback", "TensorBoard", "fit"]
@@ -189,6 +190,7 @@ def fit(
         checkpoint_dir=checkpoint_dir,
         resume=resume,
     )
+    _require_callbacks(callbacks)
     train, held_out = _prepare(pair, data, validation, binarize=binarize, seed=seed, missing=missing)
     with _surroundings(pair, train.device, seed):
         _make_parameters(pair, vae, train, batch_size)
@@ -263,8 +265,11 @@ def _settings(
         )
     if others["precision"] not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {others['precision']!r}")
+    for name, number in {"learning_rate": learning_rate, "kl_warmup": kl_warmup}.items():
+        require_number(name, number)
     if not 0 <= kl_warmup < math.inf:
         raise ValueError(f"kl_warmup must be a number of epochs, at least 0; got {kl_warmup}")
+    _require_functions(optimizer, others["schedule"])
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
     return Settings(
@@ -276,6 +281,31 @@ def _settings(
         directory=None if checkpoint_dir is None else Path(checkpoint_dir),
         **others,
     )
+
+
+def _require_functions(optimizer: Any, schedule: Any) -> None:
+    """Raise unless optimiser and schedule are made by functions, which a resumed run calls again."""
+    if isinstance(optimizer, PyroOptim):
+        raise TypeError(
+            f"optimizer must make a torch optimiser; got {optimizer!r}, one of Pyro's, which go with "
+            "pyro.infer.SVI: pass optimizer=torch.optim.Adam, or leave it out and pass learning_rate"
+        )
+    for name, value, kind, example in (
+        ("optimizer", optimizer, Optimizer, "lambda parameters: torch.optim.AdamW(parameters, 1e-3)"),
+        ("schedule", schedule, LRScheduler, "lambda optimizer: StepLR(optimizer, 10)"),
+    ):
+        if value is not None and (isinstance(value, kind) or not callable(value)):
+            got = f"the object {type(value).__name__}" if isinstance(value, kind) else repr(value)
+            raise TypeError(f"{name} must be a function that makes it, such as {example}; got {got}")
+
+
+def _require_callbacks(callbacks: Any) -> None:
+    """Raise unless callbacks are a sequence of functions."""
+    if callable(callbacks) or not isinstance(callbacks, Sequence):
+        raise TypeError(f"callbacks must be a list of functions, as in callbacks=[f]; got {callbacks!r}")
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"a callback must be a function of the pair and the epoch; got {callback!r}")
 
 
 @contextlib.contextmanager

@@ -69,6 +69,8 @@ class Run:
         self.pair, self.train, self.held_out, self.settings = pair, train, held_out, settings
         self.device = parameters[0].device
         self.optimizer = settings.optimizer(parameters)
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(f"optimizer must return a torch optimiser; got {type(self.optimizer).__name__}")
         self.schedule = settings.schedule(self.optimizer) if settings.schedule else None
         self.batch_size = settings.batch_size or min(BATCH_SIZE, len(train))
         if self.batch_size > len(train):

@@ -8,6 +8,7 @@ import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,15 @@ def derived_seed(seed: int, *key: int) -> int:
     """Return a seed for the random stream `key` of a run; different keys give independent streams.
 
     Raises:
+        TypeError: If the seed is not an integer.
         ValueError: If the seed or an entry of the key is negative.
 
     Example:
         >>> len({derived_seed(0, 1), derived_seed(0, 1, 0), derived_seed(0, 2), derived_seed(1, 2)})
         4
     """
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a non-negative integer; got {seed!r}")
     if min(seed, *key) < 0:
         raise ValueError(f"seed must be a non-negative integer; got {min(seed, *key)}")
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])

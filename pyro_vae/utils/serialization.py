@@ -155,7 +155,8 @@ def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        folder = ", which is a folder: name the file in it" if path.is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{folder}")
     try:
         with zipfile.ZipFile(path) as archive:
             _require_stored(archive, path.stat().st_size)
@@ -171,8 +172,11 @@ def read(path: str | os.PathLike[str], kind: str, *, device: str | torch.device 
     if damaged:
         raise CheckpointError(f"{path} is damaged: the check sum of its part {damaged!r} does not match")
     if not (isinstance(stored, dict) and stored.get("format") == f"pyro_vae {kind}"):
-        found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
-        raise CheckpointError(f"{path} should hold a {kind!r} file of pyro_vae; found {found!r}")
+        found = stored.get("format") if isinstance(stored, dict) else None
+        other = f"a {type(stored).__name__} that torch.save wrote"
+        raise CheckpointError(
+            f"{path} should hold a {kind!r} file of pyro_vae; found {other if found is None else repr(found)}"
+        )
     version = _VERSIONS.get(kind, 1)
     if stored.get("version") != version:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ __all__ = [
     "require_count",
     "require_event_and_latent",
     "require_floating",
+    "require_module",
+    "require_number",
     "require_shape",
     "same_support",
     "to_shape",
@@ -58,6 +60,26 @@ def require_count(name: str, value: Any, *, minimum: int = 1) -> None:
         raise TypeError(f"{name} must be an integer; got {value!r}")
     if int(value) < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+def require_number(name: str, value: Any) -> None:
+    """Raise unless `value` is a real number.
+
+    Example:
+        >>> require_number("clip_norm", "1")
+        Traceback (most recent call last):
+            ...
+        TypeError: clip_norm must be a number; got '1'
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def require_module(name: str, value: Any) -> None:
+    """Raise unless `value` can be called as a torch module can."""
+    if isinstance(value, type) or not callable(value):
+        got = f"the class {value.__name__} itself: build one" if isinstance(value, type) else repr(value)
+        raise TypeError(f"{name} must be a torch module; got {got}")
 
 
 def require_shape(name: str, value: Any) -> tuple[int, ...]:

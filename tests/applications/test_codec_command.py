@@ -50,7 +50,19 @@ def test_an_array_comes_back(folder, capsys, model):
 def test_errors_are_one_line_and_leave_no_file(folder, capsys):
     options = ["--model", str(folder / "vae.pt"), "--quiet"]
     np.save(folder / "grey.npy", np.full((2, 4, 5), 0.5))
+    np.save(folder / "objects.npy", np.array([{}, []], object), allow_pickle=True)
+    np.savez(folder / "two.npz", a=np.ones(3), b=np.ones(3))
+    (folder / "empty.npy").write_bytes(b"")
+
+    def compress(name, output="out"):
+        return ["compress", str(folder / name), str(folder / output), *options]
+
     cases = {
+        "objects.npy is not a .npy file of numbers": compress("objects.npy"),
+        "empty.npy is not a .npy file of numbers": compress("empty.npy"),
+        "two.npz holds the arrays a, b: save one of them": compress("two.npz"),
+        "absent for out: make it first": compress("x.npy", "absent/out"),
+        "absent for y: make it first": ["decompress", "x", str(folder / "absent" / "y"), *options],
         "cannot be coded exactly": ["compress", str(folder / "grey.npy"), str(folder / "out"), *options],
         "does not begin with": ["decompress", str(folder / "x.npy"), str(folder / "out"), *options],
         "magic": ["list", str(folder / "x.npy")],
