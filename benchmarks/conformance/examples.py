@@ -57,10 +57,7 @@ def examples(clone: Path) -> Makers:
         "dmm.py": (partial(dmm, load), Trace_ELBO),
         "dmm.py, annealed": (partial(dmm, load, annealed=True), Trace_ELBO),
         "dmm.py, flows": (partial(dmm, load, num_iafs=2, iaf_dim=5), Trace_ELBO),
-        "dmm.py, TMC": (
-            partial(dmm, load, enumerate="parallel"),
-            partial(TraceTMC_ELBO, max_plate_nesting=1),
-        ),
+        "dmm.py, TMC": (partial(dmm, load, enumerate="parallel"), tmc),
         "scanvi/scanvi.py": (partial(scanvi, load), TraceEnum_ELBO),
         "lda.py": (partial(lda, load), enum_2),
         "sparse_gamma_def.py, custom": (partial(sparse_gamma, load, "custom"), Trace_ELBO),

@@ -96,7 +96,8 @@ class Reasons(logging.Handler):
 def what_ran(svi: Any, reasons: Reasons) -> str:
     replay = svi._replay
     if replay and not replay.disabled:
-        return f"graph, {replay.num_recordings} recorded"
+        by_graph = sum(recording.steps for recording in replay.recordings.values())
+        return f"graph, {replay.num_recordings} recorded, {by_graph} of {svi.steps} steps"
     return ": ".join(["eager steps", *reasons.heard[-1:]])
 
 
