@@ -1,7 +1,6 @@
 """Run an example of Pyro with another `SVI`, and print the losses of its steps: ENGINE SCRIPT ARGUMENTS."""
 
 import json
-import logging
 import runpy
 import sys
 import warnings
@@ -9,7 +8,7 @@ from typing import Any
 
 import pyro
 import torch
-from table import as_tuple, parameters_of, what_ran
+from table import Reasons, as_tuple, parameters_of, what_ran
 
 import pyro_vae as pv
 
@@ -17,6 +16,7 @@ PyroSVI = pyro.infer.SVI
 MOST_STEPS = 40
 losses: list[tuple[float, ...]] = []
 ran: list[str] = []
+reasons = Reasons()
 
 
 class Enough(Exception):  # noqa: N818
@@ -47,7 +47,7 @@ class KeptSVI:
         self.svi = self.svi or self.make(args, kwargs)
         loss = self.svi.step(*args, **kwargs)
         losses.append(as_tuple(loss))
-        ran[:] = [what_ran(self.svi)] if self.engine != "upstream" else []
+        ran[:] = [what_ran(self.svi, reasons)] if self.engine != "upstream" else []
         if len(losses) == MOST_STEPS:
             raise Enough
         return loss
@@ -60,7 +60,6 @@ class KeptSVI:
 def main() -> None:
     KeptSVI.engine, script, *arguments = sys.argv[1:]
     pyro.infer.SVI = pyro.infer.svi.SVI = KeptSVI
-    logging.getLogger("pyro_vae").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     sys.argv = [script, *arguments]

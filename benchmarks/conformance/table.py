@@ -1,5 +1,8 @@
 """Pyro's programs under `pyro.infer.SVI` and `pyro_vae.SVI`: accepted or refused, the same losses or not.
 
+Programs are float64, but for the examples that run as scripts. There Pyro adds up the terms of a loss as
+Python's numbers, this library in float32, so that the last digit may differ.
+
 uv run benchmarks/conformance/table.py
 uv run benchmarks/conformance/table.py --pyro PATH   # also the examples of a clone of Pyro's repository
 """
@@ -27,7 +30,7 @@ HERE = Path(__file__).parent
 ENGINES = ("eager", "traced")
 COLUMNS = ["program", "eager", "Δ", "traced", "Δ", "what ran"]
 
-# of those that Pyro's own tests run, the ones that load nothing over the network
+# of those that Pyro's own tests run, the ones that load nothing over the network and take steps by SVI
 EXAMPLES = [
     *(f"capture_recapture/cjs.py --num-steps=4 -m {number}" for number in range(1, 6)),
     *(f"contrib/autoname/{name}.py --num-epochs=4" for name in ("mixture", "scoping_mixture", "tree_data")),
@@ -36,8 +39,6 @@ EXAMPLES = [
     "lda.py --num-steps=4 --num-words=100 --num-docs=100 --num-words-per-doc=8",
     "minipyro.py --backend=pyro --num-steps=4",
     "scanvi/scanvi.py --num-epochs 1 --dataset mock",
-    "sparse_regression.py --num-steps=4 --num-data=100 --num-dimensions 11",
-    "svi_torch.py --num-epochs=2 --size=400",
     "toy_mixture_model_discrete_enumeration.py --num-steps=4",
 ]
 
@@ -79,28 +80,49 @@ def parameters_of(model: Callable, guide: Callable, args: Sequence[Any], kwargs:
     return list({id(leaf): leaf for leaf in leaves}.values())  # some have two names
 
 
-def what_ran(svi: Any) -> str:
+class Reasons(logging.Handler):
+    """Keep why steps were eager, as the library logs it, in place of printing it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard: list[str] = []
+        logger = logging.getLogger("pyro_vae")
+        logger.handlers, logger.propagate = [self], False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(record.getMessage().rpartition("without a graph: ")[2])
+
+
+def what_ran(svi: Any, reasons: Reasons) -> str:
     replay = svi._replay
-    return f"graph, {replay.num_recordings} recorded" if replay and not replay.disabled else "eager steps"
+    if replay and not replay.disabled:
+        by_graph = sum(recording.steps for recording in replay.recordings.values())
+        return f"graph, {replay.num_recordings} recorded, {by_graph} of {svi.steps} steps"
+    return ": ".join(["eager steps", *reasons.heard[-1:]])
 
 
 def run_pair(make: Callable, make_loss: Callable, engine: str, num_steps: int = 8) -> Run:
     """Take steps of a pair by Pyro's SVI, "upstream", or by ours with an engine, from the same seed."""
+    reasons = Reasons()
     pyro.clear_param_store()
     torch.manual_seed(0)
-    model, guide, data = make()
-    parameters = parameters_of(model, guide, data, {}) or [torch.nn.Parameter(torch.zeros(()))]
-    loss = make_loss()
     try:
+        model, guide, data = make()
+        calls = data if isinstance(data, list) else [(data, {})]
+        parameters = [leaf for args, kwargs in calls for leaf in parameters_of(model, guide, args, kwargs)]
+        parameters = list({id(leaf): leaf for leaf in parameters}.values())
+        parameters = parameters or [torch.nn.Parameter(torch.zeros(()))]
+        loss = make_loss()
         if engine == "upstream":
             svi: Any = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss)
         else:
             svi = pv.SVI(model, guide, torch.optim.Adam(parameters, 0.01), loss, engine=engine)
         torch.manual_seed(1)
-        losses = [as_tuple(svi.step(*data)) for _ in range(num_steps)]
+        steps = [calls[number % len(calls)] for number in range(num_steps)]
+        losses = [as_tuple(svi.step(*args, **kwargs)) for args, kwargs in steps]
     except Exception as error:
         return Run([], f"{type(error).__name__}: {error}")
-    return Run(losses, ran="" if engine == "upstream" else what_ran(svi))
+    return Run(losses, ran="" if engine == "upstream" else what_ran(svi, reasons))
 
 
 def run_example(path: Path, arguments: list[str], engine: str) -> Run:
@@ -143,11 +165,15 @@ def row(name: str, runs: dict[str, Run]) -> list[str]:
     return [*cells, runs["traced"].ran]
 
 
-def rows(clone: Path | None) -> Iterator[list[str]]:
+def rows(clone: Path | None, wanted: str = "") -> Iterator[list[str]]:
     torch.set_default_dtype(torch.float64)
-    for name, (make, make_loss) in pairs().items():
-        yield row(name, {engine: run_pair(make, make_loss, engine) for engine in ("upstream", *ENGINES)})
+    found = pairs() | (module(HERE / "examples.py").examples(clone.resolve()) if clone else {})
+    for name, (make, make_loss) in found.items():
+        if wanted in name:
+            yield row(name, {engine: run_pair(make, make_loss, engine) for engine in ("upstream", *ENGINES)})
     for line in EXAMPLES if clone else ():
+        if wanted not in line:
+            continue
         script, *arguments = line.split()
         path = clone.resolve() / "examples" / script
         if not path.exists():
@@ -159,10 +185,10 @@ def rows(clone: Path | None) -> Iterator[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pyro", type=Path, help="a clone of Pyro's repository")
-    clone = parser.parse_args().pyro
-    logging.getLogger("pyro_vae").setLevel(logging.ERROR)
+    parser.add_argument("--only", default="", metavar="TEXT", help="programs whose name contains it")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    found = list(rows(clone))
+    found = list(rows(arguments.pyro, arguments.only))
     print("\n".join(aligned(COLUMNS, found, left=len(COLUMNS))))
     accepted = sum(each[1] == each[3] == "accepted" for each in found)
     print(f"{accepted} of {len(found)} accepted; Δ is the largest relative difference from Pyro's losses")

@@ -12,6 +12,9 @@ from pyro.contrib import gp
 from pyro.distributions.transforms import affine_autoregressive, spline_coupling
 from pyro.infer import (
     EnergyDistance,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceMeanField_ELBO,
     RenyiELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
@@ -154,17 +157,69 @@ def stable() -> Pair:
     return model, AutoNormal(model), (torch.randn(N),)
 
 
-def gaussian_process(*, is_sparse: bool) -> Pair:
-    """Gaussian process regression with priors on the kernel."""
+def gaussian_process(kind: str) -> Pair:
+    """Gaussian process regression: without priors, with priors on the kernel, with inducing inputs."""
     x = torch.linspace(0.0, 3.0, N)
-    kernel = gp.kernels.RBF(1)
-    if is_sparse:
-        process = gp.models.SparseGPRegression(x, x.sin(), kernel, Xu=x[::3].clone(), jitter=1e-5)
+    y, inducing, kernel = x.sin(), x[::3].clone(), gp.kernels.RBF(1)
+    process: gp.models.GPModel
+    if kind == "sparse":
+        process = gp.models.SparseGPRegression(x, y, kernel, Xu=inducing, jitter=1e-5)
+    elif kind == "variational":
+        likelihood = gp.likelihoods.Gaussian(torch.tensor(0.3))
+        process = gp.models.VariationalSparseGP(x, y, kernel, Xu=inducing, likelihood=likelihood, jitter=1e-5)
     else:
-        process = gp.models.GPRegression(x, x.sin(), kernel, noise=torch.tensor(0.3))
+        process = gp.models.GPRegression(x, y, kernel, noise=torch.tensor(0.3))
+    if kind == "exact":
         process.kernel.lengthscale = pyro.nn.PyroSample(dist.LogNormal(0.0, 1.0))
         process.kernel.autoguide("lengthscale", dist.Normal)
     return process.model, process.guide, ()
+
+
+def latent_inputs() -> Pair:
+    """A Gaussian process whose inputs are latent."""
+    x = torch.randn(N, 2)
+    kernel = gp.kernels.RBF(2, lengthscale=torch.ones(2))
+    process = gp.models.SparseGPRegression(x, torch.randn(3, N), kernel, Xu=x[:3].clone(), jitter=1e-5)
+    process.X = pyro.nn.PyroSample(dist.Normal(x, 0.1).to_event())
+    process.autoguide("X", dist.Normal)
+    return process.model, process.guide, ()
+
+
+def neural_topics() -> Pair:
+    """Topics by an autoencoder with dropout and batch normalisation."""
+    encoder = nn.Sequential(
+        nn.Linear(6, 5), nn.Softplus(), nn.Dropout(0.2), nn.Linear(5, 4), nn.BatchNorm1d(4)
+    )
+    decoder = nn.Sequential(nn.Dropout(0.2), nn.Linear(2, 6, bias=False), nn.BatchNorm1d(6), nn.Softmax(-1))
+
+    def model(counts):
+        pyro.module("decoder", decoder)
+        with pyro.plate("documents", len(counts)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(counts), 2), 1.0).to_event(1))
+            total = int(counts.sum(-1).max())
+            pyro.sample("counts", dist.Multinomial(total, decoder(z.softmax(-1))), obs=counts)
+
+    def guide(counts):
+        pyro.module("encoder", encoder)
+        with pyro.plate("documents", len(counts)):
+            loc, log_scale = encoder(counts).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, (log_scale / 2).exp()).to_event(1))
+
+    return model, guide, (torch.poisson(torch.full((N, 6), 4.0)),)
+
+
+def subsampled_plates() -> Pair:
+    """An automatic guide whose plates are subsampled as the model's are."""
+
+    def plates(x):
+        return pyro.plate("data", N, subsample_size=3)
+
+    def model(x):
+        with plates(x) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    return model, AutoNormal(model, create_plates=plates), (torch.randn(N),)
 
 
 def simple_elbo(model, guide, *args):
@@ -177,6 +232,23 @@ def simple_elbo(model, guide, *args):
 def regularised(model, guide, *args):
     penalty = sum(value.square().sum() for value in pyro.get_param_store().values())
     return Trace_ELBO().differentiable_loss(model, guide, *args) + 0.1 * penalty
+
+
+def annealed() -> Pair:
+    """A weight of the latent terms, as an argument."""
+
+    def model(x, weight):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=weight):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, weight):
+        slope = pyro.param("slope", torch.tensor(0.3))
+        with pyro.plate("data", len(x)), poutine.scale(scale=weight):
+            pyro.sample("z", dist.Normal(slope * x, 0.8))
+
+    return model, guide, (torch.randn(N), 0.2)
 
 
 def nothing_to_learn() -> Pair:
@@ -197,8 +269,13 @@ TUTORIALS: dict[str, tuple[Callable[[], Pair], Callable[[], Any]]] = {
     "dirichlet_process_mixture": (sticks, Trace_ELBO),
     "dirichlet_process_mixture, TraceGraph": (sticks, TraceGraph_ELBO),
     "stable, LatentStableReparam": (stable, Trace_ELBO),
-    "gp, exact": (partial(gaussian_process, is_sparse=False), Trace_ELBO),
-    "gp, sparse": (partial(gaussian_process, is_sparse=True), Trace_ELBO),
+    "gp, maximum likelihood": (partial(gaussian_process, "plain"), Trace_ELBO),
+    "gp, exact": (partial(gaussian_process, "exact"), Trace_ELBO),
+    "gp, sparse": (partial(gaussian_process, "sparse"), Trace_ELBO),
+    "gp, variational": (partial(gaussian_process, "variational"), TraceMeanField_ELBO),
+    "gplvm": (latent_inputs, Trace_ELBO),
+    "prodlda": (neural_topics, TraceMeanField_ELBO),
+    "AutoNormal, subsampled plates": (subsampled_plates, Trace_ELBO),
     "flow guide, affine autoregressive": (partial(flow_guide, affine_autoregressive), Trace_ELBO),
     "flow guide, spline coupling": (partial(flow_guide, spline_coupling), Trace_ELBO),
     "AutoIAFNormal": (partial(with_guide, AutoIAFNormal), Trace_ELBO),
@@ -206,6 +283,10 @@ TUTORIALS: dict[str, tuple[Callable[[], Pair], Callable[[], Any]]] = {
     "AutoGaussian": (partial(with_guide, AutoGaussian), Trace_ELBO),
     "custom_objectives, a function": (normals, lambda: simple_elbo),
     "custom_objectives, regularised": (normals, lambda: regularised),
+    "loss JitTrace_ELBO": (normals, JitTrace_ELBO),
+    "loss JitTraceMeanField_ELBO": (autoencoder, JitTraceMeanField_ELBO),
+    "loss JitTraceEnum_ELBO": (semi_supervised, partial(JitTraceEnum_ELBO, max_plate_nesting=1)),
+    "custom_objectives, annealed": (annealed, Trace_ELBO),
     "loss ReweightedWakeSleep": (normals, lambda: ReweightedWakeSleep(num_particles=3)),
     "loss TraceTailAdaptive_ELBO": (
         normals,

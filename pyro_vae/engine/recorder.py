@@ -8,6 +8,8 @@ operations while the step runs as usual. In the recorded graph,
   inputs by reference, so that a parameter changed in place takes effect;
 - a condition that Python code evaluated on a tensor (Is a value in the support? Is the loss NaN?) is
   evaluated again, and a result other than the recorded one marks the output as invalid;
+- so does an integer that Python code read from a tensor (the length of the longest sequence), or a number of
+  elements that a mask selects, if it is not the recorded one;
 - random numbers come from torch's global generators, as in an eager step with the same seed.
 """
 
@@ -33,11 +35,18 @@ aten = torch.ops.aten
 _COMPILABLE = {aten._is_all_true.default: aten.all.default}  # equal operations that Inductor supports
 _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEX_PUT = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-_TO_PYTHON = (Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__, Tensor.__dlpack__)
+_TO_PYTHON = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__, Tensor.__dlpack__)
 _FROM_PYTHON = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
-_SPLITS = (torch.tensor_split, Tensor.tensor_split)  # may take indices in a tensor
+_SPLITS = (torch.tensor_split, Tensor.tensor_split)  # may take indices in a tensor, by name
 _GRADIENT = vars(torch._C.TensorBase)["grad"].__get__
 _MASK_DTYPES = (torch.bool, torch.uint8)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# functions whose C++ code reads integers, such as the lengths of sequences, from arguments at these positions
+_READ_BELOW = {
+    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), (1,)),
+    **dict.fromkeys(("gru", "lstm", "rnn_relu", "rnn_tanh"), (1,)),
+    "tensor_split": (1,),
+}
 LossAndGradients = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
 
@@ -154,7 +163,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
             return self._copy_of_constant(args[0])  # a new tensor of Python numbers, by torch.tensor(...)
-        args, kwargs = self._without_constant_masks(func, args), kwargs or {}
+        args, kwargs = self._with_known_shape(func, args), kwargs or {}
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 self._capture(leaf)
@@ -174,7 +183,9 @@ class _Recorder(TorchDispatchMode):
             self.constant.difference_update(map(_storage, results + _written_arguments(func, args, kwargs)))
             if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
                 self.conditions.append((args[0], out, args[0].clone(), len(self.tape)))
-            elif self._depends_on_values(func, args):
+            elif func is aten._local_scalar_dense.default and args[0].dtype in _INTEGERS:
+                self._require(args[0], out)
+            elif func is not aten.index.Tensor and _DATA_DEPENDENT.intersection(func.tags):
                 self.reason = f"it reads values of tensors into Python, by {func}"
         self.known.update(map(id, results))
         if results or func._schema.is_mutable:
@@ -202,25 +213,50 @@ class _Recorder(TorchDispatchMode):
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         return not is_random and all(_storage(tensor) in self.constant for tensor in inputs)
 
-    def _without_constant_masks(self, func: Any, args: tuple) -> tuple:
-        """Replace constant masks by integer indices, so that compilers know the shape of the result."""
+    def _with_known_shape(self, func: Any, args: tuple) -> tuple:
+        """Replace masks by integer indices, so that the shape of the result is known, to compilers too.
+
+        Lengths of sequences, which are a condition of the graph, become constants for the same reason.
+        """
+        if func is aten._pack_padded_sequence.default and args[1].device.type == "cpu":
+            lengths = torch.tensor(args[1].tolist())
+            self.constant.add(_storage(lengths))
+            return args[0], lengths, *args[2:]
         if func is not aten.index.Tensor and func not in _INDEX_PUT:
             return args
         indices: list[Tensor | None] = []
         for index in args[1]:
-            if index is not None and index.dtype in _MASK_DTYPES and _storage(index) in self.constant:
+            if index is None or index.dtype not in _MASK_DTYPES:
+                indices.append(index)
+            elif _storage(index) in self.constant:
                 integers = index.nonzero()
                 self.constant.add(_storage(integers))
                 indices += integers.unbind(1)
-            else:
+            elif func in _INDEX_PUT and args[2].numel() == 1:  # fills any number of elements
                 indices.append(index)
+            else:
+                indices += self._selected(index)
         return args[0], indices, *args[2:]
 
-    def _depends_on_values(self, func: Any, args: tuple) -> bool:
-        """Return True if an operation's Python number, or shape, depends on the values of tensors."""
-        if func is aten.index.Tensor:  # integer indices give a known shape, masks do not
-            return any(index is not None and index.dtype in _MASK_DTYPES for index in args[1])
-        return bool(_DATA_DEPENDENT.intersection(func.tags))
+    def _selected(self, mask: Tensor) -> Sequence[Tensor]:
+        """Return the positions that a mask selects, as many at every step, as integers per dimension."""
+        self._capture(mask)
+        count = self._apply(aten.count_nonzero.default, mask)
+        self._require(count, count.item())
+        positions = self._apply(aten.nonzero_static.default, mask, size=count.item(), fill_value=0)
+        return self._apply(aten.unbind.int, positions, 1)
+
+    def _apply(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run an operation that the function did not, and record it."""
+        out = func(*args, **kwargs)
+        self.known.update(map(id, pytree.tree_leaves(out)))
+        self.tape.append((func, args, kwargs, out))
+        return out
+
+    def _require(self, tensor: Tensor, value: int) -> None:
+        """Mark the output as invalid if a tensor of one element is not `value` at this place."""
+        condition = self._apply(aten.all.default, self._apply(aten.eq.Scalar, tensor, value))
+        self.conditions.append((condition, True, condition, len(self.tape)))
 
     def conditions_as_read(self) -> list[tuple[Tensor, bool]]:
         """Return conditions and outcomes; those that are changed in place are copied where they were read."""
@@ -295,7 +331,10 @@ def _equal_states(one: tuple, other: tuple) -> bool:
 
 
 class _NumbersAsTensors(TorchFunctionMode):
-    """Replace `tensor.item()` by the detached tensor, which takes part in arithmetic like the number."""
+    """Replace `tensor.item()` by the detached tensor, which takes part in arithmetic like the number.
+
+    Integers that Python code reads become conditions of the graph.
+    """
 
     def __init__(self, recorder: _Recorder):
         super().__init__()
@@ -305,15 +344,19 @@ class _NumbersAsTensors(TorchFunctionMode):
         if func is Tensor.item and args[0].dtype.is_floating_point | (args[0].dtype == torch.bool):
             with torch.no_grad():  # a copy, since the tensor may be changed in place
                 return args[0].clone() if args[0].dim() == 0 else args[0].reshape(()).clone()
-        if func in _SPLITS and any(
-            isinstance(part, Tensor) for part in (*args[1:], *(kwargs or {}).values())
-        ):
+        if func in _SPLITS and any(isinstance(part, Tensor) for part in (kwargs or {}).values()):
             self.recorder.reason = f"it reads values of tensors into Python, by {func.__name__}"
         if func == _GRADIENT:
             gradient = func(*args)
             if gradient is not None:
                 self.recorder.reason = "it reads the gradient of a tensor, by its attribute grad"
             return gradient
+        if func is Tensor.__int__ and args[0].dtype.is_floating_point:
+            return int(args[0].detach().long())  # a condition of the graph, as other integers are
+        for position in _READ_BELOW.get(getattr(func, "__name__", ""), ()):
+            read = args[position] if position < len(args) else None
+            if isinstance(read, Tensor) and read.dtype in _INTEGERS:
+                bool((read == torch.tensor(read.tolist(), device=read.device)).all())  # a condition
         parts = pytree.tree_leaves([part for part in args if isinstance(part, list | tuple)])
         if func in _TO_PYTHON or (func in _FROM_PYTHON and any(isinstance(part, Tensor) for part in parts)):
             self.recorder.reason = f"it reads values of tensors into Python, by {func.__name__}"

@@ -196,7 +196,8 @@ class Replay:
             return
         if key in self.missed:
             self._disable(
-                "a condition that the model evaluates on tensors keeps differing from the recorded one"
+                "what the model reads from tensors into Python keeps differing from what was recorded, "
+                "such as a condition or an integer"
             )
         self.missed.add(key)
         del self.recordings[key]

@@ -184,10 +184,12 @@ def _site_reports(model_sites: Sites, guide_sites: Sites) -> Iterator[SiteReport
             yield SiteReport(name, "missing", q, p)
             continue
         site = guide_sites[name]
-        if p is None:
-            status = "auxiliary" if site["infer"].get("is_auxiliary") else "extra"
+        if name in latent:
+            status = "match"
+        elif site["infer"].get("is_auxiliary"):
+            status = "auxiliary"
         else:
-            status = "match" if name in latent else "observed"
+            status = "extra" if p is None else "observed"
         comparable = p is not None and status == "match" and p[1:] == q[1:]  # the same shapes
         yield SiteReport(
             name,

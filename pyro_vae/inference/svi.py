@@ -1,8 +1,10 @@
 """Stochastic variational inference: one step of gradient descent on the negative ELBO.
 
-`SVI` has the interface of `pyro.infer.SVI`, with two differences. One torch optimiser holds all parameters,
+`SVI` has the interface of `pyro.infer.SVI`, with three differences. One torch optimiser holds all parameters,
 so that learning-rate schedules, a global gradient norm and checkpoints are plain torch. A loss or gradient
-that is not finite raises an error before it changes the parameters.
+that is not finite raises an error before it changes the parameters. A parameter that the loss of a step does
+not depend on stays where it is, as its gradient is None; Pyro's optimisers, given a gradient of 0, move it
+by momentum, so that training on batches with and without labels in turn differs a little.
 """
 
 import logging

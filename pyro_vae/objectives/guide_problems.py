@@ -131,12 +131,14 @@ def name_problems(model_sites: Sites, guide_sites: Sites, returned: Any = None) 
         if name not in guide_sites and name not in renamed.values():
             yield _missing_site(name, p, guide_sites, returned)
     for name, q in guide_sites.items():
+        if q["infer"].get("is_auxiliary") and name not in latent:
+            continue  # such as a factor of an observed value, which Pyro's CEVAE names as the model does
         if name in renamed:
             expected = renamed[name]
             yield f"the guide draws {name!r}, expected {expected!r}: rename {name!r} to {expected!r}"
         elif name in model_sites and name not in latent:
             yield f"the guide draws {name!r}, which the model observes: remove the site from the guide"
-        elif name not in model_sites and not q["infer"].get("is_auxiliary"):
+        elif name not in model_sites:
             yield (
                 f"the guide draws {name!r}, which the model does not; expected "
                 f"{', '.join(map(repr, latent))}: rename or remove it, or mark it with "

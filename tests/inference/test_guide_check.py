@@ -566,6 +566,22 @@ def test_pyros_autoguides_fit(make):
     assert len(pyro.get_param_store()) == 0
 
 
+def test_a_value_that_both_observe_is_auxiliary_if_it_is_marked():
+    def program(x, **infer):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x, infer=infer)
+
+    def guide(x):
+        program(x, is_auxiliary=True)
+
+    report = check_guide(program, guide, torch.randn(N))
+    assert {site.name: site.status for site in report.sites} == {"z": "match", "x": "auxiliary"}
+    assert report.problems == ()
+    with pytest.raises(GuideError, match="the guide draws 'x', which the model observes"):
+        check_guide(program, program, torch.randn(N))
+
+
 def test_a_reason_against_several_estimators_is_printed_once():
     vae = make_vae()
     report = check_guide(vae.model, AutoLowRankMultivariateNormal(vae.model), torch.randn(N, *EVENT))

@@ -326,6 +326,25 @@ def test_a_parameter_first_met_at_a_later_step_is_not_left_untrained(engine):
         assert store["b"] != 0
 
 
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+def test_a_parameter_that_a_step_does_not_use_stays_where_it_is(engine):
+    used, seldom = nn.Parameter(torch.tensor(0.1)), nn.Parameter(torch.tensor(0.2))
+
+    def model(x, *, labelled):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, *, labelled):
+        pyro.sample("z", dist.Normal(used + seldom * labelled if labelled else used, 1.0))
+
+    svi = pv.SVI(model, guide, torch.optim.Adam([used, seldom], 0.01), Trace_ELBO(), engine=engine)
+    for step in range(6):
+        before = seldom.item()
+        svi.step(torch.linspace(1.0, 2.0, N), labelled=step % 2 == 0)
+        assert (seldom.item() == before) == (step % 2 == 1)
+
+
 def test_parameters_of_other_pairs_are_none_of_its_business():
     def pair(name):
         def model(x):

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.cevae import TraceCausalEffect_ELBO
 from pyro.contrib.easyguide import EasyGuide
 from pyro.infer import (
     SVI,
@@ -350,6 +351,26 @@ def masked_steps() -> Pair:
     return model, guide, (torch.randn(N, 2),)
 
 
+def observed_by_both() -> Pair:
+    """A treatment that the guide scores too, for the loss to add: cevae/synthetic.py."""
+
+    def model(x, treated):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("treated", dist.Bernoulli(logits=z), obs=treated)
+
+    def guide(x, treated):
+        slope = pyro.param("slope", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            treated = pyro.sample(
+                "treated", dist.Bernoulli(logits=slope * x), obs=treated, infer={"is_auxiliary": True}
+            )
+            pyro.sample("z", dist.Normal(slope * x + treated, 0.8))
+
+    return model, guide, (torch.randn(N), torch.arange(N) % 2.0)
+
+
 def positive_latents(model: Callable | None = None) -> tuple[Callable, tuple]:
     """Latent variables with all sorts of supports."""
 
@@ -474,6 +495,8 @@ PAIRS: dict[str, tuple[Callable[[], Pair], Any]] = {
         lambda: Trace_ELBO(num_particles=3, vectorize_particles=False),
     ),
     "a mask that is drawn": (masked_steps, TraceGraph_ELBO),
+    "cevae": (observed_by_both, TraceCausalEffect_ELBO),
+    "a site that both observe": (observed_by_both, Trace_ELBO),
     "AutoDelta": (lambda: automatic(AutoDelta), Trace_ELBO),
     "AutoNormal": (lambda: automatic(AutoNormal), Trace_ELBO),
     "AutoNormal, vectorised": (
