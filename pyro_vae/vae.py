@@ -214,14 +214,13 @@ class VAE(OwnParameters):
         args, kwargs = arguments(batch)
         signature = inspect.signature(self.model)
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
-        required = {p.name for p in parameters if p.default is p.empty}
-        if not args and not required <= set(kwargs) <= {p.name for p in parameters}:
+        required = [p.name for p in parameters if p.default is p.empty]
+        if not args and not set(required) <= set(kwargs) <= {p.name for p in parameters}:
             raise TypeError(
-                f"a {type(self).__name__} takes arguments by the names "
-                f"{', '.join(p.name for p in parameters)}; got a dict of "
+                f"a {type(self).__name__} takes arguments by the names {', '.join(required)}; got a dict of "
                 f"{', '.join(map(repr, kwargs)) or 'nothing'}: give its entries these names"
             )
-        bound = signature.bind(*args, **kwargs)
+        bound = signature.bind_partial(*args, **kwargs)
         given, observed = bound.args, bound.kwargs.get("observed")
         if len(given) != 1 + self.takes_context:
             takes, remedy = (
