@@ -161,6 +161,25 @@ def test_the_estimates_are_those_written_out():
     assert report.bits_per_dimension.standard_error == pytest.approx(report.log_evidence_se / D / math.log(2))
 
 
+def test_without_a_closed_form_the_entropy_and_the_kl_are_those_of_the_draws():
+    class Unknown(dist.MultivariateNormal):
+        def entropy(self):
+            raise NotImplementedError
+
+    class Guide(nn.Module):
+        def forward(self, x):
+            return Unknown(x[:, :K], scale_tril=torch.diag(torch.tensor([0.3, 1.7]).double()))
+
+    exact, vae = linear_gaussian()
+    report = evaluate(vae.with_guide(Guide()), data(exact), num_particles=2000)
+    each = report.per_datum
+    assert not report.has_analytic_entropy
+    elbo = each.expected_log_joint + each.entropy
+    torch.testing.assert_close(elbo, each.elbo_sampled_kl, rtol=0, atol=1e-10)
+    truth = 1 + math.log(2 * math.pi * 0.3 * 1.7)
+    within(each.entropy, truth, math.sqrt(K / 2 / 2000))  # a sum of K squares of normals, over 2
+
+
 def test_the_report_states_its_uncertainty():
     exact, vae = linear_gaussian(scale=1.3)
     text = str(evaluate(vae, data(exact), seed=3))
