@@ -130,3 +130,21 @@ def test_other_plates_count_as_a_sum_in_the_aggregate_posterior():
     torch.testing.assert_close(found.log_guide, log_q.diagonal().double(), rtol=1e-5, atol=1e-5)
     expected = log_q.logsumexp(1) - math.log(N)
     torch.testing.assert_close(found.log_aggregate, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_aggregate_posterior_scores_two_million_values_at_once():
+    D, N = 2**15, 11
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(D), 0.9).to_event(1))
+
+    counts = []
+    pair = SimpleNamespace(model=model, guide=guide)
+    aggregate_posterior(pair, Batches(torch.zeros(N), seed=7), advance=counts.append)
+    assert counts == [8 * 8, 8 * 3, 3 * 8, 3 * 3]  # 8 draws of 8 examples: 2⁶ · 2¹⁵ values
