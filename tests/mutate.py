@@ -85,7 +85,9 @@ def changed(change: Change) -> str:
 
 
 def is_code(node: Any) -> bool:
-    """Return whether a node of the syntax tree is neither part of an annotation nor of formatted text."""
+    """Return whether a node of the syntax tree is no mark in a signature, annotation or formatted text."""
+    if node.parent.type == "parameters":
+        return False
     while node.parent is not None:
         parent = node.parent
         if parent.type in TEXT or (parent.type == "funcdef" and node is parent.annotation):
