@@ -5,9 +5,9 @@
 
 The changes are made in a copy of the working tree: a random sample of those of all modules given, without
 annotations and the text of messages. The tests run once to learn which of them execute which line, and how
-long they take; then a change meets the tests that execute its line, the fastest of them first, and after them
-the others of their files. Each run is a fork of one process that has imported torch and Pyro. A change that
-survives shows a missing test, or code that is equivalent: read it.
+long they take; then a change meets the tests that execute its statement, the fastest first. Each run is a
+fork of one process that has imported torch and Pyro. A change that survives shows a missing test, or code
+that is equivalent: read it.
 """
 
 import argparse
@@ -123,19 +123,19 @@ def in_fork(run: Callable[[], Any]) -> Any:
 class Plugin:
     """Choose and sort the tests that pytest runs, measure them, and keep the name of one that failed."""
 
-    def __init__(self, order: dict[str, Any] | None = None):
-        self.order = order
+    def __init__(self, chosen: dict[str, float] | None = None):
+        self.chosen = chosen
         self.seconds: Counter = Counter()
         self.failed: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list) -> None:
-        if self.order is not None:
-            items[:] = [item for item in items if item.nodeid in self.order]
-            items.sort(key=lambda item: self.order[item.nodeid])
+        if self.chosen is not None:
+            items[:] = [item for item in items if item.nodeid in self.chosen]
+            items.sort(key=lambda item: self.chosen[item.nodeid])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        if self.order is not None:
-            signal.alarm(20 + math.ceil(10 * self.order[nodeid][1]))  # ends the process
+        if self.chosen:
+            signal.alarm(20 + math.ceil(10 * self.chosen[nodeid]))  # ends the process
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] += report.duration
@@ -153,22 +153,20 @@ class Plugin:
             self.failed.append(f"exit code {code}")
 
 
-Lines = dict[str, dict[int, set[str]]]  # of a module: the tests that execute each line, "" for an import
+Lines = dict[str, dict[int, set[str]]]  # of a module: "test|phase" that executes a line, "" for an import
 
 
 def measure(modules: list[str], tests: list[str]) -> tuple[Lines, Counter, list[str]]:
     """Run the tests; return those that execute each line, the seconds of each, and those that failed."""
     plugin = Plugin()
-    sources = [f"--cov={module.removesuffix('.py').replace('/', '.')}" for module in modules]
-    plugin.run(*sources, "--cov-context=test", "--cov-report=", *tests)
+    Path("coverage.ini").write_text("[run]\ninclude = " + ",".join(modules))
+    plugin.run("--cov", "--cov-config=coverage.ini", "--cov-context=test", "--cov-report=", *tests)
     data = coverage.CoverageData()
     data.read()
     lines: Lines = {}
     for module in modules:
         contexts = data.contexts_by_lineno(str(Path(module).resolve()))
-        lines[module] = {
-            line: {name.rpartition("|")[0] for name in names} for line, names in contexts.items()
-        }
+        lines[module] = {line: set(names) for line, names in contexts.items()}
     return lines, plugin.seconds, plugin.failed
 
 
@@ -184,26 +182,27 @@ def statement(source: str, line: int) -> tuple[int, int, int]:
     return min((s for s in found if s[0] <= line <= s[2]), key=lambda s: s[2] - s[0])
 
 
-def order_of_tests(change: Change, source: str, lines: Lines, seconds: Counter) -> dict[str, Any]:
-    """Return the tests that meet a change, with the keys that they are sorted by."""
+def tests_of(change: Change, source: str, lines: Lines, seconds: Counter) -> dict[str, float]:
+    """Return the tests that execute the statement of a change, and those that share a fixture that does."""
 
     def executing(first: int, last: int) -> set[str]:
         return {name for line in range(first, last + 1) for name in lines[change.module].get(line, ())}
 
     first, head, last = statement(source, change.line)
-    near = executing(first, head)
-    if "" in near:  # a signature, a class or a constant
-        near |= executing(first, last)
-        near = near if near != {""} else executing(1, source.count("\n"))
-    files = {name.partition("::")[0] for name in near - {""}}
+    found = executing(first, head)
+    if "" in found:  # a signature, a class or a constant
+        found |= executing(first, last)
+        found = found if found != {""} else executing(1, source.count("\n"))
+    names = {name.rpartition("|")[0] for name in found}
+    files = {name.partition("::")[0] for name in found if name.endswith("|setup")}
     return {
-        name: (name not in near, duration)
+        name: duration
         for name, duration in seconds.items()
-        if name.partition("::")[0] in files
+        if name in names or name.partition("::")[0] in files
     }
 
 
-def noticed_by(change: Change, code: str, order: dict[str, Any]) -> str:
+def noticed_by(change: Change, code: str, chosen: dict[str, float]) -> str:
     """Make a change, run the tests, and return the first that failed, "" if none did."""
     path = Path(change.module)
     original = path.read_text()
@@ -211,8 +210,8 @@ def noticed_by(change: Change, code: str, order: dict[str, Any]) -> str:
     def run() -> str:
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        plugin = Plugin(order)
-        plugin.run("-x", *sorted({name.partition("::")[0] for name in order}))
+        plugin = Plugin(chosen)
+        plugin.run("-x", *sorted({name.partition("::")[0] for name in chosen}))
         return "".join(plugin.failed[:1])
 
     try:
@@ -253,14 +252,16 @@ def main() -> None:
         for name in failed:  # some count the objects that are alive, and coverage makes objects
             print("left out, for it fails without a change:", name, flush=True)
             seconds.pop(name, None)
+        if not seconds:
+            raise SystemExit("no test passes")
         print(f"{len(seconds)} tests take {sum(seconds.values()):.0f} s")
         sampled: Counter = Counter()
         survived: Counter = Counter()
         for change, code in chosen:
             source = Path(change.module).read_text()
-            order = order_of_tests(change, source, lines, seconds)
+            tests = tests_of(change, source, lines, seconds)
             start = time.monotonic()
-            noticed = noticed_by(change, code, order) if order else ""
+            noticed = noticed_by(change, code, tests) if tests else ""
             print(f"{time.monotonic() - start:.1f} s", *change, noticed or "SURVIVED", flush=True)
             sampled[change.module] += 1
             if not noticed:
