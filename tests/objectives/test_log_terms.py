@@ -919,3 +919,17 @@ def test_path_gradients_are_scaled_per_particle_and_example_in_any_data_plate(nu
             by_example = ratio.movedim(data_dim, -1)
             by_example = by_example.reshape(num_particles, -1, N)
             torch.testing.assert_close(by_example, weight.unsqueeze(1).expand_as(by_example))
+
+
+def test_a_guide_of_one_site_keeps_its_dropout_in_the_score():
+    calls = []
+
+    def guide(x):
+        calls.append(len(x))
+        with data_plate(x):
+            loc = nn.functional.dropout(x[:, :K], 0.5, training=True)
+            pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+    found = terms(Flat.model, guide, X, num_particles=S)
+    torch.testing.assert_close(found.log_score, found.log_guide, rtol=1e-12, atol=0)
+    assert calls == [N]
