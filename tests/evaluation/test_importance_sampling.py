@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pyro
@@ -187,6 +188,16 @@ def test_the_report_states_its_uncertainty():
     assert text.startswith("7 data, S = 400 particles, seed 3; nats per datum ± standard error")
     for line in ("log p(x)", "ELBO", "KL to the prior", "mutual information", "  S = 100 "):
         assert any(row.strip().startswith(line.strip()) and "±" in row for row in text.splitlines()), line
+
+
+def test_examples_are_counted_by_their_pareto_k():
+    exact, vae = linear_gaussian()
+    report = evaluate(vae, data(exact), num_particles=40)
+    k = torch.tensor([0.1, 0.49, -0.3, 0.5, 0.7, 0.71, math.inf], dtype=torch.float64)
+    report = dataclasses.replace(report, per_datum=dataclasses.replace(report.per_datum, pareto_k=k))
+    assert report.as_dict()["pareto_k"] == {"good": 3, "bad": 2}
+    assert report.unreliable == pytest.approx(2 / 7, rel=1e-12)
+    assert re.search(r"Pareto k, median +0\.50  < 0\.5: 3, to 0\.7: 2, above: 2\n", repr(report))
 
 
 def test_the_numbers_go_into_json():
