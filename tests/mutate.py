@@ -231,7 +231,7 @@ def main() -> None:
     possible = [change for module in options.modules for change in changes(module)]
     random.Random(options.seed).shuffle(possible)
     compiled = ((change, code) for change in possible if (code := changed(change)))
-    chosen = sorted(itertools.islice(compiled, options.sample))
+    chosen = list(itertools.islice(compiled, options.sample))  # in random order: a run may be cut short
     for name in IMPORTED:
         importlib.import_module(name)
     listed = subprocess.run(
