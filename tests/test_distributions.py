@@ -73,6 +73,32 @@ def test_continuous_bernoulli_gradient_is_x_minus_the_mean():
     torch.testing.assert_close(gradient, (x - p.mean).detach(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("logit", [-0.199, -0.1, 0.03, 0.15, 0.19, 0.21, 3.0])
+def test_continuous_bernoulli_is_exact_near_the_uniform(logit):
+    eta = mp.mpf(logit)
+    for x in (0.0, 0.3, 1.0):
+        found = ContinuousBernoulli(torch.tensor(logit, dtype=torch.float64)).log_prob(
+            torch.tensor(x, dtype=torch.float64)
+        )
+        exact = mp.mpf(x) * eta - mp.log(mp.expm1(eta) / eta)
+        assert float(abs(mp.mpf(found.item()) - exact)) < 1e-15 * max(1, abs(logit))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: ContinuousBernoulli(value, validate_args=False),
+        lambda value: Poisson(value, validate_args=False),
+        lambda value: NegativeBinomial(value, value, validate_args=False),
+        lambda value: DiscretizedLogistic(value, value, validate_args=False),
+    ],
+)
+def test_expanding_checks_no_parameters(make):
+    expanded = make(torch.tensor([math.nan, -1.0])).expand((3, 2))
+    assert expanded.batch_shape == (3, 2)
+    assert not expanded._validate_args
+
+
 def test_the_slope_of_the_continuous_bernoulli_mean_is_its_variance():
     logits = torch.tensor([-800.0, -3.0, -0.21, -0.19, 0.0, 0.05, 0.2, 1.0, 17.0]).double().requires_grad_()
     with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():  # of NaN on the way

@@ -12,7 +12,7 @@ from pyro import poutine
 from solved import D, K, data, linear_gaussian, within
 
 import pyro_vae as pv
-from pyro_vae.evaluation import draws
+from pyro_vae.evaluation import annealed_importance, draws
 from pyro_vae.evaluation.annealed_importance import AnnealedEvidence, _Density
 from pyro_vae.evaluation.importance_weights import WeightSummary
 from pyro_vae.objectives.log_terms import terms
@@ -120,6 +120,23 @@ def test_chunks_and_single_chains(monkeypatch):
     assert report.weights.log_mean.shape == report.acceptance.shape == (5,)
     within(report.weights.log_mean, exact.log_evidence(x), 0.6)  # the spread of single chains
     assert math.isnan(report.log_evidence_mc_se)
+
+
+def test_four_pilot_chains_per_example_tune_the_steps(monkeypatch):
+    exact, vae = linear_gaussian()
+    runs, run_chains = [], annealed_importance._run_chains
+
+    def recorded(*arguments, **options):
+        chains = run_chains(*arguments, **options)
+        runs.append((options["num_chains"], options["steps"], chains))
+        return chains
+
+    monkeypatch.setattr(annealed_importance, "_run_chains", recorded)
+    anneal(vae, data(exact, N), num_temperatures=5)
+    (pilots, none, tuned), (chains, steps, used) = runs
+    assert (pilots, none, chains) == (4, None, C)
+    assert steps is tuned.steps is used.steps
+    assert steps.shape == (5, N)
 
 
 def test_generators_modes_and_gradients_are_unchanged():

@@ -1,5 +1,6 @@
 """Chunks of examples and particles, their progress, and weights that are not finite."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,10 @@ from solved import data, linear_gaussian
 
 import pyro_vae as pv
 from pyro_vae.evaluation import draws
+from pyro_vae.evaluation.annealed_importance import AnnealedEvidence
+from pyro_vae.evaluation.importance_weights import WeightSummary
+from pyro_vae.evaluation.latents import AggregatePosterior
+from pyro_vae.evaluation.result import PerDatum
 
 
 @pytest.mark.parametrize(
@@ -73,3 +78,14 @@ def test_progress_ends_at_its_total(monkeypatch, rows):
     pv.to_inference_data(vae, x, num_samples=3, oversample=2)
     assert [bar.done for bar in bars] == [bar.total for bar in bars] == [7 * 3, 5**2, 2 * 7 * 2, 7]
     assert all(bar.options["shown"] is True for bar in bars)
+
+
+@pytest.mark.parametrize(
+    "result", [AggregatePosterior, AnnealedEvidence, draws.Chunk, pv.Evaluation, PerDatum, WeightSummary]
+)
+def test_results_of_tensors_are_compared_by_identity(result):
+    """By value, the comparison of two tensors would raise, and the hash too."""
+    fields = [torch.zeros(2)] * len(dataclasses.fields(result))
+    one, other = result(*fields), result(*fields)
+    assert one != other
+    assert len({one, other}) == 2
