@@ -112,6 +112,16 @@ def test_draws_data_and_weights_belong_together(monkeypatch, rows, oversample):
         torch.testing.assert_close(ess, summary.effective_sample_size)
 
 
+@pytest.mark.parametrize("oversample", [1, 3])
+def test_every_group_has_as_many_draws_as_asked_for(oversample):
+    exact, vae = linear_gaussian()
+    idata = convert(vae, data(exact), num_samples=7, oversample=oversample)
+    for group in ("posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood"):
+        for name, variable in idata[group].data_vars.items():
+            assert variable.shape[:3] == (1, 7, N), (group, name)
+    assert idata["sample_stats"]["log_weight"].shape == idata["sample_stats"]["lp"].shape == (1, 7, N)
+
+
 def test_posterior_prior_and_predictive_draws_have_their_distributions():
     exact, vae = linear_gaussian(scale=1.3)
     x = data(exact)
