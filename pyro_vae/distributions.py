@@ -391,12 +391,12 @@ class DiscretizedLogistic(_ConciseErrors, TorchDistribution):
         distance = value - self.loc  # first, as it is small or exact: half a bin would be lost in rounding
         upper = (distance + half_bin) / self.scale
         lower = (distance - half_bin) / self.scale
-        below_top = torch.where(value > 1 - half_bin, 0.0, F.logsigmoid(upper))
-        above_bottom = torch.where(value < half_bin, 0.0, F.logsigmoid(-lower))
-        inside = (value >= half_bin) & (value <= 1 - half_bin)
+        at_top, at_bottom = value > 1 - half_bin, value < half_bin
+        below_top = torch.where(at_top, 0.0, F.logsigmoid(upper))
+        above_bottom = torch.where(at_bottom, 0.0, F.logsigmoid(-lower))
         # computed from the scale alone, because the difference of the two edges would cancel
         log_width = torch.log(-torch.expm1(-2 * half_bin / self.scale))
-        return below_top + above_bottom + torch.where(inside, log_width, 0.0)
+        return below_top + above_bottom + torch.where(at_top | at_bottom, 0.0, log_width)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw grey levels."""

@@ -73,6 +73,43 @@ def test_continuous_bernoulli_gradient_is_x_minus_the_mean():
     torch.testing.assert_close(gradient, (x - p.mean).detach(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("logit", [-0.199, -0.1, 0.03, 0.15, 0.19, 0.21, 3.0])
+def test_continuous_bernoulli_is_exact_near_the_uniform(logit):
+    eta = mp.mpf(logit)
+    for x in (0.0, 0.3, 1.0):
+        found = ContinuousBernoulli(torch.tensor(logit, dtype=torch.float64)).log_prob(
+            torch.tensor(x, dtype=torch.float64)
+        )
+        exact = mp.mpf(x) * eta - mp.log(mp.expm1(eta) / eta)
+        assert float(abs(mp.mpf(found.item()) - exact)) < 1e-15 * max(1, abs(logit))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: ContinuousBernoulli(value, validate_args=False),
+        lambda value: Poisson(value, validate_args=False),
+        lambda value: NegativeBinomial(value, value, validate_args=False),
+        lambda value: DiscretizedLogistic(value, value, validate_args=False),
+    ],
+)
+def test_expanding_checks_no_parameters(make):
+    expanded = make(torch.tensor([math.nan, -1.0])).expand((3, 2))
+    assert expanded.batch_shape == (3, 2)
+    assert not expanded._validate_args
+
+
+def test_the_slope_of_the_continuous_bernoulli_mean_is_its_variance():
+    logits = torch.tensor([-800.0, -3.0, -0.21, -0.19, 0.0, 0.05, 0.2, 1.0, 17.0]).double().requires_grad_()
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():  # of NaN on the way
+        (slope,) = torch.autograd.grad(ContinuousBernoulli(logits).mean.sum(), logits)
+    variance = [
+        1 / 12 if a == 0 else float(1 / (4 * a**2) - 1 / (4 * mp.sinh(a) ** 2))
+        for a in map(mp.mpf, (logits / 2).tolist())
+    ]
+    torch.testing.assert_close(slope, torch.tensor(variance, dtype=torch.float64), rtol=0, atol=1e-11)
+
+
 def test_continuous_bernoulli_is_exact_where_torch_clamps():
     logit = torch.tensor(40.0)  # log((e^40 − 1) / 40) = 40 − log 40
     ours = ContinuousBernoulli(logit).log_prob(torch.tensor(1.0)).item()
@@ -307,6 +344,22 @@ def test_counts_in_single_precision_as_in_double():
         torch.testing.assert_close(
             family.log_prob(x).sum().double(), double.log_prob(x.double()).sum(), rtol=1e-6, atol=0
         )
+
+
+def test_unchecked_values_between_the_counts_have_the_density_of_the_formula():
+    x, m, r = (
+        torch.tensor([0.25, 0.75, 1.5, 20.3]).double(),
+        torch.tensor(3.7).double(),
+        torch.tensor(1.9).double(),
+    )
+    poisson = Poisson(m, validate_args=False).log_prob(x)
+    negative_binomial = NegativeBinomial(m, r, validate_args=False).log_prob(x)
+    for value, found in zip(x.tolist(), zip(poisson, negative_binomial, strict=True), strict=True):
+        exact = (
+            poisson_by_definition(value, m.item()),
+            negative_binomial_by_definition(value, m.item(), r.item()),
+        )
+        assert [float(f) for f in found] == pytest.approx([float(e) for e in exact], abs=1e-12)
 
 
 def test_negative_binomial_draws_have_its_moments():

@@ -68,7 +68,7 @@ def write_netcdf(data: Any, path: Path) -> None:
 
 
 def forest(data: Any, variable: str, dimension: str) -> "Axes":
-    """Draw a forest plot of a posterior variable: mean and 94 % interval, a row per index of a dimension.
+    """Draw a forest plot of a posterior variable: median and 94 % interval, a row per index of a dimension.
 
     Args:
         data: Result of `inference_data`, with a group "posterior".
@@ -92,7 +92,7 @@ def forest(data: Any, variable: str, dimension: str) -> "Axes":
         var_names=[variable],
         combined=True,
         labels=[dimension],
-        point_estimate="mean",
+        point_estimate="median",
         ci_kind="hdi",
         ci_probs=(0.5, 0.94),
         backend="matplotlib",

@@ -8,12 +8,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from solved import D, data, linear_gaussian, within
+from pyro import poutine
+from solved import D, K, data, linear_gaussian, within
 
 import pyro_vae as pv
-from pyro_vae.evaluation import draws
-from pyro_vae.evaluation.annealed_importance import AnnealedEvidence
+from pyro_vae.evaluation import annealed_importance, draws
+from pyro_vae.evaluation.annealed_importance import AnnealedEvidence, _Density
 from pyro_vae.evaluation.importance_weights import WeightSummary
+from pyro_vae.objectives.log_terms import terms
 
 N, C, T = 3, 12, 40
 
@@ -42,6 +44,48 @@ def test_the_weights_are_unbiased_however_few_the_temperatures():
         report = anneal(vae, x, num_chains=4000, num_temperatures=temperatures, num_leapfrog=2)
         ratio = (report.weights.log_mean - exact.log_evidence(x)).exp()
         within(ratio, 1.0, report.weights.standard_error)
+
+
+def test_a_move_is_that_of_hamiltonian_monte_carlo_written_out():
+    exact, _ = linear_gaussian()
+    W, width, noise = exact.W / 0.01, 0.01, 0.75  # so narrow a prior that log densities are positive
+    x, beta, leapfrog = data(exact, N), 0.3, 3
+    steps = torch.tensor([0.005, 0.008, 0.011]).double()  # of accepted and of rejected chains
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(K).double(), width).to_event(1))
+            pyro.sample("x", dist.Normal(exact.b + z @ W.T, noise).to_event(1), obs=x)
+
+    start = terms(model, poutine.block(model, hide=["x"]), x, num_particles=C)
+    z, shape = start.sites.draws["z"], (C, N, K)
+    with torch.random.fork_rng(devices=[]):
+        moved, log_likelihood, probability = _Density(model, x, start.sites).move(
+            {"z": z}, beta, steps, leapfrog
+        )
+
+    def density(z):
+        log_likelihood = dist.Normal(exact.b + z @ W.T, noise).log_prob(x).sum(-1)
+        return log_likelihood, beta * log_likelihood - (z / width).square().sum(-1) / 2
+
+    def gradient(z):
+        return beta * (x - exact.b - z @ W.T) @ W / noise**2 - z / width**2
+
+    length = steps[:, None]
+    momentum = torch.randn(shape, dtype=torch.float64)
+    new, p = z, momentum
+    for _ in range(leapfrog):
+        p = p + length / 2 * gradient(new)
+        new = new + length * p
+        p = p + length / 2 * gradient(new)
+    energies = [density(at)[1] - m.square().sum(-1) / 2 for at, m in ((z, momentum), (new, p))]
+    expected = (energies[1] - energies[0]).clamp(max=0).exp()
+    torch.testing.assert_close(probability, expected, rtol=0, atol=1e-10)
+    accepted = torch.rand(C, N, dtype=torch.float64) < expected
+    assert 0 < accepted.sum() < C * N
+    torch.testing.assert_close(moved["z"], torch.where(accepted[..., None], new, z), rtol=0, atol=1e-10)
+    at_moved, _ = density(moved["z"])
+    torch.testing.assert_close(log_likelihood, at_moved, rtol=0, atol=1e-10)
 
 
 def test_it_agrees_with_importance_sampling():
@@ -76,6 +120,23 @@ def test_chunks_and_single_chains(monkeypatch):
     assert report.weights.log_mean.shape == report.acceptance.shape == (5,)
     within(report.weights.log_mean, exact.log_evidence(x), 0.6)  # the spread of single chains
     assert math.isnan(report.log_evidence_mc_se)
+
+
+def test_four_pilot_chains_per_example_tune_the_steps(monkeypatch):
+    exact, vae = linear_gaussian()
+    runs, run_chains = [], annealed_importance._run_chains
+
+    def recorded(*arguments, **options):
+        chains = run_chains(*arguments, **options)
+        runs.append((options["num_chains"], options["steps"], chains))
+        return chains
+
+    monkeypatch.setattr(annealed_importance, "_run_chains", recorded)
+    anneal(vae, data(exact, N), num_temperatures=5)
+    (pilots, none, tuned), (chains, steps, used) = runs
+    assert (pilots, none, chains) == (4, None, C)
+    assert steps is tuned.steps is used.steps
+    assert steps.shape == (5, N)
 
 
 def test_generators_modes_and_gradients_are_unchanged():

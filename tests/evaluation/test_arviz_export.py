@@ -9,11 +9,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
 from solved import D, K, N, data, linear_gaussian, within
 
 import pyro_vae as pv
 from pyro_vae.evaluation import draws
-from pyro_vae.evaluation.arviz_compat import arviz_version
+from pyro_vae.evaluation.arviz_compat import arviz_version, forest, inference_data
 from pyro_vae.evaluation.arviz_export import _log_mean_of_others
 from pyro_vae.evaluation.importance_weights import summarise_weights
 
@@ -109,6 +110,16 @@ def test_draws_data_and_weights_belong_together(monkeypatch, rows, oversample):
         torch.testing.assert_close(tensor(idata, "sample_stats", "pareto_k"), summary.pareto_k)
         ess = tensor(idata, "sample_stats", "effective_sample_size")
         torch.testing.assert_close(ess, summary.effective_sample_size)
+
+
+@pytest.mark.parametrize("oversample", [1, 3])
+def test_every_group_has_as_many_draws_as_asked_for(oversample):
+    exact, vae = linear_gaussian()
+    idata = convert(vae, data(exact), num_samples=7, oversample=oversample)
+    for group in ("posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood"):
+        for name, variable in idata[group].data_vars.items():
+            assert variable.shape[:3] == (1, 7, N), (group, name)
+    assert idata["sample_stats"]["log_weight"].shape == idata["sample_stats"]["lp"].shape == (1, 7, N)
 
 
 def test_posterior_prior_and_predictive_draws_have_their_distributions():
@@ -236,6 +247,18 @@ def two_layers_with_rows():
             latents(pyro.plate("rows", 3, dim=-2), x[:, 0])
 
     return SimpleNamespace(model=model, guide=guide)
+
+
+def test_a_forest_has_a_row_per_index_with_the_chains_as_one():
+    values = np.random.default_rng(0).normal(size=(2, 40, 5))  # chains, draws, rows
+    values += np.array([0.0, 3.0])[:, None, None]
+    dataset = xarray.Dataset({"value": (("chain", "draw", "row"), values)})
+    axes = forest(inference_data({"posterior": dataset}, {}), "value", "row")
+    assert tuple(axes.figure.get_size_inches()) == pytest.approx((8.0, 1.2 + 0.3 * 5))
+    marked = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 1]
+    if not GENERATION_0:
+        marked = [points.get_offsets()[:, 0] for points in axes.collections]
+    np.testing.assert_allclose(np.sort(np.ravel(marked)), np.sort(np.median(values, (0, 1))), atol=1e-10)
 
 
 def test_plates_and_several_sites_are_named():

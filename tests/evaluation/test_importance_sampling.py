@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pyro
@@ -161,6 +162,25 @@ def test_the_estimates_are_those_written_out():
     assert report.bits_per_dimension.standard_error == pytest.approx(report.log_evidence_se / D / math.log(2))
 
 
+def test_without_a_closed_form_the_entropy_and_the_kl_are_those_of_the_draws():
+    class Unknown(dist.MultivariateNormal):
+        def entropy(self):
+            raise NotImplementedError
+
+    class Guide(nn.Module):
+        def forward(self, x):
+            return Unknown(x[:, :K], scale_tril=torch.diag(torch.tensor([0.3, 1.7]).double()))
+
+    exact, vae = linear_gaussian()
+    report = evaluate(vae.with_guide(Guide()), data(exact), num_particles=2000)
+    each = report.per_datum
+    assert not report.has_analytic_entropy
+    elbo = each.expected_log_joint + each.entropy
+    torch.testing.assert_close(elbo, each.elbo_sampled_kl, rtol=0, atol=1e-10)
+    truth = 1 + math.log(2 * math.pi * 0.3 * 1.7)
+    within(each.entropy, truth, math.sqrt(K / 2 / 2000))  # a sum of K squares of normals, over 2
+
+
 def test_the_report_states_its_uncertainty():
     exact, vae = linear_gaussian(scale=1.3)
     text = str(evaluate(vae, data(exact), seed=3))
@@ -168,6 +188,16 @@ def test_the_report_states_its_uncertainty():
     assert text.startswith("7 data, S = 400 particles, seed 3; nats per datum ± standard error")
     for line in ("log p(x)", "ELBO", "KL to the prior", "mutual information", "  S = 100 "):
         assert any(row.strip().startswith(line.strip()) and "±" in row for row in text.splitlines()), line
+
+
+def test_examples_are_counted_by_their_pareto_k():
+    exact, vae = linear_gaussian()
+    report = evaluate(vae, data(exact), num_particles=40)
+    k = torch.tensor([0.1, 0.49, -0.3, 0.5, 0.7, 0.71, math.inf], dtype=torch.float64)
+    report = dataclasses.replace(report, per_datum=dataclasses.replace(report.per_datum, pareto_k=k))
+    assert report.as_dict()["pareto_k"] == {"good": 3, "bad": 2}
+    assert report.unreliable == pytest.approx(2 / 7, rel=1e-12)
+    assert re.search(r"Pareto k, median +0\.50  < 0\.5: 3, to 0\.7: 2, above: 2\n", repr(report))
 
 
 def test_the_numbers_go_into_json():

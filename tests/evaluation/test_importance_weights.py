@@ -94,6 +94,16 @@ def test_the_summary_is_finite_for_weights_beyond_the_range_of_floats():
     assert float(summary.effective_sample_size) == pytest.approx(16 / 10)
 
 
+def test_the_summary_is_that_of_the_weights_written_out():
+    log_weight = 1.5 * torch.randn(11, N).double()
+    summary, weight = summarise_weights(log_weight), log_weight.exp()
+    torch.testing.assert_close(summary.log_mean, weight.mean(0).log(), rtol=0, atol=1e-12)
+    error = weight.std(0) / (math.sqrt(11) * weight.mean(0))
+    torch.testing.assert_close(summary.standard_error, error, rtol=1e-12, atol=0)
+    size = weight.sum(0) ** 2 / weight.square().sum(0)
+    torch.testing.assert_close(summary.effective_sample_size, size, rtol=1e-12, atol=0)
+
+
 def test_bounds_are_means_over_groups():
     log_weight = torch.randn(23, N).double()
     bounds = bound_by_particles(log_weight)

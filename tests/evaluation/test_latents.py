@@ -148,3 +148,21 @@ def test_masked_values_have_no_kl():
     found = summarise_latents(t.sites).kl
     torch.testing.assert_close(found, counted[:, None] * torch.tensor([0.5, 2.0]))
     torch.testing.assert_close(found.sum(-1), t.kl)
+
+
+def test_the_aggregate_posterior_scores_two_million_values_at_once():
+    D, N = 2**15, 11
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(D), 0.9).to_event(1))
+
+    counts = []
+    pair = SimpleNamespace(model=model, guide=guide)
+    aggregate_posterior(pair, Batches(torch.zeros(N), seed=7), advance=counts.append)
+    assert counts == [8 * 8, 8 * 3, 3 * 8, 3 * 3]  # 8 draws of 8 examples: 2⁶ · 2¹⁵ values

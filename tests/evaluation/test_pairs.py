@@ -1,6 +1,7 @@
 """`evaluate`, annealing and export for models of several arguments, latents and observed sites."""
 
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -104,6 +105,24 @@ def test_what_has_no_evidence_of_single_data_gets_the_elbo_of_the_whole():
     assert report.pareto_k is None
     assert "'mean' lies outside the data plate" in report.reason
     assert report.reason in repr(report)
+
+
+def test_the_elbo_of_the_whole_is_a_mean_over_runs_with_its_error(monkeypatch):
+    losses = iter([-30.0, -36.0, 0.0, -6.0])
+    estimator = SimpleNamespace(loss=lambda *pair_and_data: next(losses))
+    monkeypatch.setattr("pyro_vae.evaluation.whole.default_loss", lambda *pair_and_data: estimator)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=len(x)):  # the loss speaks for 6 data, x are 3
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(0.0, 1.0))
+
+    report = pv.evaluate((model, guide), torch.zeros(3), num_particles=4, progress=False)
+    assert report.elbo == pytest.approx(3.0, rel=1e-12)  # of 5, 6, 0 and 1 per datum
+    assert report.elbo_se == pytest.approx((26 / 3 / 4) ** 0.5, rel=1e-12)
 
 
 def test_an_enumerated_latent_is_summed_out():

@@ -227,6 +227,21 @@ def test_a_misspelt_site_gives_one_message(names, message):
     assert str(caught.value) == message
 
 
+def test_of_two_further_sites_the_one_of_a_similar_name_is_the_misspelt_one():
+    def program(*names: str) -> Callable[[Tensor], None]:
+        def draw(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                for name in names:
+                    pyro.sample(name, dist.Normal(torch.zeros(len(x), K), 1.0).to_event(1))
+
+        return draw
+
+    with pytest.raises(GuideError) as caught:
+        check_guide(program("code"), program("other", "codes"), torch.zeros(N))
+    assert "the guide draws 'codes', expected 'code': rename 'codes' to 'code'" in str(caught.value)
+    assert "the guide draws 'other', which the model does not" in str(caught.value)
+
+
 @pytest.mark.parametrize("names", [("codes", "topp"), ("a", "b")], ids=["of another shape", "unlike"])
 def test_unrelated_names_are_not_taken_for_misspellings(names):
     with pytest.raises(
@@ -234,6 +249,22 @@ def test_unrelated_names_are_not_taken_for_misspellings(names):
     ) as caught:
         check_guide(two_sites("top", "code"), two_sites(*names), torch.zeros(N))
     assert "rename 'codes'" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("p_dim", "q_dim"), [(-2, -1), (-1, -2)])
+def test_a_plate_at_another_dimension_is_another_plate(p_dim, q_dim):
+    def program(dim: int, *, is_model: bool) -> Callable[[Tensor], None]:
+        def draw(x: Tensor) -> None:
+            with pyro.plate("data", len(x), dim=dim):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                if is_model:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(N, 1) if dim < -1 else x)
+
+        return draw
+
+    message = rf"lies in plates \[\('data', {q_dim}, {N}\)\], expected \[\('data', {p_dim}, {N}\)\]"
+    with pytest.raises(GuideError, match=message):
+        check_guide(program(p_dim, is_model=True), program(q_dim, is_model=False), torch.zeros(N))
 
 
 def in_plate(name: str, *options: Any, enumerate_: str | None = None, **keywords: Any) -> tuple[Any, Any]:

@@ -264,6 +264,26 @@ def test_piwae_is_iwae_for_the_model_and_miwae_for_the_guide(spread):
     assert_same(piwae[4:], miwae[4:], tolerance=2e-3)
 
 
+def test_a_hopeless_particle_adds_nothing_to_the_gradient_of_piwae_in_the_model():
+    log_noise, loc = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1e3))
+            pyro.sample("x", dist.Normal(z, log_noise.exp()), obs=x)
+
+    def guide(x):  # log p(x|z) is about -1e6 at most draws, and so is its slope in the logarithm of the noise
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1e3))
+
+    slopes = []
+    for estimator in (PIWAE(2, 3), IWAE(6)):
+        torch.manual_seed(0)
+        loss = estimator.differentiable_loss(model, guide, torch.zeros(5))
+        slopes.append(torch.autograd.grad(loss, log_noise)[0])
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=0)
+
+
 def test_slopes_of_the_signal_to_noise_ratio():
     """Log-log slopes in S of the signal-to-noise ratios of gradients, in the toy model of Rainforth et al."""
     K, repeats, sizes = 20, 300, [64, 256, 1024]

@@ -16,7 +16,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.inference.guide_check import GuideError, check_guide, check_mean_field
 from pyro_vae.inference.svi import SVI
-from pyro_vae.objectives.estimators import IWAE
+from pyro_vae.objectives.estimators import IWAE, STL
 from pyro_vae.objectives.log_terms import terms
 
 S, N, D, K = 5, 4, 6, 2  # particles, examples, dimensions of an example, latent dimensions
@@ -919,3 +919,31 @@ def test_path_gradients_are_scaled_per_particle_and_example_in_any_data_plate(nu
             by_example = ratio.movedim(data_dim, -1)
             by_example = by_example.reshape(num_particles, -1, N)
             torch.testing.assert_close(by_example, weight.unsqueeze(1).expand_as(by_example))
+
+
+def test_a_guide_of_one_site_keeps_its_dropout_in_the_score():
+    calls = []
+
+    def guide(x):
+        calls.append(len(x))
+        with data_plate(x):
+            loc = nn.functional.dropout(x[:, :K], 0.5, training=True)
+            pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+    found = terms(Flat.model, guide, X, num_particles=S)
+    torch.testing.assert_close(found.log_score, found.log_guide, rtol=1e-12, atol=0)
+    assert calls == [N]
+
+
+@pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0), torch.tensor([3.0])], ids=["float", "()", "(1,)"])
+def test_a_scale_around_the_pair_may_be_a_number_or_a_tensor_that_holds_one(scale):
+    model, guide = (poutine.scale(program, scale=scale) for program in (Flat.model, Flat.guide))
+    torch.manual_seed(3)
+    scaled = terms(model, guide, X, num_particles=S)
+    torch.manual_seed(3)
+    plain = terms(Flat.model, Flat.guide, X, num_particles=S)
+    assert float(scaled.scale) == 3.0
+    torch.testing.assert_close(scaled.log_weight, plain.log_weight, rtol=0, atol=1e-10)
+    loss = -3 * plain.log_weight.mean(0).sum()
+    torch.manual_seed(3)
+    assert STL(S).loss(model, guide, X) == pytest.approx(float(loss), rel=1e-10)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyro_vae import terms
+from pyro_vae.objectives.sites import same_masks
 
 S, N, P, K = 5, 3, 4, 2  # particles, examples, parts of an example, event
 
@@ -53,3 +54,10 @@ def test_other_plates_are_summed_over(sites):
     assert log_prob.shape == (S, N, P)
     total = sites.sum([log_prob, sites.guide["whole"]["log_prob"]])
     assert torch.equal(total, log_prob.sum(-1) + sites.guide["whole"]["log_prob"].squeeze(-1))
+
+
+def test_masks_that_are_one_tensor_are_the_same_without_a_look_at_their_values():
+    mask = torch.ones(4, dtype=torch.bool, device="meta")  # which has none
+
+    one, other = ({"mask": mask, "fn": dist.Normal(torch.zeros(4, 3), 1.0).to_event(1)} for _ in range(2))
+    assert same_masks(one, other)
