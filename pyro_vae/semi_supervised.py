@@ -25,7 +25,7 @@ from pyro_vae.data.sources import Arguments, arguments
 from pyro_vae.utils.isolation import evaluation_mode
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count
-from pyro_vae.vae import data_plate, emit_param_sites
+from pyro_vae.vae import check_event_shape, data_plate, emit_param_sites
 
 __all__ = ["SemiSupervisedVAE"]
 
@@ -144,7 +144,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             if self.training and self.classification_weight:
                 self._teach_classifier(x_seen, given, labels, weight)
             p, x = self._observable(z, x, label, observed=observed)
-            return pyro.sample("x", p, obs=x)
+            return pyro.sample("x", check_event_shape(p, x), obs=x)
 
     def guide(  # type: ignore[override]
         self,

@@ -102,13 +102,13 @@ class VAE(OwnParameters):
         with data_plate(x):
             z = pyro.sample("z", self.p_z(*context))
             p, x = self._observable(z, x, *context, observed=observed)
-            return pyro.sample("x", p, obs=x)
+            return pyro.sample("x", check_event_shape(p, x), obs=x)
 
     def _observable(
         self, z: Tensor, x: Tensor, *context: Tensor, observed: Tensor | None
     ) -> tuple[dist.Distribution, Tensor]:
         """Return p(x|z) of what is observed, and x with valid values where it is missing."""
-        p = check_event_shape(self.decode(z, *context), x)
+        p = self.decode(z, *context)
         return (p, x) if observed is None else observe_elements(p, x, observed)
 
     def guide(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 
+collect_ignore = ["mutate.py"]  # a program, of packages that the tests do not need
+
+
 @pytest.fixture(autouse=True)
 def isolation() -> Iterator[None]:
     """Seed torch's generator, and fail a test that leaves anything process-wide changed."""

@@ -10,7 +10,7 @@ from pyro_vae.distributions import DiscretizedLogistic, FlowDistribution, build_
 EVALUATION = {"binarize": None, "seed": 0, "max_plate_nesting": 1, "progress": True}
 NETWORK = {"hidden_features": (400,), "activation": "relu", "network": None, "context_dim": 0}
 DEFAULTS = {
-    pv.evaluate: {"num_particles": 1000, "aggregate_size": 5000, **EVALUATION},
+    pv.evaluate: {"num_particles": 1000, "aggregate_size": 5000, "missing": None, **EVALUATION},
     pv.annealed_importance_sampling: {
         "num_chains": 16,
         "num_temperatures": 1000,
@@ -27,8 +27,8 @@ DEFAULTS = {
     pv.DReG: {"max_plate_nesting": 1},
     pv.VIMCO: {"max_plate_nesting": 1},
     pv.KLWeighted: {"free_bits": 0.0, "per": "dimension"},
-    pv.guides.DiagonalNormal: NETWORK,
-    pv.guides.FullCovarianceNormal: NETWORK,
+    pv.guides.DiagonalNormal: {**NETWORK, "mask_input": False},
+    pv.guides.FullCovarianceNormal: {**NETWORK, "mask_input": False},
     pv.guides.LowRankNormal: {"rank": 2},
     pv.guides.LowRankNormal.sizes: {"rank": 2},
     pv.guides.Mixture: {"num_components": 4},
