@@ -6,7 +6,6 @@ import pyro
 import pytest
 import torch
 
-
 collect_ignore = ["mutate.py"]  # a program, of packages that the tests do not need
 
 
