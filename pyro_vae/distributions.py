@@ -80,10 +80,28 @@ class MultivariateNormal(dist.MultivariateNormal):
 
 
 class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
-    """Pyro's `LowRankMultivariateNormal`, in full precision under `torch.autocast`."""
+    r"""Normal with covariance V Vᵀ + D, in full precision under `torch.autocast`.
+
+    The Mahalanobis distance of x − m = r is the least of ‖D^(−½) (r − V a)‖² + ‖a‖² over a, and is computed
+    as such. Torch subtracts two large numbers instead, and loses all digits in float32 where V is wide and D
+    narrow.
+    """
 
     rsample = without_autocast()(dist.LowRankMultivariateNormal.rsample)
-    log_prob = without_autocast()(dist.LowRankMultivariateNormal.log_prob)
+
+    @without_autocast()
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density, of the batch shape."""
+        if self._validate_args:
+            self._validate_sample(value)
+        V, D = self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag
+        root = self._capacitance_tril  # L Lᵀ = I + Vᵀ D⁻¹ V
+        r = (value - self.loc).unsqueeze(-1)
+        a = torch.cholesky_solve(V.mT @ (r / D.unsqueeze(-1)), root)
+        residual = (r - V @ a).squeeze(-1)
+        distance = (residual.square() / D).sum(-1) + a.squeeze(-1).square().sum(-1)
+        log_volume = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + D.log().sum(-1) / 2
+        return -log_volume - (distance + self.event_shape[0] * math.log(2 * math.pi)) / 2
 
 
 class Bernoulli(_ConciseErrors, dist.Bernoulli):

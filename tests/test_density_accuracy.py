@@ -114,6 +114,28 @@ def two_dimensional(loc, scale, below, q_scale):
     )
 
 
+def low_rank(v, w, variance):
+    factor, diagonal = torch.stack([v, w], -1)[..., None], torch.stack([variance, variance], -1)
+    return ours.LowRankMultivariateNormal(torch.zeros_like(diagonal), factor, diagonal)
+
+
+def low_rank_density(v, w, variance, x):
+    determinant = variance * (variance + v**2 + w**2)
+    along, across = (v**2 + variance, w**2 + variance), v * w
+    distance = (along[1] * x**2 - 2 * across * x + along[0]) / determinant  # of (x, 1)
+    return -distance / 2 - mp.log(determinant) / 2 - mp.log(TWO_PI)
+
+
+def low_rank_kl(v, w, variance, q_scale):
+    total, determinant = v**2 + w**2 + 2 * variance, variance * (variance + v**2 + w**2)
+    return (total / q_scale**2 - 2 - mp.log(determinant / q_scale**4)) / 2
+
+
+def low_rank_to_diagonal(v, w, variance, q_scale):
+    q = dist.Normal(torch.zeros(2, dtype=v.dtype), torch.stack([q_scale, q_scale], -1)).to_event(1)
+    return kl_divergence(low_rank(v, w, variance), q)
+
+
 class Case(NamedTuple):
     """A function of tensors of one shape, the same of mpmath's numbers, and the values of each argument."""
 
@@ -169,6 +191,18 @@ CASES = {
     ),
     "multivariate_to_diagonal_normal": Case(
         full_covariance, full_covariance_kl, (LOCS, SCALES, (-2.0, 0.0, 1e-3), SCALES)
+    ),
+    "LowRankMultivariateNormal": Case(
+        lambda v, w, variance, x: low_rank(v, w, variance).log_prob(torch.stack([x, torch.ones_like(x)], -1)),
+        low_rank_density,
+        ((0.0, 1e-3, 1.0, 30.0, 1e3), (0.0, 0.7, -40.0), (1e-4, 0.3, 1.0, 1e4), REALS[1:-1]),
+        crosses_zero,
+    ),
+    "multivariate_to_diagonal_normal, low rank": Case(
+        low_rank_to_diagonal,
+        low_rank_kl,
+        ((0.0, 1e-3, 1.0, 30.0), (0.0, 0.7, -40.0), (1e-4, 0.3, 1.0, 1e4), SCALES[1:-1]),
+        crosses_zero,
     ),
     "closed_form.normal_kl": Case(exact.normal_kl, normal_kl, (LOCS, SCALES, LOCS, SCALES)),
     "closed_form.standard_normal_kl": Case(
