@@ -8,11 +8,13 @@ Notation: x (N, *event_shape), z (N, K), y (N, C), or classes (N,) of C.
 
 import inspect
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.networks import as_context
 from pyro_vae.utils.isolation import evaluating, seed_generators
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count
@@ -84,6 +86,24 @@ class ConditionalVAE(VAE):
         if not takes_y or getattr(self.prior, "context_dim", None) == 0:
             return self.prior()
         return self.prior(*context)
+
+    def check_data(self, batch: Any) -> None:
+        """Raise as `VAE.check_data`, or if y is no context of the parts; names the first such value.
+
+        Raises:
+            ValueError: If y has another length or size, or a class is out of range.
+        """
+        (x, y, *_), _ = self._arguments(batch)
+        if len(y) != len(x) or (y.dim() > 1 and not y.is_floating_point()):
+            raise ValueError(
+                f"y must hold {len(x)} classes, shape ({len(x)},), or floating-point numbers, ({len(x)}, C); got "
+                f"{y.dtype} {tuple(y.shape)}"
+            )
+        for part in (self.prior, self.likelihood, self.posterior):
+            size = getattr(part, "context_dim", 0)
+            if size:
+                as_context(y, size, x.dtype)
+        super().check_data(batch)
 
     @torch.no_grad()
     def class_log_evidence(

@@ -215,6 +215,24 @@ class SemiSupervisedVAE(ConditionalVAE):
         with evaluation_mode(self):
             return self.q_y(x).probs
 
+    def class_probabilities(
+        self,
+        x: Tensor,
+        num_classes: int | None = None,
+        *,
+        class_log_prior: Tensor | None = None,
+        num_particles: int = 50,
+        seed: int = 0,
+    ) -> Tensor:
+        """Classify by the model, p(y|x) ∝ p(y) p(x|y), (N, C), by default with its own p(y)."""
+        return super().class_probabilities(
+            x,
+            self.num_classes if num_classes is None else num_classes,
+            class_log_prior=self.class_log_prior if class_log_prior is None else class_log_prior,
+            num_particles=num_particles,
+            seed=seed,
+        )
+
     @torch.no_grad()
     def sample(self, num_samples: int, *, y: Tensor | None = None, mean: bool = False) -> Tensor:
         """Draw examples given classes y (N,), or y ~ p(y); see `ConditionalVAE.sample`."""
@@ -290,7 +308,8 @@ def _given(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     if y is None:
         y = torch.full((len(x),), _MISSING, device=x.device)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"y must hold integers, classes or {_MISSING} where missing; got {y.dtype}: y.long()")
+        hint = ": y.long()" if y.is_floating_point() else ""
+        raise TypeError(f"y must hold integers, classes or {_MISSING} where missing; got {y.dtype}{hint}")
     if y.shape != x.shape[:1]:
         raise ValueError(f"y must have shape ({len(x)},), a class for each example; got {tuple(y.shape)}")
     given = y != _MISSING

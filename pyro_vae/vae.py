@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyro_vae.data.sources import arguments
 from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
-from pyro_vae.utils.elements import observe_elements
+from pyro_vae.utils.elements import check_observed, observe_elements
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
 from pyro_vae.utils.validation import (
@@ -194,6 +194,8 @@ class VAE(OwnParameters):
         """
         (x, *context), observed = self._arguments(batch)
         require_floating("x", x)
+        if observed is not None:
+            check_observed(x, observed)
         with evaluation_mode(self), torch.no_grad(), isolated_generators(x.device, seed=0):
             of_one = [y[:1] for y in context if y is not None]
             p_z = self.p_z(*of_one)
@@ -206,7 +208,7 @@ class VAE(OwnParameters):
             x = torch.where(observed, x, p.sample()[0])
         message = outside_support("x", x, type(self.likelihood).__name__, support)
         if message:
-            hint = "; if NaN means missing, pass missing='nan'" if x.isnan().any() else ""
+            hint = "; if NaN means missing, pass missing='nan' to fit and evaluate" if x.isnan().any() else ""
             raise ValueError(message + hint)
 
     def _arguments(self, batch: Any) -> tuple[tuple, Tensor | None]:

@@ -48,6 +48,22 @@ def exact(cvae, x, y):
     return dist.MultivariateNormal(mean, covariance).log_prob(x).detach()
 
 
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.tensor([0, 1, 2, 0, 1, 3, 0]), r"y holds classes and must lie in 0 … 2.*got 3 at index \[5\]"),
+        (torch.zeros(N, 1, dtype=torch.long), r"y must hold 7 classes, shape \(7,\)"),
+        (torch.zeros(N, 4), r"y must have shape \(\*, 3\)"),
+    ],
+)
+def test_contexts_are_checked_before_training(y, message):
+    cvae, (x, _) = linear(), data()
+    with pytest.raises(ValueError, match=message):
+        pv.fit(cvae, (x, y), batch_size=2, progress=False)
+    with pytest.raises(ValueError, match=message):
+        pv.fit(cvae, data(), validation=(x, y), progress=False)
+
+
 @pytest.mark.parametrize("learned_prior", [False, True], ids=["p(z)", "p(z|y)"])
 def test_the_evidence_given_the_context_is_exact(learned_prior):
     cvae, (x, y) = linear(learned_prior=learned_prior), data()
@@ -133,7 +149,7 @@ BAD = {
     "another size": (
         lambda cvae, x, y: pv.fit(cvae, (x, torch.randn(N, 4))),
         ValueError,
-        r"\(\*, 3\).*\(1, 4\)",
+        r"\(\*, 3\).*\(7, 4\)",
     ),
     "not finite": (
         lambda cvae, x, y: pv.fit(cvae, (x, torch.full((N, C), torch.nan))),

@@ -219,6 +219,23 @@ def test_lengths_of_balanced_batches(size, lengths, labelled):
     assert balance.lengths(size) == lengths
 
 
+def test_batches_of_one_read_every_example():
+    y = torch.where(torch.arange(9) < 3, torch.arange(9) % C, -1)
+    x = torch.arange(9.0)[:, None].expand(9, D)
+    train = make().arrange(Batches((x, y), seed=2))
+    assert train.lengths(1) == [1] * 9
+    assert sorted(float(batch[0][0, 0]) for batch in train.epoch(0, batch_size=1)) == list(range(9))
+
+
+def test_the_model_classifies_with_its_own_prior():
+    vae, (x, _) = make(), data()
+    given = vae.class_probabilities(x, class_log_prior=torch.tensor(PRIOR).log(), num_particles=5)
+    torch.testing.assert_close(vae.class_probabilities(x, num_particles=5), given)
+    flat = pv.ConditionalVAE.class_probabilities(vae, x, C, class_log_prior=torch.zeros(C), num_particles=5)
+    expected = flat * torch.tensor(PRIOR)
+    torch.testing.assert_close(given, expected / expected.sum(-1, keepdim=True))
+
+
 def test_the_reported_bound_is_that_of_the_data_as_they_are():
     x = torch.randn(200, D)
     y = torch.where(torch.arange(200) < 10, torch.arange(200) % C, -1)
@@ -289,6 +306,7 @@ def test_a_class_without_labels_is_told(caplog):
 @pytest.mark.parametrize(
     ("y", "error", "message"),
     [
+        (torch.zeros(N, dtype=torch.bool), TypeError, r"y must hold integers, .*got torch\.bool$"),
         (torch.zeros(N), TypeError, r"y must hold integers, .*y\.long\(\)"),
         (
             torch.tensor([0, 1, 2, 3, 0, 1, 2]),

@@ -9,7 +9,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -124,8 +124,8 @@ class Batches:
             >>> Batches(torch.zeros(7, 2)).lengths(3), Batches(torch.zeros(8, 2)).lengths(3)
             ([3, 4], [3, 3, 2])
         """
-        if self.balance is not None and batch_size < len(self):
-            return self.balance.lengths(batch_size)
+        if self._is_balanced(batch_size):
+            return cast(Balance, self.balance).lengths(batch_size)
         full, rest = divmod(len(self), batch_size)
         lengths = [batch_size] * full
         if rest == 1 and full:
@@ -142,10 +142,11 @@ class Batches:
         """
         seed, bits = derived_seed(self.seed, _ORDER, number), derived_seed(self.seed, _BITS, number)
         lengths = self.lengths(batch_size)
-        if self.balance is not None and batch_size < len(self):
-            balanced = self.balance.positions(batch_size, seed)
-            for batch in self._read(balanced, bits, range(start, len(lengths))):
-                yield _with_weight(batch, self.balance.weights(batch_size, num_rows(batch)))
+        if self._is_balanced(batch_size):
+            balance = cast(Balance, self.balance)
+            positions_of = balance.positions(batch_size, seed)
+            for batch in self._read(positions_of, bits, range(start, len(lengths))):
+                yield _with_weight(batch, balance.weights(batch_size, num_rows(batch)))
             return
         order = permutation(len(self), seed)
         if batch_size >= len(self):
@@ -156,6 +157,10 @@ class Batches:
             return order(torch.arange(begin, begin + lengths[which]))
 
         yield from self._read(positions, bits, range(start, len(lengths)))
+
+    def _is_balanced(self, batch_size: int) -> bool:
+        """Return whether batches have a share of labelled examples: not where one, or all, make a batch."""
+        return self.balance is not None and 1 < batch_size < len(self)
 
     def balanced(self, labelled: Tensor, share: float) -> "Batches":
         """Return these data with at least a share of labelled examples in each batch of an epoch.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["elementwise", "observe_elements"]
+__all__ = ["check_observed", "elementwise", "observe_elements"]
 
 _FILLERS = (0.0, 1.0, 0.5)  # one of them lies in any common support
 
@@ -38,6 +38,14 @@ def elementwise(distribution: Any) -> Any:
     return inner
 
 
+def check_observed(x: Tensor, observed: Tensor) -> None:
+    """Raise TypeError for a mask that is not boolean, ValueError for one of another shape than x."""
+    if observed.dtype != torch.bool:
+        raise TypeError(f"observed must be boolean; got {observed.dtype}: use observed.bool()")
+    if observed.shape != x.shape:
+        raise ValueError(f"observed must have the shape of x, {tuple(x.shape)}; got {tuple(observed.shape)}")
+
+
 def observe_elements(distribution: Any, x: Tensor, observed: Tensor) -> tuple[Any, Tensor]:
     r"""Return p(x|z) of the observed elements alone, and x with values in the support where it is missing.
 
@@ -52,10 +60,7 @@ def observe_elements(distribution: Any, x: Tensor, observed: Tensor) -> tuple[An
         TypeError: If `observed` is not boolean.
         ValueError: If it has another shape than x, or the elements are not independent.
     """
-    if observed.dtype != torch.bool:
-        raise TypeError(f"observed must be boolean; got {observed.dtype}: use observed.bool()")
-    if observed.shape != x.shape:
-        raise ValueError(f"observed must have the shape of x, {tuple(x.shape)}; got {tuple(observed.shape)}")
+    check_observed(x, observed)
     single = elementwise(distribution)
     filler = next((value for value in _FILLERS if single.support.check(x.new_tensor(value)).all()), 0.0)
     masked = single.mask(observed).to_event(len(distribution.event_shape))

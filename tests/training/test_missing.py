@@ -222,6 +222,11 @@ def test_what_is_refused():
         pv.fit(vae, torch.zeros(N, D, dtype=torch.long), missing="nan", progress=False)
     with pytest.raises(TypeError, match="this model takes no such argument"):
         pv.fit(pv.Pair(lambda x: None, lambda x: None), x, missing="nan", progress=False)
+    mask = torch.ones(N, D)
+    with pytest.raises(TypeError, match="observed must be boolean"):
+        pv.fit(vae, {"x": torch.zeros(N, D), "observed": mask}, progress=False)
+    with pytest.raises(ValueError, match=r"observed must have the shape of x, \(9, 5\); got \(9,\)"):
+        pv.evaluate(vae, {"x": torch.zeros(N, D), "observed": mask[:, 0] > 0}, progress=False)
     with pytest.raises(ValueError, match=r"observed must have the shape of x, \(9, 5\); got \(9,\)"):
         vae.model(torch.zeros(N, D), observed=torch.ones(N, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"observed must be boolean; .*observed\.bool\(\)"):
