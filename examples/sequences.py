@@ -97,7 +97,7 @@ class DeepMarkovModel(nn.Module):
 def main() -> None:
     """Train, evaluate and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--latent-dim", type=int, default=16)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--test-size", type=int, default=300)

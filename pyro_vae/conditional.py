@@ -88,7 +88,7 @@ class ConditionalVAE(VAE):
         return self.prior(*context)
 
     def check_data(self, batch: Any) -> None:
-        """Raise as `VAE.check_data`, or if y is no context of the parts; names the first such value.
+        """Raise as `VAE.check_data`, or if the parts cannot take y; names the first value that is wrong.
 
         Raises:
             ValueError: If y has another length or size, or a class is out of range.
@@ -96,8 +96,8 @@ class ConditionalVAE(VAE):
         (x, y, *_), _ = self._arguments(batch)
         if len(y) != len(x) or (y.dim() > 1 and not y.is_floating_point()):
             raise ValueError(
-                f"y must hold {len(x)} classes, shape ({len(x)},), or floating-point numbers, ({len(x)}, C); got "
-                f"{y.dtype} {tuple(y.shape)}"
+                f"y must hold {len(x)} classes, shape ({len(x)},), or floating-point numbers, ({len(x)}, C); "
+                f"got {y.dtype} {tuple(y.shape)}"
             )
         for part in (self.prior, self.likelihood, self.posterior):
             size = getattr(part, "context_dim", 0)

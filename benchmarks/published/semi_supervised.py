@@ -53,15 +53,18 @@ def draw_labels(classes: Tensor, count: int, seed: int) -> Tensor:
     return kept
 
 
-def m2(shape: tuple[int, ...], likelihood: Callable[..., nn.Module]) -> pv.SemiSupervisedVAE:
-    """Return M2 for data of one shape."""
+def m2(
+    shape: tuple[int, ...], likelihood: Callable[..., nn.Module], latent_dim: int, weight: float
+) -> pv.SemiSupervisedVAE:
+    """Return M2 for data of one shape; `weight` is that of the classification."""
     size = torch.Size(shape).numel()
     return pv.SemiSupervisedVAE(
-        prior=pv.priors.StandardNormal(LATENT),
-        likelihood=likelihood(LATENT, shape, context_dim=CLASSES, **OPTIONS),
-        guide=pv.guides.DiagonalNormal(shape, LATENT, context_dim=CLASSES, **OPTIONS),
+        prior=pv.priors.StandardNormal(latent_dim),
+        likelihood=likelihood(latent_dim, shape, context_dim=CLASSES, **OPTIONS),
+        guide=pv.guides.DiagonalNormal(shape, latent_dim, context_dim=CLASSES, **OPTIONS),
         classifier=pv.networks.MLP(size, CLASSES, **OPTIONS),
         num_classes=CLASSES,
+        classification_weight=weight,
     )
 
 
@@ -69,16 +72,18 @@ def train_m2(x: pv.data.Images | Tensor, labels: Tensor, test: Test, epochs: int
     """Train M2 on binarised images, or on features, and return its error on the test set."""
     torch.manual_seed(seed)
     if isinstance(x, Tensor):
-        vae = m2((LATENT,), partial(pv.likelihoods.Normal, variance="per_element"))
+        vae = m2((LATENT,), partial(pv.likelihoods.Normal, variance=0.2), latent_dim=10, weight=1.0)
     else:
-        vae = m2(IMAGE, pv.likelihoods.Bernoulli)
+        vae = m2(IMAGE, pv.likelihoods.Bernoulli, latent_dim=LATENT, weight=0.1)
 
     def report(vae: pv.SemiSupervisedVAE, epoch: pv.Epoch) -> None:
         if epoch.epoch % 5 == 0:
             wrong = error(vae.predict_proba, test)
             print(f"  epoch {epoch.epoch}: bound {epoch.train_bound:.2f}, error {wrong:.2%}", flush=True)
 
-    pv.fit(vae, (x, labels), epochs=epochs, batch_size=200, seed=seed, callbacks=[report], progress=False)
+    rate = 2e-3 if isinstance(x, Tensor) else 1e-3
+    options = {"learning_rate": rate, "callbacks": [report], "progress": False}
+    pv.fit(vae, (x, labels), epochs=epochs, batch_size=200, seed=seed, **options)
     return error(vae.predict_proba, test)
 
 
