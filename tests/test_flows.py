@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -131,3 +132,17 @@ def test_passes_of_the_networks(flow, to_draw, for_density_of_draw, for_density)
     _, density = passes(q.log_prob, z.clone())
     assert (drawing, density_of_draw) == (to_draw, for_density_of_draw)
     assert density - for_density in (0, 1)  # after inverting, the Jacobian takes one more pass
+
+
+@pytest.mark.parametrize("context_size", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 4.0, 30.0, 1e3])
+@pytest.mark.parametrize(("kind", "tolerance"), [("maf", 1e-5), ("nsf", 1e-4)])  # knots of splines lie close
+def test_densities_hold_their_digits_in_float32(kind, tolerance, spread, context_size):
+    torch.manual_seed(0)
+    flow = build_flow(kind, 3, 2, num_transforms=3, hidden_features=(16, 16))
+    context, x = context_size * torch.randn(40, 2), spread * torch.randn(40, 3)
+    with torch.no_grad():
+        found = FlowDistribution(flow(context)).log_prob(x)
+        wide = FlowDistribution(copy.deepcopy(flow).double()(context.double())).log_prob(x.double())
+    error = (found - wide) / wide.abs().clamp(min=1)
+    assert error.abs().max() < tolerance
