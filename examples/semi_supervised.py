@@ -2,9 +2,10 @@
 
     uv run examples/semi_supervised.py
 
-About a minute on two idle cores. First a VAE is trained on all images, without labels (M1); then a `SemiSupervisedVAE` on the means of its
-latent vectors, with y = −1 where the label is missing (M2). It prints the error of both M2 and the same
-classifier trained on the labels alone, on the same features; and draws digits by class.
+About a minute on two idle cores. First a VAE is trained on all images, without labels (M1); then a
+`SemiSupervisedVAE` on the means of its latent vectors, with y = −1 where the label is missing (M2). It prints
+the error of both M2 and the same classifier trained on the labels alone, on the same features; and draws
+digits by class.
 """
 
 import argparse
