@@ -17,7 +17,7 @@ from typing import Any
 
 from pyro_vae import closed_form, data, guides, likelihoods, networks, plots, priors
 from pyro_vae.comparison import Comparison, compare_estimators
-from pyro_vae.conditional import ConditionalVAE
+from pyro_vae.conditional import ConditionalVAE, SemiSupervisedVAE
 from pyro_vae.evaluation import (
     Evaluation,
     annealed_importance_sampling,
@@ -27,7 +27,6 @@ from pyro_vae.evaluation import (
 )
 from pyro_vae.inference import SVI, GuideError, GuideReport, check_guide, check_mean_field
 from pyro_vae.objectives import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Pair, Renyi, Terms, terms
-from pyro_vae.semi_supervised import SemiSupervisedVAE
 from pyro_vae.training import Epoch, History, TensorBoard, fit
 from pyro_vae.utils.serialization import CheckpointError
 from pyro_vae.utils.validation import NonFiniteError

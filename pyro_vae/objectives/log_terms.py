@@ -225,14 +225,12 @@ def terms(
             "separated: pass a guide that is a function, such as AutoNormal, or use Trace_ELBO"
         )
     particles = particle_plate(num_particles, max_plate_nesting) if num_particles > 1 else nullcontext()
-    guide_trace, model_trace, draws = _run_pair(model, guide, data, kwargs, particles)
+    runs = partial(_run_pair, model, guide, data, kwargs, particles)
+    guide_trace, model_trace, draws = runs()
     enumerated = enumerated_sites(sample_sites(model_trace), sample_sites(guide_trace))
-    nesting = math.inf  # of batch dimensions that plates explain
+    nesting = max_plate_nesting + 1 if enumerated else math.inf  # of batch dimensions that plates explain
     if enumerated:
-        nesting = max_plate_nesting + 1
-        guide_trace, model_trace, draws = _run_pair(
-            model, guide, data, kwargs, particles, enumeration=poutine.enum(first_available_dim=-1 - nesting)
-        )
+        guide_trace, model_trace, draws = runs(enumeration=poutine.enum(first_available_dim=-1 - nesting))
     guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
     observed = {key: site for key, site in model_sites.items() if site["is_observed"]}
     latent = {key: site for key, site in latent_sites(model_sites).items() if key not in enumerated}
