@@ -9,6 +9,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -82,6 +83,10 @@ class Batches:
     def __len__(self) -> int:
         return self.length
 
+    def usual_batch(self, largest: int) -> int:
+        """Return the length of a batch where none is asked for."""
+        return min(largest, len(self))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(N, *event_shape)."""
@@ -140,23 +145,60 @@ class Batches:
         A batch of all the data keeps their order, as parameters of single examples in a guide need. With a
         `balance`, batches have one more argument, weight (B,).
         """
-        seed, bits = derived_seed(self.seed, _ORDER, number), derived_seed(self.seed, _BITS, number)
+        bits = partial(seed_at, derived_seed(self.seed, _BITS, number))
         lengths = self.lengths(batch_size)
         if self._is_balanced(batch_size):
             balance = cast(Balance, self.balance)
-            positions_of = balance.positions(batch_size, seed)
+            positions_of = balance.positions(batch_size, derived_seed(self.seed, _ORDER, number))
             for batch in self._read(positions_of, bits, range(start, len(lengths))):
                 yield _with_weight(batch, balance.weights(batch_size, num_rows(batch)))
             return
-        order = permutation(len(self), seed)
-        if batch_size >= len(self):
-            order = lambda positions: positions  # noqa: E731
+        order = self._order(number, batch_size)
 
         def positions(which: int) -> Tensor:
             begin = which * batch_size
             return order(torch.arange(begin, begin + lengths[which]))
 
         yield from self._read(positions, bits, range(start, len(lengths)))
+
+    def epoch_in_shards(
+        self, number: int, *, batch_size: int, shards: range, num_shards: int, start: int = 0
+    ) -> Iterator[list[tuple[int, Any]]]:
+        """Yield, for each batch of an epoch, its parts for some shards: pairs of shard and part.
+
+        A batch is cut in `num_shards` runs of examples, as equal in length as can be. Empty parts are left
+        out. The bits of a part are a function of the seed, epoch, batch and shard.
+
+        Args:
+            number: Of the epoch.
+            batch_size: Of the whole batch, at least `num_shards`.
+            shards: Those whose parts are read.
+            num_shards: Number of all shards.
+            start: Number of the first batch.
+        """
+        lengths, order = self.lengths(batch_size), self._order(number, batch_size)
+        bits = [derived_seed(self.seed, _BITS, number, shard) for shard in shards]
+
+        def positions(which: int) -> Tensor:
+            step, shard = which // len(shards), shards[which % len(shards)]
+            begin, length = step * batch_size, lengths[step]
+            cuts = (begin + (shard + offset) * length // num_shards for offset in (0, 1))
+            return order(torch.arange(*cuts))
+
+        def seed_of(which: int) -> int:
+            return seed_at(bits[which % len(shards)], which // len(shards))
+
+        numbers = range(start * len(shards), len(lengths) * len(shards))
+        parts = self._read(positions, seed_of, numbers)
+        for _ in range(start, len(lengths)):
+            batch = [(shard, next(parts)) for shard in shards]
+            yield [(shard, part) for shard, part in batch if part is not None]
+
+    def _order(self, number: int, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """Return the order of the examples in an epoch: theirs, if a batch is all of them."""
+        if batch_size >= len(self):
+            return lambda positions: positions
+        return permutation(len(self), derived_seed(self.seed, _ORDER, number))
 
     def _is_balanced(self, batch_size: int) -> bool:
         """Return whether batches have a share of labelled examples: not where one, or all, make a batch."""
@@ -174,15 +216,22 @@ class Batches:
         part.balance = Balance(labelled.nonzero().flatten(), (~labelled).nonzero().flatten(), share)
         return part
 
-    def in_order(self, batch_size: int) -> Iterator[Any]:
-        """Yield the batches (B, *event_shape) of a pass in the order of the data."""
+    def in_order(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[Any]:
+        """Yield the batches (B, *event_shape) of a pass in the order of the data.
+
+        Args:
+            batch_size: B.
+            first: Number of the first batch.
+            every: Yield only each so many of them.
+        """
 
         def positions(which: int) -> Tensor:
             begin = which * batch_size
             return torch.arange(begin, min(begin + batch_size, len(self)))
 
         # the same bits at each pass
-        yield from self._read(positions, derived_seed(self.seed, _BITS), range(-(-len(self) // batch_size)))
+        bits = partial(seed_at, derived_seed(self.seed, _BITS))
+        yield from self._read(positions, bits, range(first, -(-len(self) // batch_size), every))
 
     def peek(self, count: int) -> Any:
         """Return the first `count` examples, and read no others."""
@@ -197,20 +246,27 @@ class Batches:
             return batch.to(self.device)
         return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
 
-    def _read(self, positions: Callable[[int], Tensor], bits: int, numbers: range) -> Iterator[Any]:
-        """Yield the batches of these numbers; what is not in memory is read ahead by a thread."""
+    def _read(
+        self, positions: Callable[[int], Tensor], seed_of: Callable[[int], int], numbers: range
+    ) -> Iterator[Any]:
+        """Yield the batches of these numbers, None where one is empty.
+
+        What is not in memory is read ahead by a thread.
+        """
 
         def read(number: int) -> tuple[Tensor, Any]:
             where = positions(number)
-            return where, self._at(where, seed_at(bits, number))
+            return where, self._at(where, seed_of(number)) if len(where) else None
 
         alone = self.source.in_memory or self.source.runs_user_code
+        seen = 0
         for where, batch in map(read, numbers) if alone else _ahead(read, numbers):
-            if self.unchecked is not None:
+            seen += len(where)
+            if self.unchecked is not None and batch is not None:
                 self._check_late(batch, where)
             yield batch
-        if numbers.start == 0:
-            self.unchecked = None  # all have been seen
+        if seen >= len(self):
+            self.unchecked = None
 
     def _check_late(self, batch: Any, positions: Tensor) -> None:
         assert self.unchecked is not None
@@ -247,6 +303,12 @@ class Batches:
     def describe(self) -> dict[str, Any]:
         """Return plain values that tell these data from others; see `Source.fingerprint`."""
         return {**self.source.fingerprint, "length": len(self)}
+
+    def state_dict(self) -> None:
+        """Return None: where a run stands tells all, unlike with a `Stream`."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore nothing; see `state_dict`."""
 
 
 def _with_weight(batch: Any, weight: Tensor) -> Any:

@@ -300,11 +300,7 @@ class Arguments(NamedTuple):
 
 
 class _Masked(Source):
-    """Another source whose NaN are missing values: 0 in their place, and a mask as a further argument.
-
-    The batch x becomes f(x, observed=...), (x, y) becomes f(x, y, observed=...), and of a dict it is "x", or
-    the first entry.
-    """
+    """Another source whose NaN are missing values; see `mark_missing`."""
 
     def __init__(self, source: Source):
         self.source, self.shape, self.device = source, source.shape, source.device
@@ -312,17 +308,25 @@ class _Masked(Source):
         self.is_random, self.runs_user_code = source.is_random, source.runs_user_code
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Any:
-        batch = self.source.batch(index, generator)
-        if isinstance(batch, dict):
-            name = "x" if "x" in batch else next(iter(batch))
-            x, observed = _fill(batch[name])
-            return {**batch, name: x, "observed": observed}
-        first, *others = batch if isinstance(batch, tuple) else (batch,)
-        x, observed = _fill(first)
-        return Arguments((x, *others), {"observed": observed})
+        return mark_missing(self.source.batch(index, generator))
 
     def raw(self, index: Tensor) -> Any:
         return self.source.raw(index)
+
+
+def mark_missing(batch: Any) -> Any:
+    """Return a batch with 0 for NaN in x, and where it was not NaN as a further argument.
+
+    The batch x becomes f(x, observed=...), (x, y) becomes f(x, y, observed=...), and of a dict it is "x", or
+    the first entry.
+    """
+    if isinstance(batch, dict):
+        name = "x" if "x" in batch else next(iter(batch))
+        x, observed = _fill(batch[name])
+        return {**batch, name: x, "observed": observed}
+    first, *others = batch if isinstance(batch, tuple) else (batch,)
+    x, observed = _fill(first)
+    return Arguments((x, *others), {"observed": observed})
 
 
 def told_of_missing(missing: str | None, pair: Any) -> Callable[..., Any] | None:
@@ -337,11 +341,13 @@ def told_of_missing(missing: str | None, pair: Any) -> Callable[..., Any] | None
 
 
 def without_missing(source: Source, model: Callable[..., Any]) -> Source:
-    """Return a source with 0 for NaN, and where it was not NaN as a further argument; see `_Masked`.
+    """Return a source with its missing values marked; see `mark_missing`. Raises as `require_observed`."""
+    require_observed(model)
+    return _Masked(source)
 
-    Raises:
-        TypeError: If the model takes no argument `observed`.
-    """
+
+def require_observed(model: Callable[..., Any]) -> None:
+    """Raise TypeError if the model takes no argument `observed`."""
     parameters = inspect.signature(model).parameters.values()
     if not any(
         parameter.name == "observed" or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters
@@ -350,7 +356,6 @@ def without_missing(source: Source, model: Callable[..., Any]) -> Source:
             "missing='nan' calls model(x, observed=...) and guide(x, observed=...), with 0 for NaN in x, and "
             "False there in observed, of the shape of x; this model takes no such argument: add it to both"
         )
-    return _Masked(source)
 
 
 def _fill(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,8 @@ class Replay:
         clip_norm: Largest norm of all gradients together, or None; as for `pyro_vae.SVI`.
         engine: "traced", "compiled" or "auto".
         eager_step: Takes a step without a graph and returns its loss.
-        fastest: The matrix-product library for each shape; see `choose_matmul_libraries`.
+        fastest: The matrix-product library for each shape, see `choose_matmul_libraries`; None for torch's.
+        update: Called with the gradients, and a flag `skip` as for `OptimizerStep`, in its place.
     """
 
     def __init__(
@@ -111,13 +112,15 @@ class Replay:
         *,
         engine: str,
         eager_step: Callable[..., float],
-        fastest: dict[str, str],
+        fastest: dict[str, str] | None,
+        update: Callable[..., object] | None = None,
     ):
         self.model, self.guide = model, guide
         self.estimator: Any = estimator
         self.clip_norm, self.eager_step = clip_norm, eager_step
         self.engine, self.fastest = engine, fastest
         self.optimizer_step = OptimizerStep(optimizer)
+        self.update = update or self.optimizer_step
         self.recordings: dict[_Key, _Recording] = {}
         self.failures: dict[_Key, int] = {}
         self.untrained: set[_Key] = set()  # that depend on leaves which the optimiser does not hold
@@ -159,7 +162,7 @@ class Replay:
             num_trained = len(gradients) - len(recording.others)
             gradients, others = gradients[:num_trained], gradients[num_trained:]
             invalid = flag_non_finite(gradients, invalid)
-            self.optimizer_step(gradients, skip=invalid)
+            self.update(gradients, skip=invalid)
             value = loss.item()
             if math.isfinite(value) and not invalid:
                 if self.is_scheduled:
@@ -370,7 +373,7 @@ class _Recording:
         functions: Sequence[Any],
         objects: list[Any],
         *,
-        fastest: dict[str, str],
+        fastest: dict[str, str] | None,
         ignored: set[tuple[int, Any]],
         parameters: Sequence[Tensor],
     ):
@@ -382,7 +385,9 @@ class _Recording:
                 loss_and_gradients, tensors, readers, objects, ignored
             )
             self.reference = copy.deepcopy(self.graph.module).forward  # matrix products of eager torch
-            if all(tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.captured]):
+            if fastest is not None and all(
+                tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.captured]
+            ):
                 choose_matmul_libraries(self.graph.module, fastest)
         except Untraceable:
             raise

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
 from pyro_vae.objectives.sites import Site
 from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
+from pyro_vae.utils.processes import Processes
 from pyro_vae.utils.validation import NonFiniteError
 
 __all__ = [
@@ -139,14 +141,19 @@ def chunk_lengths(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def in_chunks(batches: Batches, size: int, stream: int) -> Iterator[tuple[int, Any]]:
+def in_chunks(
+    batches: Batches, size: int, stream: int, *, processes: Processes | None = None
+) -> Iterator[tuple[int, Any]]:
     """Yield the examples, a batch of n, in order, `size` at a time, each with the index of its first.
+
+    Of several processes, each has those chunks that `Processes.interleave` puts in order again.
 
     Every evaluation iterates its data here. Torch's generators are seeded for each chunk, so that its draws
     are a function of the seed, the stream and the number of the chunk, and of no earlier chunk.
     """
     seed = derived_seed(batches.seed, stream)
-    for number, batch in enumerate(batches.in_order(size)):
+    first, every = (0, 1) if processes is None else (processes.rank, processes.size)
+    for number, batch in zip(count(first, every), batches.in_order(size, first=first, every=every)):
         seed_generators(batches.device, seed_at(seed, number))
         yield number * size, batch
 
@@ -159,6 +166,7 @@ def chunks(
     max_plate_nesting: int,
     keep_draws: bool = False,
     advance: Callable[[int], object] = lambda count: None,
+    processes: Processes | None = None,
 ) -> Iterator[Chunk]:
     """Draw S particles per example from the guide and yield their terms, a few examples at a time.
 
@@ -169,24 +177,25 @@ def chunks(
         max_plate_nesting: See `terms`.
         keep_draws: Fill `Chunk.draws`.
         advance: Called with the number of draws made since the last call.
+        processes: Those that share the chunks; see `in_chunks`.
 
     Raises:
         GuideError: If the guide does not fit the model on the first chunk.
         NonFiniteError: If an importance weight is infinite or NaN.
     """
     size, particles = chunk_sizes(batches, num_particles)
-    for first_index, batch in in_chunks(batches, size, _DRAWS):
+    for first_index, batch in in_chunks(batches, size, _DRAWS, processes=processes):
         args, kwargs = arguments(batch)
         if first_index == 0:
             require_fit(pair.model, pair.guide, *args, **kwargs)
         log_terms: list[Tensor] = []
         draws: dict[str, list[Tensor]] = defaultdict(list)
-        for count in chunk_lengths(num_particles, particles):
+        for num_draws in chunk_lengths(num_particles, particles):
             t = terms(
                 pair.model,
                 pair.guide,
                 *args,
-                num_particles=count,
+                num_particles=num_draws,
                 max_plate_nesting=max_plate_nesting,
                 **kwargs,
             )
@@ -195,7 +204,7 @@ def chunks(
             log_terms.append(torch.stack([t.log_likelihood, t.log_prior, t.log_guide]))
             for name in t.sites.latent if keep_draws else ():
                 draws[name].append(by_example(t.sites, t.sites.guide[name], t.sites.draws[name]))
-            advance(count * num_rows(batch))
+            advance(num_draws * num_rows(batch))
         joined = {name: torch.cat(values) for name, values in draws.items()}
         log_likelihood, log_prior, log_guide = torch.cat(log_terms, dim=1)
         chunk = Chunk(first_index, batch, first_terms, log_likelihood, log_prior, log_guide, joined)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments
@@ -23,6 +23,7 @@ from pyro_vae.objectives.pair import as_programs
 from pyro_vae.objectives.sites import NotSeparableError, joint_mask
 from pyro_vae.utils.display import Estimate, progress_bar
 from pyro_vae.utils.isolation import evaluating, isolated
+from pyro_vae.utils.processes import Processes, checksum, join
 from pyro_vae.utils.validation import require_count
 
 __all__ = ["evaluate"]
@@ -39,6 +40,7 @@ def evaluate(
     aggregate_size: int = 5000,
     max_plate_nesting: int = 1,
     progress: bool = True,
+    group: Any = "auto",
 ) -> Any:
     r"""Estimate the log-evidence and the ELBO of data, and diagnose the guide and the latent dimensions.
 
@@ -62,6 +64,9 @@ def evaluate(
             information; the cost grows with its square. 0 omits it.
         max_plate_nesting: Number of dimensions that the pair's own plates take; see `terms`.
         progress: Show a progress bar in a terminal or notebook.
+        group: The processes of `torch.distributed` that share the work, as in `fit`: all call this with the
+            same arguments, and get the same result, which does not depend on their number, to the bit. None
+            for this process alone.
 
     Returns:
         The evaluation. Where a latent variable is shared by all examples there is no evidence of single ones,
@@ -93,28 +98,45 @@ def evaluate(
     vae = as_programs("evaluate(pair, data)", vae)
     require_count("num_particles", num_particles)
     require_count("aggregate_size", aggregate_size, minimum=0)
+    processes = join(group)
     batches = prepare_data(vae, data, binarize=binarize, seed=seed, missing=missing)
+    _require_alike(vae, batches, processes)
+    total, shown = len(batches) * num_particles, progress and processes.is_first
     with (
         evaluating(vae, batches.device, seed),
-        progress_bar(len(batches) * num_particles, shown=progress, unit=" draws", unit_scale=True) as bar,
+        progress_bar(total / processes.size, shown=shown, unit=" draws", unit_scale=True) as bar,
     ):
         reason = _not_by_example(vae, batches, max_plate_nesting)
         if reason is not None:
             options: dict[str, Any] = {"num_particles": num_particles, "seed": seed, "advance": bar.update}
             return evaluate_whole(vae, batches, reason, **options)
-        drawn = chunks(vae, batches, num_particles, max_plate_nesting=max_plate_nesting, advance=bar.update)
-        reduced = [_reduce(chunk) for chunk in drawn]
+
+        def reduce_own() -> list[_Reduced]:
+            own: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "processes": processes}
+            return [
+                _reduce(chunk) for chunk in chunks(vae, batches, num_particles, advance=bar.update, **own)
+            ]
+
+        reduced = processes.interleave(reduce_own)
     aggregate = None
     if aggregate_size:
         part = batches.first(aggregate_size)
         with (
             evaluating(vae, batches.device, seed),
-            progress_bar(len(part) ** 2, shown=progress, unit=" densities", unit_scale=True) as bar,
+            progress_bar(len(part) ** 2, shown=shown, unit=" densities", unit_scale=True) as bar,
         ):
             aggregate = aggregate_posterior(
                 vae, part, max_plate_nesting=max_plate_nesting, advance=bar.update
             )
     return _evaluation(reduced, aggregate, num_particles=num_particles, seed=seed)
+
+
+def _require_alike(pair: Pair, batches: Batches, processes: Processes) -> None:
+    """Raise if processes that share the work have other parameters or data."""
+    if processes.size > 1:
+        state = pair.state_dict().values() if isinstance(pair, nn.Module) else ()
+        processes.require_same("the parameters, by their check sum", checksum(state))
+        processes.require_same("the data", batches.describe())
 
 
 def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str | None:

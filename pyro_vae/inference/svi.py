@@ -9,7 +9,7 @@ by momentum, so that training on batches with and without labels in turn differs
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -22,12 +22,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
+from pyro_vae.inference.batch_parts import BatchParts
 from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
 from pyro_vae.objectives.pair import split_pair, stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, plate_nesting, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
+from pyro_vae.utils.processes import join
 from pyro_vae.utils.validation import NonFiniteError, flag_non_finite, require_number
 
 __all__ = ["SVI", "default_loss"]
@@ -83,11 +85,16 @@ class SVI:
             A model that changes Python values as it runs, such as a counter, or that reads what cannot be
             compared at each step, such as a clock, a file or a data frame, takes eager steps; a warning says
             so once.
+        group: A group of processes of `torch.distributed`, each of which takes its steps on a part of the
+            batch: the gradient is that of the sum of their losses, before it is clipped; or of their mean
+            where the plates of the pair subsample, so that each loss speaks for all data. Parameters start
+            with the values of the first process. All must call `step` equally often. Seed each otherwise.
 
     Raises:
         TypeError: If the model or the guide is not callable, the optimiser is not a torch optimiser, or the
             loss is neither a `pyro.infer.ELBO` nor a function.
-        ValueError: If `clip_norm` is not positive, or the engine is unknown.
+        ValueError: If `clip_norm` is not positive, or the engine is unknown; with a group, if the pair
+            depends on all data of a batch together, or is wrapped in DistributedDataParallel.
 
     Attributes:
         steps: Number of steps taken.
@@ -116,6 +123,7 @@ class SVI:
         *,
         clip_norm: float | None = None,
         engine: str = "auto",
+        group: Any = None,
     ):
         given = [value for value in (guide, optimizer, loss) if value is not None]
         call = "SVI(pair, optimizer, loss) or SVI(model, guide, optimizer, loss)"
@@ -147,10 +155,12 @@ class SVI:
         self._is_told = False  # that its steps move nothing
         self._replay: Replay | None = None
         self._replayed: tuple = ()
+        self.processes = join(group)
+        self._parts: BatchParts | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the graphs: a copy records its own."""
-        return {**vars(self), "_replay": None, "_replayed": (), "_checked": ()}
+        return {**vars(self), "_replay": None, "_replayed": (), "_checked": (), "_parts": None}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step and return the loss as defined by the estimator.
@@ -167,6 +177,38 @@ class SVI:
                 where these can be found. Parameters and the optimiser's state are unchanged, gradients None.
             ValueError: If the programs enter a parameter in Pyro's store that the optimiser does not hold.
         """
+        if self.processes.size > 1:
+            return self.step_in_parts([(args, kwargs)])
+        return self.take_step(self._eager_step, args, kwargs)
+
+    def step_in_parts(self, parts: Iterable[tuple[tuple, dict[str, Any]]], *, stop: bool = False) -> float:
+        """Take one step on a batch that comes in parts, here and in other processes; return its loss.
+
+        Args:
+            parts: Arguments of the pair for each part: as many as there are, none if this process has none.
+            stop: Ask all processes to stop after the step, see `stopped`.
+
+        Raises:
+            Exception: As `step`; a process in which nothing was raised raises what tells of another's error.
+        """
+        if self._parts is None or not self._parts.hold(self.parameters()):
+            self._parts = BatchParts(self, self.processes)
+        return self._parts.step(parts, stop=stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a process asked for it in the last of `step_in_parts`."""
+        return self._parts is not None and self._parts.sum.stop
+
+    @property
+    def num_rows(self) -> int:
+        """Number of data in the last of `step_in_parts`, those of all processes together."""
+        return 0 if self._parts is None else self._parts.sum.rows
+
+    def take_step(
+        self, eager_step: Callable[..., Any], args: tuple, kwargs: dict[str, Any], **options: Any
+    ) -> Any:
+        """Take a step by the engine; `options` are those of `Replay`."""
         is_first = self.loss is None or self._checked != (self.model, self.guide, self.loss)
         if is_first:
             self.check(*args, **kwargs)
@@ -174,18 +216,15 @@ class SVI:
         # the first step with a function is its check, since nothing else tells which parameters it uses
         checks_function = is_first and isinstance(self.loss, FunctionLoss)
         if self.engine == "eager" or checks_function or isinstance(self.loss, TraceTailAdaptive_ELBO):
-            loss = self._eager_step(*args, **kwargs)
+            loss = eager_step(*args, **kwargs)
         else:
-            settings = (self.model, self.guide, self.loss, self.optimizer, self.clip_norm)
+            clip_norm = None if options else self.clip_norm
+            settings = (self.model, self.guide, self.loss, self.optimizer, clip_norm)
             if self._replay is None or self._replayed != (*settings, self.engine):
                 self._replayed = (*settings, self.engine)
-                self._replay = Replay(
-                    *settings,
-                    engine=self.engine,
-                    eager_step=self._eager_step,
-                    fastest=self.fastest_products,
-                )
-            step = partial(self._replay.step, self.steps) if not self._met_late else self._eager_step
+                options = {"fastest": self.fastest_products} | options
+                self._replay = Replay(*settings, engine=self.engine, eager_step=eager_step, **options)
+            step = partial(self._replay.step, self.steps) if not self._met_late else eager_step
             loss = step(*args, **kwargs)
         self._require_trained(num_stored)
         self._checked = (self.model, self.guide, self.loss)
@@ -199,7 +238,7 @@ class SVI:
             self._met_late.update(list(stored)[num_stored:])
         if self._met_late:  # again at each step, until the optimiser holds them
             late = {name: stored[name] for name in self._met_late if name in stored}
-            problem = untrained_parameters(self._parameters(), late)
+            problem = untrained_parameters(self.parameters(), late)
             if problem:
                 raise ValueError(problem)
             self._met_late.clear()
@@ -219,10 +258,18 @@ class SVI:
         if self.loss is None:
             self.loss = default_loss(self.model, self.guide, *args, **kwargs)
         if not isinstance(self.loss, FunctionLoss):
-            check_training(self.model, self.guide, self.loss, self._parameters(), *args, **kwargs)
+            check_training(self.model, self.guide, self.loss, self.parameters(), *args, **kwargs)
             self._checked = (self.model, self.guide, self.loss)
 
     def _eager_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = self.eager_gradients(*args, **kwargs)
+        if self.clip_norm is not None:
+            clip_grad_norm_(self.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return loss
+
+    def eager_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss, and its gradient, which the parameters hold after it; raises as `step`."""
         states = [generator.get_state() for generator in global_generators()]
         num_stored = len(self._stored())
         counted = getattr(self.loss, "steps", None)
@@ -231,7 +278,7 @@ class SVI:
         try:
             loss = self._loss_and_gradients(states, *args, **kwargs)
             self._require_trained(num_stored)
-            parameters = self._parameters()
+            parameters = self.parameters()
             if flag_non_finite((p.grad for p in parameters), torch.zeros(())):
                 self._require_finite_gradients(loss, states, *args, **kwargs)
         except Exception:
@@ -239,9 +286,6 @@ class SVI:
             if counted is not None:  # a step that is not taken does not count in a schedule
                 self.loss.steps = counted
             raise
-        if self.clip_norm is not None:
-            clip_grad_norm_(parameters, self.clip_norm)
-        self.optimizer.step()
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -303,7 +347,7 @@ class SVI:
         return loss
 
     def _warn_if_nothing_moves(self) -> None:
-        if not self._is_told and all(parameter.grad is None for parameter in self._parameters()):
+        if not self._is_told and all(parameter.grad is None for parameter in self.parameters()):
             self._is_told = True
             logger.warning(
                 "a step of SVI moves nothing: the loss depends on no parameter of the optimiser that "
@@ -313,7 +357,7 @@ class SVI:
     def _require_finite_gradients(
         self, loss: Any, states: Sequence[Tensor], /, *args: Any, **kwargs: Any
     ) -> None:
-        parameters = self._parameters()
+        parameters = self.parameters()
         if all(is_finite(parameter.grad) for parameter in parameters):
             return
         self.optimizer.zero_grad()
@@ -336,7 +380,8 @@ class SVI:
     def _stored(self) -> dict[str, Tensor]:
         return stored_parameters(self.model, self.guide)
 
-    def _parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters of the optimiser, in order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 

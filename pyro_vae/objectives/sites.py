@@ -46,6 +46,7 @@ __all__ = [
     "sample_sites",
     "shared_scale",
     "site_family",
+    "subsamples",
     "subsampling_factor",
     "vectorized_plates",
 ]
@@ -125,6 +126,23 @@ def subsampling_factor(model_trace: poutine.Trace) -> float:
         for site in sites
     ]
     return max(factors, default=1.0)
+
+
+def subsamples(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> bool:
+    """Return whether the plates of a pair subsample, so that a loss speaks for all data.
+
+    Else it is a sum over the data of its batch.
+
+    Raises:
+        NotSeparableError: If it is neither, as a site is shared by the data of a batch.
+    """
+    model_sites = sample_sites(model_trace)
+    frames = [frame for site in model_sites.values() for frame in site["cond_indep_stack"]]
+    if any(frame.full_size not in (None, frame.size) for frame in frames):
+        return True
+    nesting = plate_nesting(guide_trace, model_trace)
+    data_plate(sample_sites(guide_trace), model_sites, max_plate_nesting=nesting, ignore="")
+    return False
 
 
 def latent_sites(model_sites: Sites) -> Sites:

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -14,7 +17,12 @@ from pyro_vae.training.run import Run
 from pyro_vae.utils import serialization
 from pyro_vae.utils.serialization import spec, to_plain
 
-__all__ = ["Checkpoint"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Checkpoint", "saved_shards"]
 
 
 class Checkpoint:
@@ -29,20 +37,33 @@ class Checkpoint:
         if self.folder is not None:
             self.settings = _describe(run)
 
-    def begin(self, *, resume: bool) -> None:
+    @contextlib.contextmanager
+    def begun(self, *, resume: bool) -> Iterator[Self]:
         """Continue the run in the folder, or start one there, so that a bad folder raises at once.
 
-        An existing checkpoint is overwritten only when this run first saves.
+        An existing checkpoint is overwritten only when this run first saves. The folder is this run's alone
+        in the block.
         """
         if self.folder is None:
+            yield self
             return
+        with contextlib.ExitStack() as stack:
+            begin = partial(self._begin, self.folder, stack, resume=resume)
+            content = self.run.processes.on_first(begin)
+            if content is not None:
+                serialization.fitting(self.folder / "last.pt", lambda: self._restore(content))
+            yield self
+
+    def _begin(self, folder: Path, stack: contextlib.ExitStack, *, resume: bool) -> dict[str, Any] | None:
+        """Return what is to be restored, if there is anything; else start a run."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"cannot make the folder {self.folder} for checkpoints: {error}") from error
-        path = self.folder / "last.pt"
+            raise OSError(f"cannot make the folder {folder} for checkpoints: {error}") from error
+        stack.enter_context(_locked(folder))
+        path = folder / "last.pt"
         if not path.exists():
-            self.save()
+            self._save(folder)
         elif resume:
             content = serialization.read(path, "run", device="cpu")
             settings = serialization.fitting(path, lambda: content["settings"])
@@ -52,15 +73,18 @@ class Checkpoint:
                     f"{path} is of a run with other settings: {'; '.join(differing)}. "
                     "Resume with the same, or train in another folder"
                 )
-            serialization.fitting(path, lambda: self._restore(content))
+            return content
+        return None
 
     def save(self) -> None:
-        """Write both files."""
-        if self.folder is None:
-            return
+        """Write both files, by the first of several processes."""
+        if self.folder is not None:
+            self.run.processes.on_first(partial(self._save, self.folder))
+
+    def _save(self, folder: Path) -> None:
         run = self.run
         run.require_finite_parameters()
-        best = self.folder / "best.pt"
+        best = folder / "best.pt"
         if run.history and not run.done and run.best_epoch() == len(run.history) - 1:
             run.pair.save(best)
         elif not run.history:
@@ -75,8 +99,9 @@ class Checkpoint:
             "history": [dataclasses.asdict(epoch) for epoch in run.history],
             "done": run.done,
             "seconds": run.seconds,
+            "stream": run.train.state_dict(),
         }
-        serialization.write(self.folder / "last.pt", "run", content)
+        serialization.write(folder / "last.pt", "run", content)
 
     def _restore(self, content: dict[str, Any]) -> None:
         run = self.run
@@ -88,16 +113,50 @@ class Checkpoint:
         run.best_state = content["best"]
         run.done = [tuple(batch) for batch in content["done"]]
         run.total = sum(length * bound for length, bound in run.done)
+        run.num_done = sum(length for length, _ in run.done)
         run.seconds = content["seconds"]
+        run.train.load_state_dict(content.get("stream"))
         # what decides how the steps are taken, on which the last bits depend
         run.svi.steps = len(run.history) * run.steps_per_epoch + len(run.done)
         run.svi.fastest_products.update(content["products"])
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder in a block, where the system has locks; a kill ends the lock."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise serialization.CheckpointError(
+                f"another run is writing to {folder}: wait for it, or choose another checkpoint_dir; "
+                "processes that each work for themselves need one each"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def saved_shards(folder: Path | None) -> int | None:
+    """Return the number of shards of the run in a folder; None if there is no run, or none that is whole."""
+    with contextlib.suppress(OSError, LookupError, serialization.CheckpointError):
+        if folder is not None:
+            return serialization.read(folder / "last.pt", "run", device="cpu")["settings"].get("shards", 1)
+    return None
+
+
 def _describe(run: Run) -> dict[str, Any]:
     """Return what two runs must have in common for one to continue the other."""
     settings, schedule = run.settings, run.schedule
+    shards = {} if settings.shards == 1 else {"shards": settings.shards}
     return {
+        **shards,
         "model": spec(run.pair) or _shapes(run.pair),
         "estimator": label(settings.estimator),
         "optimizer": [type(run.optimizer).__name__, *map(_plain_fields, run.optimizer.param_groups)],

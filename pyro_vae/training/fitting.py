@@ -24,14 +24,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, check_arguments, told_of_missing
+from pyro_vae.data.streams import Stream, is_stream
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.inference.svi import default_loss
 from pyro_vae.objectives.pair import OwnParameters, Pair, as_programs, make_parameters
-from pyro_vae.training.checkpoint import Checkpoint
+from pyro_vae.training.checkpoint import Checkpoint, saved_shards
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.training.run import BATCH_SIZE, PRECISIONS, Run, Settings
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
+from pyro_vae.utils.processes import Processes, alone, join
 from pyro_vae.utils.validation import require_count, require_number
 from pyro_vae.vae import VAE
 
@@ -77,6 +79,7 @@ def fit(
     estimator: ELBO | None = None,
     epochs: int = 10,
     batch_size: int | None = None,
+    steps_per_epoch: int | None = None,
     seed: int = 0,
     learning_rate: float = 1e-3,
     optimizer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
@@ -93,6 +96,8 @@ def fit(
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    group: Any = "auto",
+    shards: int | None = None,
 ) -> History:
     """Train a VAE, or any Pyro model and guide, by stochastic variational inference.
 
@@ -114,12 +119,16 @@ def fit(
             whatever has a shape and returns rows by position (NumPy, memory maps, h5py, zarr, sparse
             matrices, data frames, map-style torch data sets). Only the rows of a batch are read and copied,
             except by `binarize="fixed"`. A tuple or dict of these for programs of several arguments, which
-            are called as f(*batch) or f(**batch); None for an argument that is not there.
+            are called as f(*batch) or f(**batch); None for an argument that is not there. Or an iterable of
+            batches, such as a torch DataLoader or a stream without length.
         estimator: A `pyro.infer.ELBO`; by default `TraceMeanField_ELBO()` where it is valid for the pair,
             `TraceEnum_ELBO()` where a site is marked to be enumerated, else `Trace_ELBO()`.
         epochs: Passes over the data, those before a resume included.
         batch_size: Data a step; the last batch may be smaller. By default 128, or N where there are fewer.
-            More than N means N, with a warning.
+            More than N means N, with a warning. None for an iterable, which makes its own.
+        steps_per_epoch: Batches of an epoch, for an iterable; by default its length. The next epoch goes on
+            where the last one ended. Such a run resumes where it was if the iterable has `state_dict` and
+            `load_state_dict`; else it begins again from the start of the data, which a warning says.
         seed: Non-negative integer from which every random number of the run is derived.
         learning_rate: Of the default optimiser, Adam.
         optimizer: Makes another optimiser from the parameters, as in
@@ -147,6 +156,13 @@ def fit(
         checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there is replaced.
         resume: Continue the run in `checkpoint_dir`; begin one where there is none yet. The folder
             serves one run at a time.
+        group: The processes of `torch.distributed` that train together: "auto" for all that torchrun has
+            started, None for this one alone. Each takes a part of every batch, and the gradients are summed,
+            so that `batch_size` is of all together and the steps are those of one process. All call `fit`
+            with the same data and settings; the first process writes, prints and runs the callbacks.
+        shards: Parts in which each batch is cut, with random numbers of their own; by default the number of
+            processes at the start of the run. Runs of the same number of shards agree up to the order of
+            sums, on any number of processes, also when resumed.
 
     Returns:
         The history, one `Epoch` each.
@@ -161,6 +177,7 @@ def fit(
             the site. The last checkpoint is kept.
         CheckpointError: If the run to resume is damaged, or was made with other settings or data.
         KeyboardInterrupt: On Ctrl-C, after the step in progress was finished and saved.
+        SystemExit: On SIGTERM, by which clusters end a process, likewise, if there is a `checkpoint_dir`.
 
     Example:
         >>> from pyro_vae import guides, likelihoods, priors
@@ -173,6 +190,8 @@ def fit(
         >>> len(history)
         3
     """
+    train: Batches | Stream
+    held_out: Batches | Stream | None
     pair = _own_pair(vae)
     settings = _settings(
         estimator=estimator,
@@ -189,16 +208,29 @@ def fit(
         patience=patience,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
+        shards=shards,
+        processes=join(group),
     )
     _require_callbacks(callbacks)
-    train, held_out = _prepare(pair, data, validation, binarize=binarize, seed=seed, missing=missing)
-    with _surroundings(pair, train.device, seed):
+    if is_stream(data):
+        train, held_out = _prepare_stream(
+            pair, data, steps_per_epoch, validation, settings, binarize=binarize, missing=missing
+        )
+    elif steps_per_epoch is None:
+        train, held_out = _prepare(pair, data, validation, binarize=binarize, seed=seed, missing=missing)
+    else:
+        raise ValueError(
+            "steps_per_epoch is for an iterable of batches; data that are taken by position have passes: "
+            "leave it out, and choose epochs"
+        )
+    with _surroundings(pair, train.device, seed), settings.processes.logging_once():
         _make_parameters(pair, vae, train, batch_size)
         with evaluation_mode(pair):  # also of the modules that have just been met
+            _require_alike(settings, train, held_out)
             run = Run(pair, train, held_out, _with_estimator(settings, pair, train))
-            checkpoint = Checkpoint(run)
-            checkpoint.begin(resume=resume)
-            _train(run, checkpoint, epochs, [partial(call, vae) for call in callbacks], progress=progress)
+            with Checkpoint(run).begun(resume=resume) as checkpoint:
+                settings.processes.broadcast(pair.state_dict().values())
+                _train(run, checkpoint, epochs, [partial(call, vae) for call in callbacks], progress=progress)
         if patience is not None:
             pair.load_state_dict(run.best_state)
     return run.history
@@ -212,7 +244,9 @@ def _own_pair(pair: Any) -> OwnParameters:
     return Pair(programs.model, programs.guide)
 
 
-def _make_parameters(pair: OwnParameters, given: Any, train: Batches, batch_size: int | None) -> None:
+def _make_parameters(
+    pair: OwnParameters, given: Any, train: Batches | Stream, batch_size: int | None
+) -> None:
     """Make the parameters that appear at the first run, before the optimiser is made of them."""
     if isinstance(pair, VAE) and not pair.names_parameters:
         return
@@ -230,7 +264,7 @@ def _make_parameters(pair: OwnParameters, given: Any, train: Batches, batch_size
         )
 
 
-def _with_estimator(settings: Settings, pair: OwnParameters, train: Batches) -> Settings:
+def _with_estimator(settings: Settings, pair: OwnParameters, train: Batches | Stream) -> Settings:
     """Fill in the default estimator."""
     if settings.estimator is not None:
         return settings
@@ -249,10 +283,13 @@ def _settings(
     patience: int | None,
     checkpoint_dir: str | os.PathLike[str] | None,
     resume: bool,
+    shards: int | None,
+    processes: Processes,
     **others: Any,
 ) -> Settings:
     """Check the arguments of `fit`, and fill in defaults."""
-    for name, count in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
+    counts = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "shards": shards}
+    for name, count in counts.items():
         if count is not None:
             require_count(name, count)
     if not isinstance(estimator, ELBO | None):
@@ -272,13 +309,18 @@ def _settings(
     _require_functions(optimizer, others["schedule"])
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
+    directory = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if shards is None and resume:
+        shards = processes.on_first(partial(saved_shards, directory))
     return Settings(
         estimator=estimator,
         optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, learning_rate)),
         batch_size=batch_size,
         kl_warmup=kl_warmup,
         patience=patience,
-        directory=None if checkpoint_dir is None else Path(checkpoint_dir),
+        directory=directory,
+        shards=shards or processes.size,
+        processes=processes,
         **others,
     )
 
@@ -332,32 +374,74 @@ def _train(
 ) -> None:
     """Take the epochs that remain, and save after each."""
     with (
-        _deferred_interrupt() as interrupted,
-        progress_bar(epochs * run.epoch_size, initial=run.data_seen(), shown=progress, unit=" data") as bar,
+        _deferred_signals(may_save=checkpoint.folder is not None) as interrupted,
+        progress_bar(
+            epochs * run.epoch_size,
+            initial=run.data_seen(),
+            shown=progress and run.processes.is_first,
+            unit=" data",
+        ) as bar,
     ):
         bar.unit_scale = True
         stop = False
         while len(run.history) < epochs and not run.out_of_patience() and not stop:
             bar.set_description(f"epoch {len(run.history) + 1}/{epochs}")
-            for batch_length in run.steps():
+            for batch_length in run.steps(interrupted):
                 bar.set_postfix_str(f"{run.mean_bound():.2f} nats", refresh=False)
                 bar.update(batch_length)
-                if interrupted():
-                    break
-            else:
+            if not run.interrupted:
                 run.finish_epoch()
                 stop = _call(callbacks, run)
             checkpoint.save()  # after the callbacks, which may have changed the learning rate, say
-            if interrupted():
+            signals = run.processes.gather(interrupted)
+            if signal.SIGTERM in signals:
+                raise SystemExit(128 + signal.SIGTERM)
+            if any(signals):
                 raise KeyboardInterrupt(run.how_to_resume())
 
 
 def _call(callbacks: Sequence[Callable[[Epoch], bool | None]], run: Run) -> bool:
-    """Call each in evaluation mode with its own random numbers; return whether one wants to stop."""
+    """Call each in evaluation mode with its own random numbers; return whether one wants to stop.
+
+    Only the first process calls them. What they change reaches the others.
+    """
+    if not callbacks:
+        return False
+
+    def call() -> tuple[bool, list[dict[str, Any]]]:
+        noise = derived_seed(run.settings.seed, _CALLBACKS, len(run.history))
+        with alone(), isolated_generators(run.device, noise):
+            wishes = [callback(run.history[-1]) for callback in callbacks]
+        groups = run.optimizer.param_groups
+        return any(wishes), [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
     run.pair.eval()
-    with isolated_generators(run.device, derived_seed(run.settings.seed, _CALLBACKS, len(run.history))):
-        wishes = [callback(run.history[-1]) for callback in callbacks]
-    return any(wishes)
+    stop, options = run.processes.on_first(call)
+    run.processes.broadcast(run.pair.state_dict().values())
+    for group, values in zip(run.optimizer.param_groups, options, strict=True):
+        group.update(values)
+    return stop
+
+
+def _require_alike(settings: Settings, train: Batches | Stream, held_out: Batches | Stream | None) -> None:
+    """Raise if a batch cannot be divided, or the processes have other data or settings."""
+    processes = settings.processes
+    if settings.shards < processes.size:
+        raise ValueError(
+            f"shards, {settings.shards}, must be at least the number of processes, {processes.size}, or some "
+            "would have nothing to do; begin the run with as many as it may have later, as in shards=8"
+        )
+    if settings.shards == 1:
+        return
+    if train.balance is not None:
+        raise ValueError(
+            "batches with a share of labelled examples are not cut in shards: use one process, group=None"
+        )
+    if processes.size > 1:
+        numbers = ("batch_size", "seed", "shards", "clip_norm", "kl_warmup", "precision", "patience")
+        processes.require_same("settings", {name: getattr(settings, name) for name in numbers})
+        described = [batches.describe() for batches in (train, held_out) if batches is not None]
+        processes.require_same("the data", described)
 
 
 def _prepare(
@@ -370,13 +454,7 @@ def _prepare(
     missing: str | None,
 ) -> tuple[Batches, Batches | None]:
     """Check the data and split off, or take, the validation data."""
-    parameter = next(pair.parameters(), torch.empty(0))
-    options: dict[str, Any] = {
-        "binarize": binarize,
-        "device": parameter.device,
-        "dtype": parameter.dtype,
-        "missing_for": told_of_missing(missing, pair),
-    }
+    options = {"binarize": binarize} | _conversions(pair, missing)
     train = Batches(data, seed=seed, **options)
     held_out = None
     if isinstance(validation, Real):
@@ -384,29 +462,81 @@ def _prepare(
             train, held_out = train.split(float(validation))
     elif validation is not None:
         held_out = Batches(validation, seed=seed + 1, **options)
-    for batches in (train, held_out):
-        if batches is not None:
-            batches.check(getattr(pair, "check_data", check_arguments))
+    _check(pair, train, held_out)
     arrange = getattr(pair, "arrange", None)
     return train if arrange is None else arrange(train), held_out
 
 
+def _prepare_stream(
+    pair: OwnParameters,
+    data: Any,
+    steps_per_epoch: int | None,
+    validation: Any,
+    settings: Settings,
+    *,
+    binarize: str | None,
+    missing: str | None,
+) -> tuple[Stream, Batches | Stream | None]:
+    """Check an iterable of batches, and take the validation data."""
+    given = {"batch_size": settings.batch_size, "binarize": binarize}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} goes with data that are taken by position; an iterable makes its batches"
+            )
+    if isinstance(validation, Real) and validation != 0:
+        raise ValueError("an iterable has no part to hold out: pass validation data of their own")
+    if hasattr(pair, "arrange"):
+        raise TypeError(f"a {type(pair).__name__} arranges its batches: pass data that are taken by position")
+    options: dict[str, Any] = _conversions(pair, missing)
+    train = Stream(data, steps_per_epoch, seed=settings.seed, processes=settings.processes, **options)
+    held_out: Batches | Stream | None = None
+    if is_stream(validation):
+        held_out = Stream(validation, None, seed=settings.seed + 1, **options)
+    elif validation is not None and not isinstance(validation, Real):
+        held_out = Batches(validation, seed=settings.seed + 1, **options)
+    _check(pair, train, held_out)
+    return train, held_out
+
+
+def _conversions(pair: OwnParameters, missing: str | None) -> dict[str, Any]:
+    """Return what batches are converted to."""
+    parameter = next(pair.parameters(), torch.empty(0))
+    told = told_of_missing(missing, pair)
+    return {"device": parameter.device, "dtype": parameter.dtype, "missing_for": told}
+
+
+def _check(pair: OwnParameters, *parts: Batches | Stream | None) -> None:
+    for batches in parts:
+        if batches is not None:
+            batches.check(getattr(pair, "check_data", check_arguments))
+
+
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C set a flag, so that a step is never cut in two; the second one interrupts."""
-    pressed: list[int] = []
+def _deferred_signals(*, may_save: bool) -> Iterator[Callable[[], int]]:
+    """Let the first Ctrl-C be noted, so that a step is never cut in two; the second one interrupts.
+
+    So is SIGTERM, by which clusters end a process, if there is a folder to save the run in. Yields a function
+    that returns the signal that was noted, or 0.
+    """
+    noted: list[int] = []
 
     def note(signal_number: int, frame: Any) -> None:
-        if pressed:
+        if noted and signal_number == signal.SIGINT:
             signal.default_int_handler(signal_number, frame)
-        pressed.append(signal_number)
+        noted.append(signal_number)
 
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+    if may_save:
+        usual[signal.SIGTERM] = signal.SIG_DFL
     in_main_thread = threading.current_thread() is threading.main_thread()  # only that one receives signals
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
+    ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    if not in_main_thread:
+        ours = {}
+    for number in ours:
+        signal.signal(number, note)
     try:
-        yield lambda: bool(pressed)
+        yield lambda: noted[0] if noted else 0
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in ours.items():
+            signal.signal(number, handler)

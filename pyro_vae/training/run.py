@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, num_rows
+from pyro_vae.data.streams import Stream
 from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import Terms, terms
@@ -30,6 +32,7 @@ from pyro_vae.objectives.sites import (
 )
 from pyro_vae.training.history import Epoch, History
 from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at, seed_generators
+from pyro_vae.utils.processes import Processes, checksum
 from pyro_vae.utils.validation import NonFiniteError
 
 __all__ = ["BATCH_SIZE", "PRECISIONS", "Run", "Settings"]
@@ -57,12 +60,20 @@ class Settings:
     precision: str
     patience: int | None
     directory: Path | None
+    shards: int = 1
+    processes: Processes = field(default_factory=lambda: Processes(None))
 
 
 class Run:
     """State of a training run, from its first step to its last."""
 
-    def __init__(self, pair: OwnParameters, train: Batches, held_out: Batches | None, settings: Settings):
+    def __init__(
+        self,
+        pair: OwnParameters,
+        train: Batches | Stream,
+        held_out: Batches | Stream | None,
+        settings: Settings,
+    ):
         parameters = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("no parameter of model and guide requires a gradient: there is nothing to train")
@@ -72,12 +83,17 @@ class Run:
         if not isinstance(self.optimizer, Optimizer):
             raise TypeError(f"optimizer must return a torch optimiser; got {type(self.optimizer).__name__}")
         self.schedule = settings.schedule(self.optimizer) if settings.schedule else None
-        self.batch_size = settings.batch_size or min(BATCH_SIZE, len(train))
+        self.batch_size = settings.batch_size or train.usual_batch(BATCH_SIZE)
         if self.batch_size > len(train):
             logger.warning(
                 "batch_size %d exceeds the %d examples: each step uses all of them",
                 self.batch_size,
                 len(train),
+            )
+        if self.batch_size < settings.shards:
+            raise ValueError(
+                f"batch_size, {self.batch_size}, is that of all {settings.shards} shards together: each "
+                "needs at least one datum"
             )
         lengths = train.lengths(self.batch_size)
         self.steps_per_epoch, self.epoch_size = len(lengths), sum(lengths)
@@ -94,15 +110,18 @@ class Run:
             clip_norm=settings.clip_norm,
             engine=settings.engine,
         )
+        self.svi.processes = self.processes = settings.processes
+        self.shards = self.processes.shares(settings.shards)
         self.scales: dict[int, float] = {}  # of the loss of a batch, by its length
         self._check_fit()
         self.separable = held_out is not None and self._has_terms()
         self.validation_size = 1024 if self.separable else self.batch_size
         self.history = History()
         self.done: list[tuple[int, float]] = []  # length and bound of each batch of the current epoch
-        self.total = 0.0  # of the bounds of their examples
+        self.total, self.num_done = 0.0, 0  # of the bounds of their examples; these
         self.seconds = 0.0
         self.best_state: dict[str, Tensor] = {}
+        self.interrupted = False
 
     def _check_fit(self) -> None:
         """Check the pair on two examples, before an existing run in the folder is overwritten."""
@@ -129,14 +148,18 @@ class Run:
         return nullcontext()
 
     def _try_batches(self) -> None:
-        """Run the pair as training will, on batches of each length that the epochs have."""
-        for length in sorted(set(self.train.lengths(min(self.batch_size, len(self.train))))):
+        """Run the pair as training will, on batches, or parts, of each length that the epochs have."""
+        shards, factors = self.settings.shards, dict[int, float]()
+        wholes = set(self.train.lengths(min(self.batch_size, len(self.train))))
+        for length in sorted(
+            {(whole + extra) // shards for whole in wholes for extra in (0, shards - 1)} - {0}
+        ):
             args, kwargs = arguments(self.train.peek(length))
             try:
                 with isolated(self.pair.model, self.pair.guide), torch.no_grad():
                     self.pair.train()
                     guide_trace, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
-                self.scales[length] = subsampling_factor(model_trace)
+                factors[length] = subsampling_factor(model_trace)
                 self.nesting = max(1, plate_nesting(guide_trace, model_trace))
             except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -145,6 +168,9 @@ class Run:
                     f"a batch of {length} of the {len(self.train)} examples cannot be trained on: {reason}: "
                     f"{remedy}"
                 ) from error
+        for whole in wholes:
+            length = -(-whole // shards)
+            self.scales[whole] = 1.0 if factors[length] == 1 else factors[length] * length / whole
 
     def _has_terms(self) -> bool:
         """Return whether the ELBO is a sum over examples that `terms` can separate."""
@@ -163,34 +189,75 @@ class Run:
         self.svi.loss.steps = max(0, len(self.history) * self.steps_per_epoch + len(self.done) - 1)
         return float(self.svi.loss.beta)
 
-    def steps(self) -> Iterator[int]:
-        """Take the remaining steps of the current epoch, yielding the length of each batch."""
+    def steps(self, is_interrupted: Callable[[], int]) -> Iterator[int]:
+        """Take the remaining steps of the current epoch, yielding the length of each batch.
+
+        Stops early if interrupted here or, as all processes do after the same step, in another process.
+        """
         epoch = len(self.history)
         self.pair.train()
-        noise = derived_seed(self.settings.seed, _NOISE, epoch)
         started = time.perf_counter() - self.seconds
-        for batch in self.train.epoch(epoch, batch_size=self.batch_size, start=len(self.done)):
+        take_steps = self._whole_steps if self.settings.shards == 1 else self._steps_in_shards
+        losses = take_steps(epoch, is_interrupted)
+        while len(self.done) < self.steps_per_epoch and not self.interrupted:
             if isinstance(self.svi.loss, KLWeighted):
                 self.svi.loss.steps = epoch * self.steps_per_epoch + len(self.done)
-            seed_generators(self.device, seed_at(noise, len(self.done)))
-            args, kwargs = arguments(batch)
             try:
-                with self._autocast():
-                    loss = self.svi.step(*args, **kwargs)
+                length, loss = next(losses)
             except NonFiniteError as error:
                 where = f"epoch {epoch + 1}, step {len(self.done) + 1} of {self.steps_per_epoch}"
                 raise NonFiniteError(f"{where}: {error}. {self._last_good()}") from error
-            length = num_rows(batch)
-            bound = -loss / self.scales[length]
+            bound = -loss / self._scale(length)
             self.done.append((length, bound / length))
             self.total += bound
+            self.num_done += length
             self.seconds = time.perf_counter() - started
             yield length
 
+    def _whole_steps(self, epoch: int, is_interrupted: Callable[[], int]) -> Iterator[tuple[int, float]]:
+        """Take the remaining steps in this process alone, yielding length and loss of each batch."""
+        noise = derived_seed(self.settings.seed, _NOISE, epoch)
+        for batch in self.train.epoch(epoch, batch_size=self.batch_size, start=len(self.done)):
+            seed_generators(self.device, seed_at(noise, len(self.done)))
+            args, kwargs = arguments(batch)
+            with self._autocast():
+                loss = self.svi.step(*args, **kwargs)
+            self.interrupted = bool(is_interrupted())
+            yield num_rows(batch), loss
+
+    def _steps_in_shards(self, epoch: int, is_interrupted: Callable[[], int]) -> Iterator[tuple[int, float]]:
+        """Take the remaining steps in shards, those of this process here."""
+        noise = {shard: derived_seed(self.settings.seed, _NOISE, epoch, shard) for shard in self.shards}
+        start = len(self.done)
+        batches = self.train.epoch_in_shards(
+            epoch,
+            batch_size=self.batch_size,
+            shards=self.shards,
+            num_shards=self.settings.shards,
+            start=start,
+        )
+
+        def parts(step: int) -> Iterator[tuple[tuple, dict[str, Any]]]:
+            for shard, part in next(batches):
+                seed_generators(self.device, seed_at(noise[shard], step))
+                yield arguments(part)
+
+        for step in range(start, self.steps_per_epoch):
+            with self._autocast():
+                loss = self.svi.step_in_parts(parts(step), stop=bool(is_interrupted()))
+            self.interrupted = self.svi.stopped
+            yield self.svi.num_rows, loss
+
+    def _scale(self, length: int) -> float:
+        """Return the number of data that the loss of a batch speaks for, over its length."""
+        if length not in self.scales:  # of a stream, whose batches may have any length
+            known, scale = next(iter(self.scales.items()))
+            return 1.0 if scale == 1 else scale * known / length
+        return self.scales[length]
+
     def mean_bound(self) -> float:
         """Return the mean bound of the epoch so far, in nats per datum; cheap enough for every step."""
-        full = (len(self.done) - 1) * self.batch_size  # only the last batch may differ
-        return self.total / (full + self.done[-1][0])
+        return self.total / self.num_done
 
     def bound(self) -> tuple[float, float]:
         """Return the mean bound of the epoch so far, and its standard error, in nats per datum."""
@@ -204,10 +271,13 @@ class Run:
     def finish_epoch(self) -> None:
         """Evaluate, enter the epoch in the history, step the schedule."""
         self.require_finite_parameters()
+        epoch = len(self.history) + 1
+        state = checksum(self.pair.state_dict().values())
+        self.processes.require_same(f"the parameters after epoch {epoch}, by their check sum", state)
         train_bound, train_bound_se = self.bound()
         validation_elbo, validation_elbo_se = self._validation_elbo()
-        epoch = Epoch(
-            epoch=len(self.history) + 1,
+        entry = Epoch(
+            epoch=epoch,
             train_bound=train_bound,
             train_bound_se=train_bound_se,
             validation_elbo=validation_elbo,
@@ -216,8 +286,8 @@ class Run:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             seconds=self.seconds,
         )
-        self.history.append(epoch)
-        self.done, self.total, self.seconds = [], 0.0, 0.0
+        self.history.append(entry)
+        self.done, self.total, self.num_done, self.seconds = [], 0.0, 0, 0.0
         if isinstance(self.schedule, ReduceLROnPlateau):
             merit = self._merits()[-1]
             self.schedule.step(merit if self.schedule.mode == "max" else -merit)
@@ -230,11 +300,8 @@ class Run:
         if self.held_out is None:
             return math.nan, math.nan
         noise = derived_seed(self.settings.seed, _EVALUATION)  # the same after every epoch: smoother curves
-        elbos = []
         with evaluating(self.pair, self.device, noise):
-            for number, batch in enumerate(self.held_out.in_order(self.validation_size)):
-                seed_generators(self.device, seed_at(noise, number))
-                elbos.append(self._elbo(batch).double())
+            elbos = self.processes.interleave(partial(self._validation_elbos, noise))
         elbo = torch.cat(elbos)
         if not elbo.isfinite().all():
             index = int((~elbo.isfinite()).nonzero()[0])
@@ -244,6 +311,16 @@ class Run:
             )
         se = float(elbo.std()) / math.sqrt(len(elbo)) if len(elbo) > 1 else math.nan
         return float(elbo.mean()), se
+
+    def _validation_elbos(self, noise: int) -> list[Tensor]:
+        """Return the ELBO of each example of the batches that are this process's."""
+        assert self.held_out is not None
+        rank, size = self.processes.rank, self.processes.size
+        elbos: list[Tensor] = []
+        for batch in self.held_out.in_order(self.validation_size, first=rank, every=size):
+            seed_generators(self.device, seed_at(noise, rank + size * len(elbos)))
+            elbos.append(self._elbo(batch).double().cpu())
+        return elbos
 
     def _elbo(self, batch: Any) -> Tensor:
         """Return the ELBO of each example of a batch, or the mean for each if there are no terms of each."""
@@ -274,7 +351,7 @@ class Run:
 
     def data_seen(self) -> int:
         """Return the number of examples that the run has taken a step on, repeats counted."""
-        return len(self.history) * self.epoch_size + sum(length for length, _ in self.done)
+        return len(self.history) * self.epoch_size + self.num_done
 
     def require_finite_parameters(self) -> None:
         """Raise if a parameter is infinite or NaN."""

@@ -131,8 +131,12 @@ def in_the_foreground():
 
 
 @pytest.mark.usefixtures("in_the_foreground")
-@pytest.mark.parametrize("steps", [1, 9, 23])
-def test_ctrl_c_finishes_the_step_and_the_run_resumes_to_the_bit(tmp_path, uninterrupted, monkeypatch, steps):
+@pytest.mark.parametrize(
+    ("steps", "pressed"), [(1, signal.SIGINT), (9, signal.SIGINT), (23, signal.SIGINT), (9, signal.SIGTERM)]
+)
+def test_a_signal_finishes_the_step_and_the_run_resumes_to_the_bit(
+    tmp_path, uninterrupted, monkeypatch, steps, pressed
+):
     state, history = uninterrupted
     taken = []
     step = pv.SVI.step
@@ -140,19 +144,29 @@ def test_ctrl_c_finishes_the_step_and_the_run_resumes_to_the_bit(tmp_path, unint
     def step_and_press(self, *args):
         taken.append(1)
         if len(taken) == steps:
-            os.kill(os.getpid(), signal.SIGINT)  # lands in the middle of the step
+            os.kill(os.getpid(), pressed)  # lands in the middle of the step
         return step(self, *args)
 
     monkeypatch.setattr(pv.SVI, "step", step_and_press)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+    handler = signal.getsignal(pressed)
+    raised = KeyboardInterrupt if pressed == signal.SIGINT else SystemExit
+    with pytest.raises(raised, match="resume=True" if pressed == signal.SIGINT else "143"):
         train(make_vae(), tmp_path)
     assert len(taken) == steps
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(pressed) is handler
     vae = make_vae()
     resumed = train(vae, tmp_path, resume=True)
     assert_same_state(state_of(vae), state)
     assert resumed.column("train_bound") == history.column("train_bound")
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path):
+    def again(vae, epoch):
+        with pytest.raises(serialization.CheckpointError, match="another run is writing to"):
+            train(make_vae(), tmp_path, epochs=1)
+
+    train(make_vae(), tmp_path, epochs=1, callbacks=[again])
+    train(make_vae(), tmp_path, epochs=1)
 
 
 def run_with_kills(folder, kills, rng):

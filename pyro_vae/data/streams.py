@@ -1,0 +1,275 @@
+"""Batches that an iterable makes: a torch DataLoader, or a stream that has no length.
+
+`Stream` stands where `Batches` does in `fit`, but order and size of the batches are those of the iterable.
+What it draws from torch's, NumPy's and Python's generators in this process is a function of the seed, the
+epoch and the number of the batch.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from pyro_vae.data.balance import Balance
+from pyro_vae.data.sources import mark_missing, num_rows, require_observed
+from pyro_vae.utils.isolation import (
+    derived_seed,
+    isolated_generators,
+    python_noise,
+    restore_python_noise,
+    seed_at,
+)
+from pyro_vae.utils.processes import Processes
+
+__all__ = ["Stream", "is_stream"]
+
+logger = logging.getLogger("pyro_vae")
+
+_ORDER = 15  # a stream of random numbers
+
+
+def is_stream(data: Any) -> bool:
+    """Return whether data are an iterable of batches, not rows that are taken by position."""
+    if isinstance(data, DataLoader | IterableDataset):
+        return True
+    rows = isinstance(data, Tensor | tuple | list | dict | str) or hasattr(data, "shape")
+    by_position = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return not rows and not by_position and isinstance(data, Iterable)
+
+
+class Stream:
+    """Batches of an iterable.
+
+    Without `steps_per_epoch` an epoch is one pass over an iterable that has a length, such as a DataLoader,
+    and a run resumes to the bit, by reading the batches before again. With it, an epoch is so many batches,
+    the next one goes on where it ended, and the iterable begins again after its last batch. Such a run goes
+    on where it was if the iterable has `state_dict` and `load_state_dict`; else it begins again when resumed,
+    which a warning says.
+
+    Args:
+        data: An iterable of batches, each a tensor, tuple or dict of tensors as a program takes them.
+        steps_per_epoch: Batches of an epoch.
+        seed: Of what the iterable draws in this process.
+        device: Device of the batches.
+        dtype: Their floating-point type.
+        missing_for: As in `Batches`.
+        processes: Those that train together, each with an iterable of its own part of the data.
+
+    Raises:
+        ValueError: If the iterable gives no batch, or has no length and `steps_per_epoch` is missing; or if
+            it is a DataLoader that would give all processes the same data.
+
+    Example:
+        >>> loader = DataLoader([torch.tensor([float(i)]) for i in range(5)], batch_size=2)
+        >>> stream = Stream(loader, None, seed=0)
+        >>> [len(batch) for batch in stream.epoch(0, batch_size=2)]
+        [2, 2, 1]
+    """
+
+    balance: Balance | None = None
+
+    def __init__(
+        self,
+        data: Any,
+        steps_per_epoch: int | None,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        missing_for: Callable[..., Any] | None = None,
+        processes: Processes | None = None,
+    ):
+        processes = processes or Processes(None)
+        if processes.size > 1 and isinstance(data, DataLoader) and _gives_all(data):
+            raise ValueError(
+                "this DataLoader would give every process the same data: pass its dataset (loader.dataset), "
+                "or give it sampler=torch.utils.data.DistributedSampler(dataset)"
+            )
+        if steps_per_epoch is None and not hasattr(data, "__len__"):
+            raise ValueError(
+                "data without a length need steps_per_epoch, the number of batches after which fit "
+                "validates, saves and reports"
+            )
+        self.data, self.seed, self.device = data, seed, torch.device(device)
+        self.dtype = dtype or torch.get_default_dtype()
+        self.is_alone = processes.size == 1
+        self.in_passes = steps_per_epoch is None
+        self.steps = max(processes.gather(lambda: steps_per_epoch or len(data)))
+        self.marks_missing = missing_for is not None
+        if missing_for is not None:
+            require_observed(missing_for)
+        self.check_batch: Callable[[Any], None] | None = None
+        self.iterator: Iterator[Any] | None = None
+        self.restored = False
+        self.first_batch = self._first()
+        self.batch_size = num_rows(self.first_batch)
+
+    def _first(self) -> Any:
+        """Read the first batch, and keep it for the first epoch where it could not be read again."""
+        with self._noise(0, 0):
+            iterator = iter(self.data)
+            batch = next(iterator, None)
+        if batch is None:
+            raise ValueError(f"the {type(self.data).__name__} gives no batch")
+        if iterator is self.data:  # which can be read once
+            self.iterator = _chain(batch, iterator)
+        return self._converted(batch)
+
+    def __len__(self) -> int:
+        """Return the number of examples of an epoch, as far as the first batch tells."""
+        return self.steps * self.batch_size
+
+    def usual_batch(self, largest: int) -> int:
+        """Return the length of the batches."""
+        return self.batch_size
+
+    def lengths(self, batch_size: int) -> list[int]:
+        """Return the lengths of the batches of an epoch, as far as the first tells."""
+        return [self.batch_size] * self.steps
+
+    def peek(self, count: int) -> Any:
+        """Return the first examples of the first batch."""
+        length = self.batch_size
+
+        def first(leaf: Any) -> Any:
+            return leaf[:count] if isinstance(leaf, Tensor) and leaf.shape[:1] == (length,) else leaf
+
+        return tree_map(first, self.first_batch)
+
+    def check(self, check_data: Callable[[Any], None]) -> None:
+        """Pass the first batch to a check now, the others when they are read."""
+        check_data(self.first_batch)
+        self.check_batch = check_data
+
+    def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Any]:
+        """Yield the batches of an epoch, from the batch `start` on."""
+        if self.in_passes:
+            self.iterator = None
+        elif (number or start) and self.iterator is None and not self.restored:
+            logger.warning(
+                "the %s begins again from its start: it has no state_dict that would tell where it was",
+                type(self.data).__name__,
+            )
+        for step in range(self.steps):
+            skipped = step < start
+            if skipped and not self.in_passes:
+                continue
+            with self._noise(number, step):
+                batch = self._next(may_begin_again=not self.in_passes)
+            if skipped:
+                continue
+            if batch is None and self.is_alone:
+                name = type(self.data).__name__
+                raise ValueError(
+                    f"the {name} ended after {step} of {self.steps} batches: it can be read once only, or "
+                    "its length is wrong; steps_per_epoch may say how many there are"
+                )
+            yield None if batch is None else self._checked(self._converted(batch), step)
+
+    def epoch_in_shards(
+        self, number: int, *, batch_size: int, shards: range, num_shards: int, start: int = 0
+    ) -> Iterator[list[tuple[int, Any]]]:
+        """Yield the batches as the part of this process; its stream may end before another's."""
+        if len(shards) != 1:
+            raise ValueError(
+                f"data that come in batches are not cut in shards: there must be one for each process; got "
+                f"{num_shards} in all, {len(shards)} here"
+            )
+        for batch in self.epoch(number, batch_size=batch_size, start=start):
+            yield [] if batch is None else [(shards[0], batch)]
+
+    def in_order(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[Any]:
+        """Yield the batches of one pass as they come."""
+        self.iterator = None
+        for step in range(self.steps):
+            with self._noise(0, step):
+                batch = self._next(may_begin_again=False)
+            if batch is not None and step % every == first:
+                yield self._checked(self._converted(batch), step)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what tells this stream from others, which its data cannot."""
+        return {"stream": type(self.data).__name__, "steps": self.steps}
+
+    def state_dict(self) -> Any:
+        """Return the iterable's own state, or None."""
+        return self.data.state_dict() if hasattr(self.data, "state_dict") and not self.in_passes else None
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore the iterable's own state."""
+        if state is not None:
+            self.data.load_state_dict(state)
+            self.restored = True
+
+    def _next(self, *, may_begin_again: bool) -> Any:
+        """Return the next batch; None after the last of a pass, unless it begins again."""
+        if self.iterator is None:
+            self.iterator = iter(self.data)
+        batch = next(self.iterator, None)
+        if batch is None and may_begin_again:
+            self.iterator = iter(self.data)
+            batch = next(self.iterator, None)
+            if batch is None:
+                raise ValueError(f"the {type(self.data).__name__} has ended, and gives no batch again")
+        return batch
+
+    def _noise(self, number: int, step: int) -> "_Noise":
+        return _Noise(seed_at(derived_seed(self.seed, _ORDER, number), step))
+
+    def _converted(self, batch: Any) -> Any:
+        if isinstance(batch, list):
+            batch = batch[0] if len(batch) == 1 else tuple(batch)
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
+            raise TypeError(f"a batch must be a tensor, or a tuple or dict of tensors; got {batch!r:.100}")
+
+        def convert(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
+
+        batch = tree_map(convert, batch)
+        return mark_missing(batch) if self.marks_missing else batch
+
+    def _checked(self, batch: Any, step: int) -> Any:
+        if self.check_batch is not None:
+            try:
+                self.check_batch(batch)
+            except ValueError as error:
+                raise ValueError(f"{error} (in batch {step} of the epoch)") from error
+        return batch
+
+
+class _Noise:
+    """Seed the generators of the CPU, NumPy and Python in a block, and restore them after it."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.torch = isolated_generators(torch.device("cpu"), seed)
+
+    def __enter__(self) -> None:
+        self.before = python_noise()
+        self.torch.__enter__()
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)  # noqa: NPY002 (which a transform may still use)
+
+    def __exit__(self, *error: Any) -> None:
+        self.torch.__exit__(*error)
+        restore_python_noise(self.before)
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _gives_all(loader: DataLoader) -> bool:
+    """Return whether a loader reads all of a data set that has positions."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    known = isinstance(sampler, torch.utils.data.SequentialSampler | torch.utils.data.RandomSampler)
+    return known and not isinstance(cast(Any, sampler), DistributedSampler)

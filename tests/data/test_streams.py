@@ -1,0 +1,234 @@
+"""DataLoaders and streams as the data of a fit."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import pyro_vae as pv
+from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
+
+DATA = torch.randn(45, 4, generator=torch.Generator().manual_seed(1))
+
+
+def normal_vae():
+    torch.manual_seed(1)
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (4,), hidden_features=(6,)),
+        guide=pv.guides.DiagonalNormal((4,), 2, hidden_features=(5,)),
+    )
+
+
+class Noisy(Dataset):
+    """Rows with noise from each of the generators that a transform may use."""
+
+    def __init__(self, seen=None):
+        self.seen = [] if seen is None else seen
+
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, position):
+        self.seen.append(position)
+        return DATA[position] + 0.1 * (torch.randn(4) + np.random.normal())  # noqa: NPY002
+
+
+class Numbers(IterableDataset):
+    """A stream of batches without end, or of `count`."""
+
+    def __init__(self, count=None):
+        self.count = count
+
+    def __iter__(self):
+        for number in itertools.count() if self.count is None else range(self.count):
+            yield DATA[(number * 5 + torch.arange(5)) % 45]
+
+
+class Stateful(Numbers):
+    """A stream that knows where it is."""
+
+    position = 0
+
+    def __iter__(self):
+        while True:
+            self.position += 1
+            yield DATA[((self.position - 1) * 5 + torch.arange(5)) % 45]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def fit(data, **options):
+    vae = normal_vae()
+    defaults = {"epochs": 3, "progress": False, "engine": "eager"}
+    history = pv.fit(vae, data, **(defaults | options))
+    return torch.nn.utils.parameters_to_vector(vae.parameters()).detach(), history
+
+
+def test_a_loader_in_order_trains_as_its_batches_do():
+    vae = normal_vae()
+    svi = pv.SVI(vae, torch.optim.SGD(vae.parameters(), 1e-3), pv.IWAE(2), engine="eager")
+    pv.fit(
+        other := normal_vae(),
+        DataLoader(DATA, batch_size=10),
+        epochs=1,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, 1e-3),
+        estimator=pv.IWAE(2),
+        engine="eager",
+        progress=False,
+    )
+    for step, batch in enumerate(DATA.split(10)):
+        seed_generators(batch.device, seed_at(derived_seed(0, 20, 0), step))  # the noise of fit
+        svi.step(batch)
+    for mine, theirs in zip(vae.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_shuffled_loader_is_a_function_of_the_seed_and_resumes_to_the_bit(tmp_path, workers):
+    def loader(seen=None):
+        return DataLoader(Noisy(seen), batch_size=7, shuffle=True, num_workers=workers)
+
+    torch.manual_seed(1)
+    whole, _ = fit(loader(), seed=4)
+    torch.manual_seed(2)
+    first, second = [], []
+    fit(loader(first), seed=4, checkpoint_dir=tmp_path, epochs=1)
+    resumed, _ = fit(loader(second), seed=4, checkpoint_dir=tmp_path, resume=True)
+    assert torch.equal(whole, resumed)
+    other, _ = fit(loader(), seed=5)
+    assert not torch.equal(whole, other)
+    if workers == 0:
+        passes = [sorted(second[7 + start : 7 + start + 45]) for start in (0, 45)]  # 7 were looked at before
+        assert passes == [list(range(45))] * 2
+
+
+def test_within_an_epoch_it_resumes_to_the_bit_too(tmp_path):
+    class Interrupted(Noisy):
+        reads = 0
+
+        def __getitem__(self, position):
+            self.reads += 1
+            if self.reads == 70:
+                raise RuntimeError("stopped")
+            return super().__getitem__(position)
+
+    def loader(rows):
+        return DataLoader(rows, batch_size=7, shuffle=True)
+
+    whole, _ = fit(loader(Noisy()))
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(loader(Interrupted()), checkpoint_dir=tmp_path)
+    resumed, _ = fit(loader(Noisy()), checkpoint_dir=tmp_path, resume=True)
+    assert torch.equal(whole, resumed)
+
+
+def test_a_stream_without_end_goes_on_from_epoch_to_epoch():
+    seen = []
+
+    class Watched(Numbers):
+        def __iter__(self):
+            for batch in super().__iter__():
+                seen.append(batch)
+                yield batch
+
+    _, history = fit(Watched(), steps_per_epoch=4)
+    assert len(history) == 3
+    assert len(seen) == 1 + 12  # the first was looked at before
+    assert torch.equal(torch.stack(seen[1:]), torch.stack(list(itertools.islice(Numbers(), 12))))
+
+
+def test_a_short_stream_begins_again():
+    endless, _ = fit(Numbers(), steps_per_epoch=9)  # 9 batches are all data, in order
+    short, _ = fit(Numbers(9), steps_per_epoch=9)
+    assert torch.equal(endless, short)
+
+
+def test_an_iterator_is_read_once():
+    whole, _ = fit(Numbers(), steps_per_epoch=4)
+    once, _ = fit(iter(Numbers(12)), steps_per_epoch=4)
+    assert torch.equal(whole, once)
+    with pytest.raises(ValueError, match="has ended, and gives no batch again"):
+        fit(iter(Numbers(11)), steps_per_epoch=4)
+
+
+def test_a_stream_with_a_state_resumes_to_the_bit(tmp_path):
+    whole, _ = fit(Stateful(), steps_per_epoch=4)
+    fit(Stateful(), steps_per_epoch=4, epochs=2, checkpoint_dir=tmp_path)
+    resumed, _ = fit(Stateful(), steps_per_epoch=4, checkpoint_dir=tmp_path, resume=True)
+    assert torch.equal(whole, resumed)
+
+
+def test_one_without_says_that_it_begins_again(tmp_path, caplog):
+    fit(Numbers(), steps_per_epoch=4, epochs=2, checkpoint_dir=tmp_path)
+    assert not caplog.records
+    _, history = fit(Numbers(), steps_per_epoch=4, checkpoint_dir=tmp_path, resume=True)
+    assert len(history) == 3
+    assert "Numbers begins again from its start" in caplog.text
+
+
+def test_batches_may_have_any_length_and_several_arguments():
+    def model_data():
+        return [[DATA[:20].double(), torch.arange(20) % 3], [DATA[20:25].double(), torch.zeros(5).long()]]
+
+    torch.manual_seed(1)
+    cvae = pv.ConditionalVAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (4,), context_dim=3),
+        guide=pv.guides.DiagonalNormal((4,), 2, context_dim=3),
+    )
+    loader = DataLoader(model_data(), batch_size=None)
+    history = pv.fit(cvae, loader, epochs=1, progress=False)
+    weights, bounds = torch.tensor([20.0, 5.0]), torch.tensor([history[0].train_bound])
+    assert bounds.isfinite().all()
+    assert weights.sum() == 25
+
+
+def test_validation_by_a_loader_is_that_of_its_rows():
+    by_rows = fit(DATA, validation=DATA[:20])[1]
+    by_loader = fit(DataLoader(DATA, batch_size=9), validation=DataLoader(DATA[:20], batch_size=20))[1]
+    assert by_loader[0].validation_elbo == pytest.approx(by_rows[0].validation_elbo, abs=2)
+
+
+def test_missing_values_of_a_stream():
+    x = DATA.clone()
+    x[::3, 1] = torch.nan
+    _, history = fit(DataLoader(x, batch_size=9), missing="nan", epochs=1)
+    assert history[0].train_bound > -100
+    with pytest.raises(ValueError, match="NaN|nan"):
+        fit(DataLoader(x, batch_size=9), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 5}, "batch_size goes with data that are taken by position"),
+        ({"binarize": "dynamic"}, "binarize goes with data that are taken by position"),
+        ({"validation": 0.2}, "an iterable has no part to hold out"),
+        ({"shards": 3}, "are not cut in shards"),
+    ],
+)
+def test_what_an_iterable_cannot_do_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(DataLoader(DATA, batch_size=9), **options)
+
+
+def test_what_gives_no_batches_is_refused():
+    with pytest.raises(ValueError, match="data without a length need steps_per_epoch"):
+        fit(Numbers())
+    with pytest.raises(ValueError, match="gives no batch"):
+        fit(Numbers(0), steps_per_epoch=3)
+    with pytest.raises(TypeError, match="a batch must be a tensor"):
+        fit(iter(["a"]), steps_per_epoch=1)
+    with pytest.raises(ValueError, match="steps_per_epoch is for an iterable"):
+        fit(DATA, steps_per_epoch=3)
+    wrong = DATA.clone()
+    wrong[41, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"x\[5, 2\] = inf lies .* \(in batch 4 of the epoch\)"):
+        fit(DataLoader(wrong, batch_size=9), epochs=1)

@@ -1,0 +1,388 @@
+"""What the tests of several processes run in each of them: python process_run.py FOLDER.
+
+Results go to FOLDER/rank-of-size.pt. With one process it gives what the others are compared with.
+"""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.distributed
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch.nn.parallel import DistributedDataParallel
+
+import pyro_vae as pv
+from pyro_vae.utils.processes import Processes, alone, join
+
+SHARDS, NUM_DATA = 6, 101
+
+
+def make_vae(seed: int = 5) -> pv.VAE:
+    """A small VAE in float64."""
+    torch.manual_seed(seed)
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(3),
+        likelihood=pv.likelihoods.Bernoulli(3, (7,), hidden_features=(9,)),
+        guide=pv.guides.DiagonalNormal((7,), 3, hidden_features=(8,)),
+    ).double()
+
+
+def make_data() -> torch.Tensor:
+    """Bits (101, 7)."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.bernoulli(torch.full((NUM_DATA, 7), 0.4, dtype=torch.float64), generator=generator)
+
+
+def scaled_pair() -> pv.Pair:
+    """A pair that speaks for 500 data, with a latent variable that they share."""
+    weight = torch.nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.loc = weight, torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def model(self, x):
+            mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            with pyro.plate("data", 500, subsample_size=len(x), subsample=torch.arange(len(x))):
+                z = pyro.sample("z", dist.Normal(mean, 1.0))
+                pyro.sample("x", dist.Normal(z * weight[0] + weight[1], 0.7), obs=x)
+
+        def guide(self, x):
+            pyro.sample("mean", dist.Delta(self.loc))
+            with pyro.plate("data", 500, subsample_size=len(x), subsample=torch.arange(len(x))):
+                pyro.sample("z", dist.Delta(x * weight[0]))
+
+    shared = Shared()
+    return pv.Pair(shared.model, shared.guide)
+
+
+def parameters(module: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def fits() -> dict:
+    """Runs of `fit` that give the same for any number of processes."""
+    adam, sgd = torch.optim.Adam, torch.optim.SGD
+    mean_field = TraceMeanField_ELBO()
+    cases = {
+        "eager": {},
+        "traced": {"engine": "traced"},
+        "sgd, clipped": {"clip_norm": 3.0, "optimizer": lambda p: sgd(p, 1e-3), "engine": "traced"},
+        "adam, clipped": {"clip_norm": 3.0, "optimizer": lambda p: adam(p, 1e-2)},
+        "iwae": {"estimator": pv.IWAE(4), "engine": "traced"},
+        "warm-up": {"kl_warmup": 1.5, "estimator": mean_field, "engine": "traced"},
+        "validation": {"validation": 0.3, "patience": 2},
+        "binarized": {"binarize": "dynamic"},
+        "one batch": {"batch_size": NUM_DATA},
+        "callbacks": {"callbacks": [shrink]},
+    }
+    found = {}
+    for name, options in cases.items():
+        vae = make_vae()
+        data = make_data() * 0.8 if name == "binarized" else make_data()
+        defaults = {"batch_size": 32, "epochs": 3, "progress": False, "shards": SHARDS, "engine": "eager"}
+        history = pv.fit(vae, data, **(defaults | options))
+        found[name] = parameters(vae), history.column("train_bound"), history.column("validation_elbo")
+    return found
+
+
+def shrink(vae, epoch) -> bool:
+    """A callback that changes parameters, and evaluates alone."""
+    assert join().size == 1
+    pv.evaluate(vae, make_data(), num_particles=3, progress=False)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(0.99)
+    return epoch.epoch == 2
+
+
+class FixedNoise(dist.Normal):
+    """A normal whose draws use a given standard noise."""
+
+    def __init__(self, loc, scale, noise):
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def expand(self, batch_shape, _instance=None):
+        """It has its shape already."""
+        return self
+
+    def rsample(self, sample_shape=()):
+        """Return loc + scale · noise."""
+        return self.loc + self.scale * self.noise
+
+
+def steps(processes: Processes) -> dict:
+    """Steps of `SVI` on this process's part of each batch, with given noise."""
+    adam, sgd = torch.optim.Adam, torch.optim.SGD
+    found = {}
+    for engine in ("eager", "traced"):
+        for optimizer, rate in ((adam, 1e-2), (sgd, 1e-3)):
+            for clip_norm in (None, 3.0):
+                svi = partial(pv.SVI, engine=engine, clip_norm=clip_norm, group=processes.group)
+                name = f"{engine} {optimizer.__name__} clip_norm={clip_norm}"
+                found[name] = eight_steps(processes, partial(optimizer, lr=rate), svi, torch.float64)
+    found["float32"] = eight_steps(processes, adam, partial(pv.SVI, group=processes.group), torch.float32)
+    return found
+
+
+def eight_steps(processes: Processes, make_optimizer, make_svi, dtype: torch.dtype) -> tuple:
+    """Parameters and losses after eight steps."""
+    vae = make_vae(seed=5 + processes.rank).to(dtype)  # the first one's parameters go to all
+
+    def guide(x, noise):
+        pyro.module("posterior", vae.posterior)
+        with pyro.plate("data", len(x)):
+            q = vae.posterior(x).base_dist
+            pyro.sample("z", FixedNoise(q.loc, q.scale, noise).to_event(1))
+
+    svi = make_svi(lambda x, noise: vae.model(x), guide, make_optimizer(vae.parameters()), Trace_ELBO())
+    generator, losses, share = torch.Generator().manual_seed(3), [], processes.shares(32)
+    for _ in range(8):
+        noise = torch.randn(32, 3, generator=generator, dtype=torch.float64).to(dtype)
+        part = slice(share.start, share.stop)
+        losses.append(svi.step(make_data()[:32].to(dtype)[part], noise[part]))
+    return parameters(vae), losses
+
+
+def scaled(processes: Processes) -> tuple:
+    """Steps of a pair whose loss speaks for all data, on parts of unequal length."""
+    pair = scaled_pair()
+    x = torch.linspace(-2, 2, 11, dtype=torch.float64)
+    share = processes.shares(11)
+    optimizer = torch.optim.SGD(pair.parameters(), 1e-3)
+    svi = pv.SVI(pair, optimizer, Trace_ELBO(), group=processes.group, engine="eager")
+    losses = [svi.step(x[share.start : share.stop]) for _ in range(5)]
+    return parameters(pair), losses
+
+
+def evaluation() -> dict:
+    """Columns of `evaluate`."""
+    vae, x = make_vae(), make_data().repeat(40, 1)
+    report = pv.evaluate(vae, x, num_particles=20, seed=4, progress=False)
+    return {
+        "log_evidence": report.per_datum.log_evidence,
+        "kl": report.per_datum.kl,
+        "pareto_k": report.per_datum.pareto_k,
+        "text": repr(report),
+    }
+
+
+def message(function) -> str:
+    """What a function raises."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def failures(processes: Processes) -> dict:
+    """Errors in one process, which all are told of at the same step."""
+    last = processes.size - 1
+
+    def step_with(value):
+        vae = make_vae()
+        optimizer = torch.optim.Adam(vae.parameters())
+        svi = pv.SVI(vae, optimizer, TraceMeanField_ELBO(), group=processes.group)
+        svi.step(make_data()[:4])
+        x = make_data()[:4].clone()
+        if processes.rank == last:
+            x = value(x)
+        try:
+            svi.step(x)
+        finally:
+            found["steps"] = svi.steps
+
+    def spoil(x):
+        x[2, 3] = float("nan")
+        return x
+
+    def other_data():
+        pv.fit(make_vae(), make_data()[: 90 + processes.rank], epochs=1, progress=False)
+
+    def other_seed():
+        pv.fit(make_vae(), make_data(), seed=processes.rank, epochs=1, progress=False)
+
+    def diverge():
+        def schedule(optimizer):
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 + processes.rank * epoch)
+
+        pv.fit(make_vae(), make_data(), epochs=3, schedule=schedule, progress=False)
+
+    def wrapped():
+        vae = make_vae()
+        ddp = DistributedDataParallel(vae)
+        pv.SVI(vae, torch.optim.Adam(ddp.parameters()), group=processes.group).step(make_data()[:4])
+
+    def batch_norm():
+        vae = make_vae()
+        network = torch.nn.Sequential(torch.nn.Linear(7, 6), torch.nn.BatchNorm1d(6)).double()
+        vae = vae.with_guide(pv.guides.DiagonalNormal((7,), 3, network=network))
+        pv.fit(vae, make_data(), epochs=1, progress=False)
+
+    def free_bits():
+        estimator = pv.KLWeighted(TraceMeanField_ELBO(), 1.0, free_bits=0.1)
+        pv.fit(make_vae(), make_data(), estimator=estimator, epochs=1, progress=False)
+
+    found: dict = {}
+    found["nan"] = message(lambda: step_with(spoil))
+    found["shape"] = message(lambda: step_with(lambda x: x[:, :5]))
+    found["data"] = message(other_data)
+    found["settings"] = message(other_seed)
+    found["diverged"] = message(diverge)
+    found["wrapped"] = message(wrapped)
+    found["batch norm"] = message(batch_norm)
+    found["free bits"] = message(free_bits)
+    found["few shards"] = message(lambda: pv.fit(make_vae(), make_data(), shards=1, epochs=1))
+    found["small batch"] = message(
+        lambda: pv.fit(make_vae(), make_data(), batch_size=processes.size - 1, epochs=1, progress=False)
+    )
+    return found
+
+
+def graph_on_one(processes: Processes) -> torch.Tensor:
+    """A graph that holds in one process only: another takes eager steps."""
+    vae = make_vae()
+    engine = "traced" if processes.is_first else "eager"
+    optimizer = torch.optim.Adam(vae.parameters())
+    svi = pv.SVI(vae, optimizer, TraceMeanField_ELBO(), group=processes.group, engine=engine)
+    for step in range(6):
+        torch.manual_seed(step + 100 * processes.rank)
+        svi.step(make_data()[:5])
+    return parameters(vae)
+
+
+def interrupted(processes: Processes, folder: Path) -> dict:
+    """Ctrl-C in the last process only: all stop after the same step, and the run is resumed."""
+    pressed = folder / f"pressed-{processes.size}"
+
+    class Slow(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self):
+            return NUM_DATA
+
+        def __getitem__(self, position):
+            Slow.reads += 1
+            if processes.rank == processes.size - 1 and Slow.reads == 250 and not pressed.exists():
+                pressed.touch()
+                os.kill(os.getpid(), signal.SIGINT)
+            return make_data()[position]
+
+    vae = make_vae()
+    options = {"batch_size": 16, "epochs": 3, "progress": False, "shards": SHARDS, "engine": "traced"}
+    directory = folder / f"interrupted-{processes.size}"
+    stopped = None
+    try:
+        pv.fit(vae, Slow(), checkpoint_dir=directory, **options)
+    except KeyboardInterrupt as error:
+        stopped = str(error)
+    between = parameters(vae)
+    vae = make_vae(seed=77)
+    pv.fit(vae, Slow(), checkpoint_dir=directory, resume=True, **options)
+    return {"stopped": stopped, "between": between, "resumed": parameters(vae)}
+
+
+def killed(processes: Processes, folder: Path, rank: int, when: str) -> None:
+    """A run in which a process is killed once: at a read of data, or as a checkpoint is written."""
+    marker = folder / "killed"
+
+    def kill(*_args) -> None:
+        if processes.rank == rank and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Rows(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self):
+            return NUM_DATA
+
+        def __getitem__(self, position):
+            Rows.reads += 1
+            if when == "step" and Rows.reads == 300:
+                kill()
+            return make_data()[position]
+
+    if when in ("write", "rename") and folder.joinpath("run", "last.pt").exists():
+        replace = os.replace
+        write = torch.save
+        if when == "rename":
+            os.replace = lambda *args: (kill(), replace(*args))
+        else:
+            torch.save = lambda content, file: (write(content, file), file.truncate(100), kill())
+    vae = make_vae()
+    options = {"batch_size": 16, "epochs": 5, "progress": False, "shards": SHARDS, "validation": 0.2}
+    pv.fit(vae, Rows(), checkpoint_dir=folder / "run", resume=True, **options)
+    torch.save(parameters(vae), folder / f"{processes.rank}.pt")
+
+
+def stuck(folder: Path) -> None:
+    """The last process is slow at first, for which the others wait, and then stuck."""
+    torch.distributed.init_process_group(timeout=timedelta(seconds=6))
+    processes = join()
+    vae = make_vae()
+    svi = pv.SVI(vae, torch.optim.Adam(vae.parameters()), group=processes.group, engine="eager")
+    for pause in (0, 3, 30):
+        if processes.rank == processes.size - 1:
+            time.sleep(pause)
+        found = message(lambda: svi.step(make_data()[:4]))
+        if found != "nothing":
+            (folder / f"{processes.rank}.txt").write_text(f"after {svi.steps} steps, {found}")
+            return
+
+
+def main() -> None:
+    """Run all, and write what was found."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    match sys.argv[2:]:
+        case ["stuck"]:
+            stuck(folder)
+        case ["killed", rank, when]:
+            killed(join(), folder, int(rank), when)
+        case ["epochs", epochs]:
+            vae = make_vae()
+            options = {"batch_size": 16, "progress": False, "shards": SHARDS, "validation": 0.2}
+            pv.fit(
+                vae, make_data(), epochs=int(epochs), checkpoint_dir=folder / "run", resume=True, **options
+            )
+            torch.save(parameters(vae), folder / f"{join().rank}.pt")
+        case _:
+            results(join(), folder)
+
+
+def results(processes: Processes, folder: Path) -> None:
+    """Write everything that is compared."""
+    found = {
+        "fits": fits(),
+        "steps": steps(processes),
+        "scaled": scaled(processes),
+        "evaluation": evaluation(),
+    }
+    if processes.size > 1:
+        found["failures"] = failures(processes)
+        found["graph on one"] = graph_on_one(processes)
+        found["alone"] = alone_size()
+    found["interrupted"] = interrupted(processes, folder)
+    torch.save(found, folder / f"{processes.rank}-of-{processes.size}.pt")
+
+
+def alone_size() -> int:
+    """Number of processes as code sees it that the others do not run."""
+    with alone():
+        return join().size
+
+
+if __name__ == "__main__":
+    main()
