@@ -10,7 +10,13 @@ from pyro_vae.distributions import DiscretizedLogistic, FlowDistribution, build_
 EVALUATION = {"binarize": None, "seed": 0, "max_plate_nesting": 1, "progress": True}
 NETWORK = {"hidden_features": (400,), "activation": "relu", "network": None, "context_dim": 0}
 DEFAULTS = {
-    pv.evaluate: {"num_particles": 1000, "aggregate_size": 5000, "missing": None, "group": "auto", **EVALUATION},
+    pv.evaluate: {
+        "num_particles": 1000,
+        "aggregate_size": 5000,
+        "missing": None,
+        "group": "auto",
+        **EVALUATION,
+    },
     pv.annealed_importance_sampling: {
         "num_chains": 16,
         "num_temperatures": 1000,
