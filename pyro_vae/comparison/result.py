@@ -16,11 +16,21 @@ import torch
 from pyro_vae import plots
 from pyro_vae.comparison.gradient_noise import GradientSummary
 from pyro_vae.comparison.reference_bounds import Target
-from pyro_vae.comparison.summary import VARIABLES, findings, mean_and_error, rounding_error, tables
+from pyro_vae.comparison.summary import (
+    VARIABLES,
+    findings,
+    html,
+    mean_and_error,
+    recommendation,
+    rounding_error,
+    tables,
+)
 from pyro_vae.evaluation.arviz_compat import forest, inference_data
+from pyro_vae.utils.display import data_frame
 from pyro_vae.utils.serialization import replacing
 
 if TYPE_CHECKING:
+    import pandas
     import xarray
     from matplotlib.axes import Axes
 
@@ -170,7 +180,15 @@ class Comparison:
         return self.dataset[name]
 
     def __repr__(self) -> str:
-        return "\n".join([*tables(self.dataset), "", *self.findings()])
+        return "\n".join([recommendation(self.dataset), "", *tables(self.dataset), "", *self.findings()])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return html(self.dataset)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """Return `columns` as a data frame, a row for each estimator."""
+        return data_frame(self.columns(), "estimator")
 
     def findings(self) -> list[str]:
         """Return sentences on the differences above four standard errors; smaller ones may be chance.

@@ -7,18 +7,28 @@ A t is a difference over its standard error.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pyro_vae.utils.display import Estimate, aligned
+from pyro_vae.utils.display import Estimate, aligned, html_table
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["VARIABLES", "Variable", "findings", "mean_and_error", "rounding_error", "tables"]
+__all__ = [
+    "VARIABLES",
+    "Variable",
+    "findings",
+    "html",
+    "mean_and_error",
+    "recommendation",
+    "rounding_error",
+    "tables",
+]
 
 _LARGE = 4.0  # standard errors; with a hundred repeats, one t in some thousands is larger by chance
 _ROUNDING = 16  # units in the last place, the largest error expected from summing the terms of a batch
@@ -140,17 +150,11 @@ def tables(dataset: "xarray.Dataset") -> Iterator[str]:
         "values in nats per datum ± standard error"
     )
     yield f"reference: {attrs['reference']}, {Estimate(value, se) if se else f'{value:.6g}'}"
-    yield ""
-    values = [variable for variable in VARIABLES if variable.heading and variable.dims == _EACH]
-    gradients = [variable for variable in VARIABLES if variable.heading and variable.dims == _KINDS]
-    yield from _table("estimator", values, dataset)
-    columns = values
-    for kind in dataset["parameters"].values:
-        part = dataset.sel(parameters=kind)
-        if part["gradient_variance"].notnull().any():
-            yield ""
-            yield from _table(f"gradient, {kind}", gradients, part)
-            columns = values + gradients
+    columns: list[Variable] = []
+    for title, variables, part in _parts(dataset):
+        yield ""
+        yield from aligned(*_cells(title, variables, part), left=2)
+        columns += [variable for variable in variables if variable not in columns]
     yield ""
     width = max(len(column.heading) for column in columns)
     meaning_of = {variable.name: variable.meaning for variable in VARIABLES}
@@ -160,10 +164,76 @@ def tables(dataset: "xarray.Dataset") -> Iterator[str]:
     yield f"A t between −{_LARGE:g} and {_LARGE:g} may be chance, and so may a difference marked ≈ below."
 
 
-def _table(title: str, columns: list[Variable], dataset: "xarray.Dataset") -> Iterator[str]:
-    """Yield the lines of a table with one row per estimator."""
+def html(dataset: "xarray.Dataset") -> str:
+    """Return recommendation, tables and findings as HTML."""
+    found = [escape(recommendation(dataset))]
+    found += [
+        html_table("", *_cells(title, columns, part), left=2) for title, columns, part in _parts(dataset)
+    ]
+    return "<br>".join([*found, *map(escape, findings(dataset))])
+
+
+def _parts(dataset: "xarray.Dataset") -> Iterator[tuple[str, list[Variable], "xarray.Dataset"]]:
+    """Yield title, columns and content of the tables: values, then gradients where they were measured."""
+    values = [variable for variable in VARIABLES if variable.heading and variable.dims == _EACH]
+    gradients = [variable for variable in VARIABLES if variable.heading and variable.dims == _KINDS]
+    yield "estimator", values, dataset
+    for kind in dataset["parameters"].values:
+        part = dataset.sel(parameters=kind)
+        if part["gradient_variance"].notnull().any():
+            yield f"gradient, {kind}", gradients, part
+
+
+def _cells(
+    title: str, columns: list[Variable], dataset: "xarray.Dataset"
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a table with one row per estimator."""
     rows = [[name, *(column.cell(row, column.name) for column in columns)] for name, row in _rows(dataset)]
-    return aligned([title, *(column.heading for column in columns)], rows, left=2)
+    return [title, *(column.heading for column in columns)], rows
+
+
+def recommendation(dataset: "xarray.Dataset") -> str:
+    """Return in one sentence which estimator to use: the one whose gradient is sharp in the least time.
+
+    That is the smallest time until the noise of an averaged gradient, of the guide's parameters if it was
+    measured, is as large as its mean. Those within four standard errors of it are named as equals.
+    Estimators that were found to be wrong are left out.
+    """
+    kind = next((k for k in ("guide", "model") if dataset["snr"].sel(parameters=k).notnull().any()), None)
+    if kind is None:
+        return "Which to use: no gradient was measured, so that nothing tells."
+    part = dataset.sel(parameters=kind)
+    times = {
+        name: (row["time_per_effective_sample"].item(), 2 * row["snr_se"].item() / row["snr"].item())
+        for name, row in _rows(part)
+        if not _is_wrong(row) and math.isfinite(row["time_per_effective_sample"].item())
+    }
+    if not times:
+        return "Which to use: no gradient stands out of its noise, or all were found to be wrong."
+    best, *others = sorted(times, key=lambda name: times[name][0])
+    sentence = f"Which to use: {best}, whose {kind} gradient is as large as its noise in the least time, "
+    sentence += f"{1e3 * times[best][0]:.2g} ms"
+    equals = [
+        name
+        for name in others
+        if math.log(times[name][0] / times[best][0]) < _LARGE * math.hypot(times[name][1], times[best][1])
+    ]
+    if equals:
+        sentence += f" (no worse for all that was measured: {', '.join(equals)})"
+    slower = [name for name in others if name not in equals]
+    if slower:
+        sentence += f"; next {slower[0]}, {1e3 * times[slower[0]][0]:.2g} ms"
+    bounds = {name: row["value"].item() for name, row in _rows(dataset) if name in times}
+    tightest = max(bounds, key=lambda name: bounds[name])
+    if bounds[tightest] > bounds[best] and tightest not in equals:
+        sentence += f". The tightest bound is that of {tightest}"
+    return sentence + "."
+
+
+def _is_wrong(row: "xarray.Dataset") -> bool:
+    """Return whether a value or gradient was found to differ from its bound's."""
+    exceeds = row["bias_t"].item() > _LARGE and row["is_lower_bound"].item()
+    return exceeds or abs(row["bound_bias_t"].item()) > _LARGE or abs(row["gradient_bias_t"].item()) > _LARGE
 
 
 def findings(dataset: "xarray.Dataset") -> list[str]:

@@ -163,6 +163,7 @@ class _Reduced:
     unit_names: list[str]
     observed_names: list[str]
     num_observed: int
+    is_discrete: bool
     has_analytic_kl: bool
     has_analytic_entropy: bool
 
@@ -200,6 +201,7 @@ def _reduce(chunk: Chunk) -> _Reduced:
         unit_names=latent.names,
         observed_names=list(chunk.first_terms.by_site()),
         num_observed=_num_observed(sites),
+        is_discrete=all(_is_discrete(site["fn"]) for site in sites.observed.values()),
         has_analytic_kl=kl is not None,
         has_analytic_entropy=entropy is not None,
     )
@@ -214,6 +216,13 @@ def _num_observed(sites: PairSites) -> int:
             mask = mask[0]
         total += int(mask.sum())
     return total
+
+
+def _is_discrete(distribution: Any) -> bool:
+    try:
+        return distribution.support.is_discrete
+    except NotImplementedError:  # it does not say
+        return False
 
 
 def _entropy(sites: PairSites) -> Tensor | None:
@@ -244,6 +253,7 @@ def _evaluation(reduced: list[_Reduced], aggregate: AggregatePosterior | None, *
         unit_names=reduced[0].unit_names,
         observed_names=reduced[0].observed_names,
         num_dimensions=sum(chunk.num_observed for chunk in reduced) / num_data,
+        is_discrete=all(chunk.is_discrete for chunk in reduced),
         activity=standard_error(per_datum.unit_mean).square() * num_data - noise,
         aggregate=aggregate,
         has_analytic_kl=reduced[0].has_analytic_kl,

@@ -8,15 +8,20 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pyro_vae import plots
 from pyro_vae.evaluation.arviz_compat import MIN_DRAWS
 from pyro_vae.evaluation.latents import AggregatePosterior
-from pyro_vae.utils.display import Estimate
+from pyro_vae.utils.display import Estimate, data_frame, html_table
 from pyro_vae.utils.serialization import to_plain
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
 
 __all__ = ["Evaluation", "PerDatum", "standard_error"]
 
@@ -91,6 +96,7 @@ class Evaluation:
         num_data: N.
         num_particles: S.
         num_dimensions: Mean number of observed values per example.
+        is_discrete: True if all observed values are discrete, so that log p(x) is a code length.
         seed: Seed of the draws.
     """
 
@@ -105,6 +111,7 @@ class Evaluation:
     num_data: int
     num_particles: int
     num_dimensions: float
+    is_discrete: bool
     seed: int
 
     def mean(self, name: str) -> Estimate:
@@ -141,7 +148,10 @@ class Evaluation:
 
     @property
     def bits_per_dimension(self) -> Estimate:
-        """−log₂ p(x) per data dimension: lower is better; a code length for discrete data."""
+        """−log₂ p(x) per data dimension: a code length for discrete data, of which less is better.
+
+        Of a density it depends on the unit of x, and is not shown in the table.
+        """
         nats, se = self.mean("log_evidence")
         scale = math.log(2) * self.num_dimensions
         return Estimate(-nats / scale, se / scale)
@@ -203,12 +213,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but per-example values for JSON: numbers, (value, error) pairs, None if undefined."""
-        fields = [
-            field.name
-            for field in dataclasses.fields(PerDatum)
-            if not field.name.startswith(("unit", "site"))
-        ]
-        means = {name: self.mean(name) for name in [*fields, "elbo", "elbo_by_entropy", "gap"]}
+        means = {name: self.mean(name) for name in [*_columns(), "elbo", "elbo_by_entropy", "gap"]}
         k = self.pareto_k
         return to_plain(
             {
@@ -217,7 +222,7 @@ class Evaluation:
                 "seed": self.seed,
                 **means,
                 "log_evidence_mc_se": self.log_evidence_mc_se,
-                "bits_per_dimension": self.bits_per_dimension,
+                "bits_per_dimension": self.bits_per_dimension if self.is_discrete else None,
                 "mutual_information": self.mutual_information,
                 "marginal_kl": self.marginal_kl,
                 "pareto_k": {"good": int((k < 0.5).sum()), "bad": int((k > 0.7).sum())},
@@ -232,7 +237,28 @@ class Evaluation:
         )
 
     def __repr__(self) -> str:
-        return "\n".join(_table(self))
+        return "\n".join([_caption(self), *(_line(*row) for row in _table(self))])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        rows = [(name, str(value), note) for name, value, note in _table(self)]
+        return html_table(_caption(self), ["", "value", ""], rows)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """Return the estimates of each example as a data frame, a row for each, indexed by its number."""
+        names = [*_columns(), "elbo", "gap"]
+        columns = {name: getattr(self.per_datum, name).numpy() for name in names}
+        return data_frame({"datum": range(self.num_data), **columns}, "datum")
+
+    def plot(self, **options: Any) -> "Axes":
+        """Draw the KL of each latent dimension by `plots.kl_per_dimension`, which takes the options."""
+        return plots.kl_per_dimension(self.kl_per_dimension, **options)
+
+
+def _columns() -> list[str]:
+    """Return the names of the fields with one number for each example."""
+    fields = dataclasses.fields(PerDatum)
+    return [field.name for field in fields if not field.name.startswith(("unit", "site"))]
 
 
 def _for_json(value: Any) -> Any:
@@ -253,25 +279,31 @@ def _mean(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), float(standard_error(values)))
 
 
-def _table(report: Evaluation) -> Iterator[str]:
-    """Yield the lines of the summary table; estimates are marked where k̂ makes them unreliable."""
-    yield (
+def _caption(report: Evaluation) -> str:
+    return (
         f"{report.num_data:,} data, S = {report.num_particles:,} particles, seed {report.seed}; "
         "nats per datum ± standard error over the data"
     )
-    yield from _bound_lines(report)
-    yield from _latent_lines(report)
-    yield from _weight_lines(report)
-    yield "bound by particles ± Monte Carlo error"
+
+
+_Row = tuple[str, object, str]  # name, value, note
+
+
+def _table(report: Evaluation) -> Iterator[_Row]:
+    """Yield the rows of the summary table; estimates are marked where k̂ makes them unreliable."""
+    yield from _bound_rows(report)
+    yield from _latent_rows(report)
+    yield from _weight_rows(report)
+    yield "bound by particles ± Monte Carlo error", "", ""
     for size, bound in report.convergence.items():
-        yield _line(f"  S = {size:,}", bound)
+        yield f"  S = {size:,}", bound, ""
 
 
-def _line(name: str, value: object, note: str = "") -> str:
+def _line(name: str, value: object, note: str) -> str:
     return f"{name:<32}{value!s:>20}  {note}".rstrip()
 
 
-def _bound_lines(report: Evaluation) -> Iterator[str]:
+def _bound_rows(report: Evaluation) -> Iterator[_Row]:
     evidence_note = f"Monte Carlo error {report.log_evidence_mc_se:.2g}" if report.num_particles > 1 else ""
     bits_note, gap_note = "lower is better", "log p(x) − ELBO"
     if report.unreliable > 0.5:
@@ -281,42 +313,42 @@ def _bound_lines(report: Evaluation) -> Iterator[str]:
         gap_note = f"UNRELIABLE, likely too low; {gap_note}"
     kl = "KL in closed form" if report.has_analytic_kl else "KL sampled"
     entropy = "entropy in closed form" if report.has_analytic_entropy else "entropy sampled"
-    yield _line("log p(x), importance-weighted", report.mean("log_evidence"), evidence_note)
-    yield _line("  bits per dimension", report.bits_per_dimension, bits_note)
-    yield _line("ELBO", report.mean("elbo"), f"E[log p(x|z)] − KL(q‖p(z)), {kl}")
-    yield _line(
-        "  the same by the entropy", report.mean("elbo_by_entropy"), f"E[log p(x,z)] + H[q], {entropy}"
-    )
-    yield _line("  the same, all sampled", report.mean("elbo_sampled_kl"), "log p(x) − KL(q‖p(z|x))")
-    yield _line("gap, KL(q‖p(z|x))", report.mean("gap"), gap_note)
-    yield _line("E[log p(x|z)]", report.mean("expected_log_likelihood"))
+    yield "log p(x), importance-weighted", report.mean("log_evidence"), evidence_note
+    if report.is_discrete:
+        yield "  bits per dimension", report.bits_per_dimension, bits_note
+    yield "ELBO", report.mean("elbo"), f"E[log p(x|z)] − KL(q‖p(z)), {kl}"
+    yield "  the same by the entropy", report.mean("elbo_by_entropy"), f"E[log p(x,z)] + H[q], {entropy}"
+    yield "  the same, all sampled", report.mean("elbo_sampled_kl"), "log p(x) − KL(q‖p(z|x))"
+    yield "gap, KL(q‖p(z|x))", report.mean("gap"), gap_note
+    yield "E[log p(x|z)]", report.mean("expected_log_likelihood"), ""
     if len(report.observed_names) > 1:
         for name, estimate in report.log_likelihood_by_site.items():
-            yield _line(f"  of {name}", estimate)
+            yield f"  of {name}", estimate, ""
 
 
-def _latent_lines(report: Evaluation) -> Iterator[str]:
-    yield _line("KL to the prior", report.mean("kl"))
+def _latent_rows(report: Evaluation) -> Iterator[_Row]:
+    yield "KL to the prior", report.mean("kl"), ""
     if len(report.kl_by_site) > 1:
         for name, estimate in report.kl_by_site.items():
-            yield _line(f"  of {name}, its dimensions summed", estimate)
+            yield f"  of {name}, its dimensions summed", estimate, ""
     if report.aggregate is not None:
         count = len(report.aggregate.log_prior)
         limit = f"of the first {count:,} data; at most log {count:,} = {math.log(count):.2f}"
-        yield _line("  mutual information of x and z", report.mutual_information, limit)
-        yield _line("  KL of the aggregate to prior", report.marginal_kl)
+        yield "  mutual information of x and z", report.mutual_information, limit
+        yield "  KL of the aggregate to prior", report.marginal_kl, ""
     active = f"{report.active_units} of {len(report.unit_names)}"
-    yield _line("active units", active, f"Var(E[z|x]) > {_ACTIVE}")
+    yield "active units", active, f"Var(E[z|x]) > {_ACTIVE}"
 
 
-def _weight_lines(report: Evaluation) -> Iterator[str]:
+def _weight_rows(report: Evaluation) -> Iterator[_Row]:
     S, k, ess = report.num_particles, report.pareto_k, report.per_datum.effective_sample_size
     if S < MIN_DRAWS:
-        yield _line("Pareto k", "-", f"needs {MIN_DRAWS} particles")
+        yield "Pareto k", "-", f"needs {MIN_DRAWS} particles"
     else:
         good, bad = int((k < 0.5).sum()), int((k > 0.7).sum())
         counts = f"< 0.5: {good:,}, to 0.7: {len(k) - good - bad:,}, above: {bad:,}"
-        yield _line("Pareto k, median", f"{k.median():.2f}", counts)
+        yield "Pareto k, median", f"{k.median():.2f}", counts
         if bad:
-            yield "  k > 0.7: there the guide misses much of the posterior, and log p(x) is likely higher"
-    yield _line("effective sample size, median", f"{ess.median():.1f}", f"of {S:,}; least {ess.min():.1f}")
+            advice = "there the guide misses much of the posterior, and log p(x) is likely higher"
+            yield f"  k > 0.7: {advice}", "", ""
+    yield "effective sample size, median", f"{ess.median():.1f}", f"of {S:,}; least {ess.min():.1f}"

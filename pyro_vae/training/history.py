@@ -4,11 +4,16 @@ import csv
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from pyro_vae.utils.display import Estimate, aligned
+from pyro_vae import plots
+from pyro_vae.utils.display import Estimate, aligned, data_frame, html_table
 from pyro_vae.utils.serialization import replacing
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
 
 __all__ = ["Epoch", "History"]
 
@@ -55,7 +60,20 @@ class History(list[Epoch]):
     """
 
     def __repr__(self) -> str:
-        return "\n".join(_table(self))
+        caption, header, rows = _table(self)
+        return "\n".join([caption, *aligned(header, rows)])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return html_table(*_table(self))
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """Return `columns` as a data frame, a row for each epoch."""
+        return data_frame(self.columns(), "epoch")
+
+    def plot(self, **options: Any) -> "Axes":
+        """Draw the bounds by `plots.training_curves`, which takes the options."""
+        return plots.training_curves(self.columns(), **options)
 
     def column(self, name: str) -> list[float]:
         """Return one field of every epoch, such as "validation_elbo"."""
@@ -73,13 +91,13 @@ class History(list[Epoch]):
             writer.writerows(dataclasses.astuple(epoch) for epoch in self)
 
 
-def _table(history: History) -> Iterator[str]:
-    """Yield the lines of a table: all epochs if they are few, otherwise some at about equal distances."""
+def _table(history: History) -> tuple[str, list[str], list[tuple[str, ...]]]:
+    """Return caption, header and rows: all epochs if they are few, else some at about equal distances."""
     count = len(history)
     shown = min(count, _SHOWN)
     some = f", {shown} of them shown" if shown < count else ""
     epochs = "1 epoch" if count == 1 else f"{count:,} epochs"
-    yield f"{epochs}{some}; bounds at β = 1, in nats per datum ± standard error"
+    caption = f"{epochs}{some}; bounds at β = 1, in nats per datum ± standard error"
     rows = [history[round(place * (count - 1) / max(shown - 1, 1))] for place in range(shown)]
     columns = {
         "epoch": [f"{each.epoch:,}" for each in rows],
@@ -89,7 +107,7 @@ def _table(history: History) -> Iterator[str]:
         "learning rate": [f"{each.learning_rate:.3g}" for each in rows],
         "seconds": [f"{each.seconds:.1f}" for each in rows],
     }
-    yield from aligned(list(columns), list(zip(*columns.values(), strict=True)))
+    return caption, list(columns), list(zip(*columns.values(), strict=True))
 
 
 def _estimate(value: float, standard_error: float) -> str:

@@ -1,13 +1,17 @@
 """Text output: values with standard errors, aligned tables, progress bars."""
 
+import html
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-__all__ = ["Estimate", "aligned", "progress_bar"]
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Estimate", "aligned", "data_frame", "html_table", "progress_bar"]
 
 
 class Estimate(NamedTuple):
@@ -44,6 +48,32 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
+
+
+def html_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    r"""Return the table of `aligned` as HTML, which a notebook shows.
+
+    Example:
+        >>> html_table("a run", ["epoch", "ELBO"], [["9", "-99.5"]])
+        '<table><caption style="text-align:left">a run</caption>...</table>'
+    """
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f'<{tag} style="text-align:{"left" if number < left else "right"}">{html.escape(cell)}</{tag}>'
+            for number, cell in enumerate(row)
+        )
+
+    lines = [cells("th", header), *(cells("td", row) for row in rows)]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table><caption style="text-align:left">{html.escape(caption)}</caption>{body}</table>'
+
+
+def data_frame(columns: Mapping[str, Any], index: str) -> "pandas.DataFrame":
+    """Return columns of equal length as a data frame, one of them as its index."""
+    import pandas  # noqa: PLC0415 (slow, and seldom wanted)
+
+    return pandas.DataFrame(columns).set_index(index)
 
 
 def progress_bar(total: float, *, shown: bool, unit: str, **options: Any) -> tqdm:

@@ -18,6 +18,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Renyi, compare_estimators, plots
 from pyro_vae.comparison.result import Comparison
+from pyro_vae.comparison.summary import recommendation
 from pyro_vae.utils.display import Estimate
 
 ESTIMATORS = [
@@ -531,14 +532,15 @@ def test_the_tables_are_aligned_and_complete(linear):
         assert sum(line.startswith(name + " ") for line in lines) == 3
     value = next(line for line in lines if line.startswith("DReG(24)"))
     assert str(Estimate(row(found, "DReG(24)", "value"), row(found, "DReG(24)", "value_se"))) in value
-    assert lines[0].startswith("7 data, 40 repeats, seed 0")
-    assert lines[1].startswith("reference: log p(x), as given")
+    assert lines[0].startswith("Which to use: ")
+    assert lines[2].startswith("7 data, 40 repeats, seed 0")
+    assert lines[3].startswith("reference: log p(x), as given")
     assert repr(found) == str(found)
 
 
 def test_the_legend_explains_the_columns_that_are_shown(linear):
     *_, found = linear
-    _, header, model_header, _, legend, _ = (part.splitlines() for part in str(found).split("\n\n"))
+    _, _, header, model_header, _, legend, _ = (part.splitlines() for part in str(found).split("\n\n"))
     headings = re.split("  +", header[0])[1:] + re.split("  +", model_header[0])[1:]
     assert [re.split("  +", line)[0] for line in legend[:-1]] == headings
     assert legend[1].endswith("  mean of the estimates ± standard error over the repeats, for this batch")
@@ -547,6 +549,35 @@ def test_the_legend_explains_the_columns_that_are_shown(linear):
     plain = str(compare(pair, x, [IWAE(3)], num_repeats=10, reference=exact.log_evidence(x)))
     assert "t, own bound" in plain
     assert "SNR  " not in plain
+
+
+def test_the_recommendation_is_the_sharpest_gradient_for_its_time(linear):
+    *_, found = linear
+    dataset = found.dataset.copy(deep=True)
+    names = dataset["estimator"].values
+    snr = dataset["snr"].sel(parameters="guide").values
+    dataset["time_per_step"][:] = 1e-3
+    dataset["time_per_effective_sample"][:] = 1e-3 / dataset["snr"].values ** 2
+    best = names[snr.argmax()]
+    assert recommendation(dataset).startswith(f"Which to use: {best}, whose guide gradient is as large as")
+    dataset["snr_se"][:] = 10.0
+    assert "no worse for all that was measured" in recommendation(dataset)
+    wrong = dataset.copy(deep=True)
+    wrong["gradient_bias_t"].loc[{"estimator": best}] = 5.0
+    assert not recommendation(wrong).startswith(f"Which to use: {best},")
+    wrong["gradient_bias_t"][:] = -5.0
+    assert "all were found to be wrong" in recommendation(wrong)
+    assert "no gradient was measured" in recommendation(dataset.assign(snr=np.nan * dataset["snr"]))
+
+
+def test_a_notebook_and_a_data_frame_show_what_the_text_does(linear):
+    *_, found = linear
+    html = found._repr_html_()
+    assert html.startswith("Which to use: ")
+    assert html.count("<table>") == 3
+    for name in found["estimator"].values:
+        assert html.count(f">{name}</td>") == 3
+    assert found.to_dataframe().loc["DReG(24)", "value"] == row(found, "DReG(24)", "value")
 
 
 def test_rankings_tell_apart_what_differs(linear):

@@ -125,7 +125,7 @@ def test_a_narrow_guide_has_a_high_pareto_k():
 def test_the_log_evidence_is_marked_unreliable_where_it_is_for_most_data():
     exact, vae = linear_gaussian(scale=1.3)
     report = evaluate(vae, data(exact), num_particles=400)
-    for bad, marks in ((3, 0), (4, 3)):  # of 7; with the evidence, the bits per dimension and the gap
+    for bad, marks in ((3, 0), (4, 2)):  # of 7; with the evidence and the gap
         k = torch.full((N,), 0.2).double()
         k[:bad] = 0.9
         doubtful = dataclasses.replace(report, per_datum=dataclasses.replace(report.per_datum, pareto_k=k))
@@ -135,6 +135,37 @@ def test_the_log_evidence_is_marked_unreliable_where_it_is_for_most_data():
     assert "UNRELIABLE" not in str(
         evaluate(vae, data(exact), num_particles=10)
     )  # too few draws to estimate it
+
+
+def test_bits_per_dimension_are_shown_for_discrete_data_alone():
+    exact, vae = linear_gaussian(scale=1.3)
+    density = evaluate(vae, data(exact), num_particles=10)
+    assert "bits per dimension" not in str(density)
+    assert density.as_dict()["bits_per_dimension"] is None
+    bits = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Bernoulli(2, (5,)),
+        guide=pv.guides.DiagonalNormal((5,), 2),
+    )
+    report = evaluate(bits, torch.ones(4, 5), num_particles=30)
+    assert "bits per dimension" in str(report)
+    k = torch.full((4,), 0.9).double()
+    doubtful = dataclasses.replace(report, per_datum=dataclasses.replace(report.per_datum, pareto_k=k))
+    assert str(doubtful).count("UNRELIABLE") == 3
+
+
+def test_a_notebook_and_a_data_frame_show_what_the_text_does():
+    exact, vae = linear_gaussian(scale=1.3)
+    report = evaluate(vae, data(exact), num_particles=40)
+    html = report._repr_html_().replace("  ", "")
+    for line in str(report).splitlines()[1:]:
+        assert f">{re.split('  +', line.strip())[0]}</td>" in html
+    assert str(report.mean("elbo")) in html
+    frame = report.to_dataframe()
+    assert list(frame.index) == list(range(N))
+    assert frame["elbo"].mean() == pytest.approx(report.elbo)
+    assert frame["pareto_k"].to_numpy() == pytest.approx(report.pareto_k.numpy())
+    assert len(report.plot(title="KL").get_xticklabels()) == len(report.unit_names)
 
 
 def test_the_estimates_are_those_written_out():

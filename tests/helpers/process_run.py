@@ -314,17 +314,27 @@ def killed(processes: Processes, folder: Path, rank: int, when: str) -> None:
                 kill()
             return make_data()[position]
 
-    if when in ("write", "rename") and folder.joinpath("run", "last.pt").exists():
-        replace = os.replace
-        write = torch.save
-        if when == "rename":
-            os.replace = lambda *args: (kill(), replace(*args))
-        else:
-            torch.save = lambda content, file: (write(content, file), file.truncate(100), kill())
+    replace, write = os.replace, torch.save
+
+    def kill_before_renaming(*args) -> None:
+        if folder.joinpath("run", "last.pt").exists():
+            kill()
+        replace(*args)
+
+    def kill_while_writing(content, file) -> None:
+        write(content, file)
+        if folder.joinpath("run", "last.pt").exists() and not marker.exists():
+            os.truncate(file, 100)
+            kill()
+
+    if when == "rename":
+        os.replace = kill_before_renaming
+    if when == "write" and processes.rank == rank:
+        torch.save = kill_while_writing
     vae = make_vae()
     options = {"batch_size": 16, "epochs": 5, "progress": False, "shards": SHARDS, "validation": 0.2}
     pv.fit(vae, Rows(), checkpoint_dir=folder / "run", resume=True, **options)
-    torch.save(parameters(vae), folder / f"{processes.rank}.pt")
+    write(parameters(vae), folder / f"{processes.rank}.pt")
 
 
 def stuck(folder: Path) -> None:

@@ -811,3 +811,14 @@ def test_a_single_validation_example_has_no_error():
     history = pv.fit(vae, torch.randn(9, 4), validation=torch.randn(1, 4), epochs=1, progress=False)
     assert math.isfinite(history[0].validation_elbo)
     assert math.isnan(history[0].validation_elbo_se)
+
+
+def test_a_notebook_and_a_data_frame_show_the_history():
+    history = pv.fit(normal_vae(), torch.randn(20, 4), epochs=12, validation=0.3, progress=False)
+    html = history._repr_html_()
+    assert html.count("<tr>") == 1 + 10  # as in the text
+    assert all(f">{line.split()[0]}</td>" in html for line in repr(history).splitlines()[2:])
+    frame = history.to_dataframe()
+    assert list(frame.index) == list(range(1, 13))
+    assert frame["validation_elbo"].tolist() == history.column("validation_elbo")
+    assert len(history.plot(title="run").lines) >= 2
