@@ -193,7 +193,7 @@ class Processes:
                 raise
             raise RuntimeError(
                 f"{_ranks(missing)} ended, or did not get here within the group's time limit: see its own "
-                "output for the reason"
+                "output for the reason. Where one process calls for itself, pass group=None"
             ) from error
 
     def _silent(self, key: str) -> list[int]:
