@@ -40,6 +40,8 @@ _MISSING = -1
 _READ = 4096  # rows read at once
 _MAX_ROWS = 8192  # decoded at once
 
+_Given = Tensor | None
+
 logger = logging.getLogger("pyro_vae")
 
 
@@ -297,12 +299,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         self.register_buffer("class_log_prior", _log_prior(class_prior, num_classes), persistent=False)
 
     def model(  # type: ignore[override]
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        weight: Tensor | None = None,
-        *,
-        observed: Tensor | None = None,
+        self, x: Tensor, y: _Given = None, weight: _Given = None, *, observed: _Given = None
     ) -> Tensor:
         """Run p(y) p(z|y) p(x|z, y) with x observed, and y where it is not missing.
 
@@ -325,12 +322,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             return pyro.sample("x", check_event_shape(p, x), obs=x)
 
     def guide(  # type: ignore[override]
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        weight: Tensor | None = None,
-        *,
-        observed: Tensor | None = None,
+        self, x: Tensor, y: _Given = None, weight: _Given = None, *, observed: _Given = None
     ) -> Tensor:
         """Run q(y|x) where y is missing, then q(z|x, y); arguments are those of the model."""
         given, labels = _given(x, y)

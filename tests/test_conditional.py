@@ -1,42 +1,17 @@
 """`ConditionalVAE`: densities given a context, against exact ones."""
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from contexts import C, D, K, N
+from contexts import conditional as linear
+from contexts import with_classes as data
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
 
-N, D, K, C = 7, 5, 2, 3
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    assert len(pyro.get_param_store()) == 0
-
-
-def data():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(N, D, generator=generator), torch.arange(N) % C
-
-
-def linear(*, learned_prior: bool = False, width: tuple[int, ...] = ()) -> pv.ConditionalVAE:
-    """x = W z + V y + b + noise: log p(x|y) is exact."""
-    prior = pv.priors.LearnedNormal(K, context_dim=C) if learned_prior else pv.priors.StandardNormal(K)
-    cvae = pv.ConditionalVAE(
-        prior=prior,
-        likelihood=pv.likelihoods.Normal(K, (D,), variance=0.5, hidden_features=width, context_dim=C),
-        guide=pv.guides.FullCovarianceNormal((D,), K, hidden_features=(8,), context_dim=C),
-    )
-    if learned_prior:
-        nn.init.normal_(prior.shift.weight, std=0.5)
-    return cvae
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def exact(cvae, x, y):

@@ -14,13 +14,7 @@ import pyro_vae as pv
 
 N, NOISE = 9, 0.6
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-    assert len(pyro.get_param_store()) == 0
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def covariates():

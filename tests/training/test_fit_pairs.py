@@ -25,14 +25,7 @@ from pyro_vae.utils.isolation import derived_seed, seed_at
 
 N = 11
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(torch.float32)
-    assert len(pyro.get_param_store()) == 0
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def noise(*shape):
