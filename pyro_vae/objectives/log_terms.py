@@ -251,6 +251,7 @@ def terms(
         guide=guide_sites,
         latent=latent,
         observed=observed,
+        enumerated=enumerated,
         summed=sums.names,
         draws=draws,
         num_particles=num_particles,
@@ -359,6 +360,7 @@ class PairSites:
     guide: Sites
     latent: Sites
     observed: Sites
+    enumerated: list[str]  # latent sites of the model that are summed out
     summed: frozenset[str]  # sites whose log-densities are replaced by a sum over enumerated values
     draws: dict[str, Tensor]  # latent values, as passed to the model
     num_particles: int
