@@ -11,6 +11,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
+from pyro_vae.objectives.calls import explaining_calls
 from pyro_vae.objectives.enumeration import enumerated_sites
 from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.guide_problems import (
@@ -74,8 +75,9 @@ def run_fitting_pair(
     programs = (model, guide)
     if estimator is not None:
         programs = _as_run_by(estimator, model, guide, data, kwargs)
-    guide_trace, returned = _run_guide(*programs, data, kwargs)
-    model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
+    with explaining_calls(model, guide, data, kwargs):
+        guide_trace, returned = _run_guide(*programs, data, kwargs)
+        model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     dims = {site["infer"].get("_enumerate_dim") for site in (*model_sites.values(), *guide_sites.values())}
     if estimator is None or sums_out(estimator):

@@ -25,6 +25,7 @@ from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
+from pyro_vae.objectives.calls import explaining_calls, require_arguments
 from pyro_vae.objectives.pair import split_pair, stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, plate_nesting, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
@@ -216,6 +217,7 @@ class SVI:
             ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter, of
                 Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
+        require_arguments(self.model, args, kwargs)
         if self.loss is None:
             self.loss = default_loss(self.model, self.guide, *args, **kwargs)
         if not isinstance(self.loss, FunctionLoss):
@@ -248,7 +250,7 @@ class SVI:
         """Return the loss, as `step` does, without taking a step, using torch's global generator."""
         if self.loss is None:
             self.check(*args, **kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), explaining_calls(self.model, self.guide, args, kwargs):
             return _numbers(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
     def _loss_and_gradients(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:

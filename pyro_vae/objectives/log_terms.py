@@ -23,6 +23,7 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_vae.objectives.calls import as_arguments, explaining_calls
 from pyro_vae.objectives.enumeration import enumerated_sites, sum_out
 from pyro_vae.objectives.guide_problems import mask_problems, name_problems
 from pyro_vae.objectives.pair import split_pair
@@ -185,7 +186,7 @@ def terms(
             `infer={"enumerate": "parallel"}`, and the guide lacks, are summed out of both. The guide has the
             same arguments and latent sites, possibly with additional ones marked
             `infer={"is_auxiliary": True}`.
-        *data: The guide, if a model came first; then the arguments of both.
+        *data: The guide, if a model came first; then the arguments of both, or a tuple or dict of them.
         num_particles: S, independent draws from the guide per example.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
@@ -217,6 +218,7 @@ def terms(
         tensor([-1.2655, -1.5155, -2.2655])
     """
     model, guide, data = split_pair("terms(pair, x) or terms(model, guide, x)", model, *data)
+    data, kwargs = as_arguments(model, data, kwargs)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
     if guide_messenger(guide) is not None:
@@ -226,7 +228,8 @@ def terms(
         )
     particles = particle_plate(num_particles, max_plate_nesting) if num_particles > 1 else nullcontext()
     runs = partial(_run_pair, model, guide, data, kwargs, particles)
-    guide_trace, model_trace, draws = runs()
+    with explaining_calls(model, guide, data, kwargs):
+        guide_trace, model_trace, draws = runs()
     enumerated = enumerated_sites(sample_sites(model_trace), sample_sites(guide_trace))
     nesting = max_plate_nesting + 1 if enumerated else math.inf  # of batch dimensions that plates explain
     if enumerated:
