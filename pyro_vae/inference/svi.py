@@ -16,15 +16,24 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import (
+    ELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
+from pyro_vae.inference.guide_fit import sums_out
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
+from pyro_vae.inference.same_sites import naming_step, with_same_sites
 from pyro_vae.objectives.calls import explaining_calls, require_arguments
 from pyro_vae.objectives.pair import split_pair, stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, plate_nesting, run_pair, sample_sites
@@ -166,6 +175,8 @@ class SVI:
         Raises:
             NonFiniteError: If the loss or a gradient is infinite or NaN; names parameter, site and datum
                 where these can be found. Parameters and the optimiser's state are unchanged, gradients None.
+            GuideError: If guide and model draw other sites with this batch than with the first, and not the
+                same; names the step and the site.
             ValueError: If the programs enter a parameter in Pyro's store that the optimiser does not hold.
         """
         is_first = self.loss is None or self._checked != (self.model, self.guide, self.loss)
@@ -183,6 +194,7 @@ class SVI:
                 self._replay = Replay(
                     *settings,
                     engine=self.engine,
+                    watched=self._programs,
                     eager_step=self._eager_step,
                     fastest=self.fastest_products,
                 )
@@ -231,7 +243,8 @@ class SVI:
         self.optimizer.zero_grad()
         torch.clear_autocast_cache()  # of casts of the parameters before the last step
         try:
-            loss = self._loss_and_gradients(states, *args, **kwargs)
+            with naming_step(self.steps + 1):
+                loss = self._loss_and_gradients(states, *args, **kwargs)
             self._require_trained(num_stored)
             parameters = self._parameters()
             if flag_non_finite((p.grad for p in parameters), torch.zeros(())):
@@ -250,8 +263,8 @@ class SVI:
         """Return the loss, as `step` does, without taking a step, using torch's global generator."""
         if self.loss is None:
             self.check(*args, **kwargs)
-        with torch.no_grad(), explaining_calls(self.model, self.guide, args, kwargs):
-            return _numbers(self.loss.loss(self.model, self.guide, *args, **kwargs))
+        with torch.no_grad(), explaining_calls(self.model, self.guide, args, kwargs), naming_step():
+            return _numbers(self.loss.loss(*self._programs(), *args, **kwargs))
 
     def _loss_and_gradients(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss and its gradient; `states` are those of the generators, to repeat a failure."""
@@ -274,7 +287,7 @@ class SVI:
 
     def _backward(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.loss, "differentiable_loss"):  # TraceGraph_ELBO, for instance
-            return _numbers(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
+            return _numbers(self.loss.loss_and_grads(*self._programs(), *args, **kwargs))
         loss = self._differentiable_loss(states, *args, **kwargs)
         value = _numbers(loss)
         finite = _is_finite(value) or self._has_no_value(value)
@@ -286,13 +299,13 @@ class SVI:
     def _differentiable_loss(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.loss, FunctionLoss):
             try:
-                return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                return self.loss.differentiable_loss(*self._programs(), *args, **kwargs)
             except ValueError as error:
                 if not (isinstance(self.loss, TraceEnum_ELBO) and "cannot be differentiated" in str(error)):
                     raise
             for generator, state in zip(global_generators(), states, strict=False):
                 generator.set_state(state)
-            return self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            return self.loss.loss_and_grads(*self._programs(), *args, **kwargs)
         with poutine.trace(param_only=True) as tracer:
             loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
         # those that pyro.param creates; a module's may be left untrained on purpose
@@ -303,6 +316,12 @@ class SVI:
         ]
         self._met_late.update(name for name in created if name in self._stored())
         return loss
+
+    def _programs(self) -> tuple[Program, Program]:
+        """Return the pair as it runs in a step; functions and sleep phases have runs of their own."""
+        if isinstance(self.loss, FunctionLoss | ReweightedWakeSleep):
+            return self.model, self.guide
+        return with_same_sites(self.model, self.guide, sums_out=sums_out(self.loss))
 
     def _warn_if_nothing_moves(self) -> None:
         if not self._is_told and all(parameter.grad is None for parameter in self._parameters()):

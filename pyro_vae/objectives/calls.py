@@ -1,6 +1,7 @@
 """Arguments of a pair: a batch as `fit` takes it, and messages for calls that the programs do not take."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = ["as_arguments", "explaining_calls", "require_arguments"]
+
+_COLLISION = r'at plates "(.*)" and "(?:particles|num_particles).*collide at dim=-(\d+)'
 
 
 def as_arguments(model: Any, data: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -46,9 +49,19 @@ def require_arguments(model: Any, data: tuple, kwargs: dict[str, Any]) -> None:
 
 @contextmanager
 def explaining_calls(model: Any, guide: Any, data: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Raise, for a TypeError of a block, one that says which arguments a program takes, if it got others."""
+    """Raise errors that say which arguments a program takes, if it got others, or how deep its plates lie."""
     try:
         yield
+    except ValueError as error:
+        found = re.search(_COLLISION, str(error))
+        if found is None:
+            raise
+        plate, nesting = found.groups()
+        raise ValueError(
+            f"the plate {plate!r} lies at dim=-{nesting}, where that of the particles would: pass "
+            f"max_plate_nesting={nesting}, to the estimator, as in IWAE(5, max_plate_nesting={nesting}), or "
+            "to evaluate, terms and their like"
+        ) from error
     except TypeError as error:
         for name, program in {"model": model, "guide": guide}.items():
             signature = _signature(program)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, num_rows
+from pyro_vae.inference.guide_report import GuideError
 from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import Terms, terms
@@ -177,8 +178,10 @@ class Run:
             try:
                 with self._autocast():
                     loss = self.svi.step(*args, **kwargs)
-            except NonFiniteError as error:
+            except (GuideError, NonFiniteError) as error:
                 where = f"epoch {epoch + 1}, step {len(self.done) + 1} of {self.steps_per_epoch}"
+                if isinstance(error, GuideError):
+                    raise GuideError(f"{where}: {str(error).partition(': ')[2]}") from error
                 raise NonFiniteError(f"{where}: {error}. {self._last_good()}") from error
             length = num_rows(batch)
             bound = -loss / self.scales[length]

@@ -1,5 +1,7 @@
 """One way to call: a pair, or a model and a guide, in every function that takes them."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -81,7 +83,7 @@ def test_a_program_of_one_tuple_gets_it_whole():
     with pyro.get_param_store().scope():
         assert pv.terms(of_two, guide_of_two, (X, Y)).elbo.shape == (1, 5)
         assert pv.terms(or_one, guide_or_one, (X, Y)).elbo.shape == (1, 5)
-        assert pv.check_guide(lambda *batch: model(*batch), lambda *batch: guide(*batch), X, Y).sites
+        assert pv.check_guide(functools.partial(model), functools.partial(guide, y=Y), X, y=Y).sites
 
 
 BATCHES = {
@@ -181,3 +183,37 @@ def test_the_default_loss_suits_the_pair():
 def test_a_wrong_call_shows_the_right_one(call):
     with pytest.raises(TypeError, match=r"call (terms|check_guide|SVI|compare_estimators)\(pair, "):
         call()
+
+
+DEEP = "the plate 'data' lies at dim=-2, .*: pass max_plate_nesting=2, to the estimator, as in IWAE"
+
+
+def test_a_data_plate_left_of_another_names_max_plate_nesting():
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x.mean(1, keepdim=True) * pyro.param("w", torch.tensor(0.5)), 0.6))
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, 1), 1.0))
+            with pyro.plate("columns", 3, dim=-1):
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    pair = pv.Pair(model, guide)
+    pair.make_parameters(X)
+    vectorised = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    quiet = {"progress": False}
+    for call in (
+        lambda: pv.terms(pair, X, num_particles=4),
+        lambda: pv.evaluate(pair, X, num_particles=4, **quiet),
+        lambda: pv.to_inference_data(pair, X, num_samples=4, **quiet),
+        lambda: pv.annealed_importance_sampling(pair, X, num_temperatures=2, **quiet),
+        *(
+            lambda loss=loss: pv.fit(pair, X, estimator=loss, epochs=1, **quiet)
+            for loss in (pv.IWAE(2), pv.KLWeighted(pv.DReG(2), 0.5), vectorised)
+        ),
+    ):
+        with pytest.raises(ValueError, match=DEEP):
+            call()
+    pv.fit(pair, X, estimator=pv.IWAE(2, max_plate_nesting=2), epochs=1, **quiet)
+    assert pv.evaluate(pair, X, num_particles=4, max_plate_nesting=2, **quiet).pareto_k.shape == (5,)
