@@ -495,7 +495,8 @@ def test_two_pairs_or_a_model_without_a_guide_raise_with_the_right_call():
 def test_data_that_are_not_a_tensor_have_no_shape():
     vae = make_vae()
     with pytest.raises(
-        GuideError, match="before it draws 'z' with TypeError: .* must be a tensor; got list$"
+        GuideError,
+        match="before it draws 'z' with TypeError: .* must be a tensor; got list: convert with torch.as_tensor$",
     ):
         check_guide(two_sites("z", "y"), vae.guide, [1.0])
 
