@@ -339,3 +339,18 @@ def test_parts_of_other_sizes():
     vae = pv.SemiSupervisedVAE(**{**parts, "classifier": nn.Linear(D, 2)}, num_classes=C)
     with pytest.raises(ValueError, match=r"the classifier must return logits of shape \(N, 3\)"):
         vae.predict_proba(data()[0])
+
+
+def test_a_class_is_no_unit():
+    report = pv.evaluate(make(), data(), num_particles=20, progress=False)
+    assert report.activity.isnan().tolist() == [True, False, False]
+    assert f"{report.active_units} of 2 " in repr(report)
+
+
+@pytest.mark.filterwarnings("ignore:y_unobserved")
+def test_a_weight_on_the_kl_needs_an_estimator_that_draws_the_class():
+    x, y = data()
+    with pytest.raises(TypeError, match="got TraceEnum_ELBO.*, which sums over values .*: use .* Trace_ELBO"):
+        pv.fit(make(), (x, y), kl_warmup=1, progress=False)
+    history = pv.fit(make(), (x, y), kl_warmup=2, estimator=Trace_ELBO(), epochs=1, progress=False)
+    assert history[0].beta == 0.5

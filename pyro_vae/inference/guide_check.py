@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_vae.inference.guide_fit import require_fit, run_fitting_pair
 from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
+from pyro_vae.inference.observed_values import require_observable
 from pyro_vae.inference.trained_parameters import (
     leaves,
     untrained_parameters,
@@ -85,6 +86,7 @@ def check_guide(model: Any, *data: Any, max_plate_nesting: int = 1, **kwargs: An
     """
     model, guide, data = split_pair("check_guide(pair, x) or check_guide(model, guide, x)", model, *data)
     data, kwargs = as_arguments(model, data, kwargs)
+    require_observable(model, data, kwargs)
     with isolated(model, guide):
         pair = run_fitting_pair(model, guide, data, kwargs)
         registered = parameters(pair.guide_trace, pair.model_trace)

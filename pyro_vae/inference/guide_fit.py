@@ -23,6 +23,7 @@ from pyro_vae.objectives.guide_problems import (
     scale_problems,
     subsample_problems,
     support,
+    value_problem,
 )
 from pyro_vae.objectives.kl_weighting import inner_estimator
 from pyro_vae.objectives.log_terms import particle_plate
@@ -87,6 +88,10 @@ def run_fitting_pair(
         model_sites, guide_sites, returned, enumerated=dims - {None}, model_failed=error is not None
     )
     found = (*mismatches, *subsample_problems(model_trace, guide_trace))
+    observed = ((name, site) for name, site in model_sites.items() if site["is_observed"])
+    for problem in (value_problem(*each) for each in observed):
+        if problem and not found:
+            raise ValueError(problem) from error
     if not found and error is None:
         weights = model_sites, guide_sites, partial(draw_sources, programs[1], data, kwargs)
         found = (*mask_problems(*weights), *scale_problems(*weights))

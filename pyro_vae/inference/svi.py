@@ -30,8 +30,9 @@ from torch.nn.utils import clip_grad_norm_
 from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
-from pyro_vae.inference.guide_fit import sums_out
+from pyro_vae.inference.guide_fit import require_fit, sums_out
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
+from pyro_vae.inference.observed_values import require_observable
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
 from pyro_vae.inference.same_sites import naming_step, with_same_sites
 from pyro_vae.objectives.calls import explaining_calls, require_arguments
@@ -82,8 +83,8 @@ class SVI:
         model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`, in place of both.
         guide: A Pyro guide of the same arguments.
         optimizer: A torch optimiser of the parameters to train.
-        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's; by
-            default the one of Pyro's that suits the pair, see `default_loss`. Or a function
+        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()`, `TraceEnum_ELBO()` or one of this
+            library's; by default the one of Pyro's that suits the pair, see `default_loss`. Or a function
             `loss(model, guide, *args, **kwargs)` that returns a differentiable tensor; the pair is then
             checked for parameters that the optimiser does not hold, and for nothing else.
         clip_norm: Maximum Euclidean norm of the gradient of all parameters; larger gradients are rescaled.
@@ -199,7 +200,11 @@ class SVI:
                     fastest=self.fastest_products,
                 )
             step = partial(self._replay.step, self.steps) if not self._met_late else self._eager_step
-            loss = step(*args, **kwargs)
+            try:
+                loss = step(*args, **kwargs)
+            except RuntimeError:  # a class out of range fails in the graph
+                require_observable(self.model, args, kwargs)
+                raise
         self._require_trained(num_stored)
         self._checked = (self.model, self.guide, self.loss)
         self.steps += 1
@@ -230,8 +235,14 @@ class SVI:
                 Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
         require_arguments(self.model, args, kwargs)
+        if not isinstance(self.loss, FunctionLoss):
+            require_observable(self.model, args, kwargs)
         if self.loss is None:
-            self.loss = default_loss(self.model, self.guide, *args, **kwargs)
+            try:
+                self.loss = default_loss(self.model, self.guide, *args, **kwargs)
+            except Exception:
+                require_fit(self.model, self.guide, *args, **kwargs)  # explains it, if the guide does not fit
+                raise
         if not isinstance(self.loss, FunctionLoss):
             check_training(self.model, self.guide, self.loss, self._parameters(), *args, **kwargs)
             self._checked = (self.model, self.guide, self.loss)
@@ -271,6 +282,7 @@ class SVI:
         try:
             value = self._backward(states, *args, **kwargs)
         except ValueError as error:  # Pyro's validation raises it for NaN parameters, for instance
+            require_observable(self.model, args, kwargs)
             reason = self._repeat(states, non_finite_site, self.model, self.guide, *args, **kwargs)
             if reason is None:
                 raise

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vae.objectives.calls import as_arguments, explaining_calls
 from pyro_vae.objectives.enumeration import enumerated_sites, sum_out
-from pyro_vae.objectives.guide_problems import mask_problems, name_problems
+from pyro_vae.objectives.guide_problems import mask_problems, name_problems, value_problem
 from pyro_vae.objectives.pair import split_pair
 from pyro_vae.objectives.sites import (
     NotSeparableError,
@@ -454,6 +454,9 @@ def _set_log_prob(where: str, site: Site, nesting: float = math.inf) -> Any:
         site["log_prob"] = scale_and_mask(parts.log_prob, 1.0, site["mask"])
         check_site_shape(site, nesting)
     except ValueError as error:
+        problem = value_problem(site["name"], site) if site["is_observed"] else None
+        if problem:
+            raise ValueError(problem) from error
         raise ValueError(
             f"{where} cannot score its value: {error}\n"
             "Values must lie in the support of their distribution (for a Bernoulli, binarise grey levels), "

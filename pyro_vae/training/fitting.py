@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sources import arguments, check_arguments, told_of_missing
+from pyro_vae.data.sources import arguments, told_of_missing
 from pyro_vae.inference.guide_check import require_fit
+from pyro_vae.inference.observed_values import check_of
 from pyro_vae.inference.svi import default_loss
 from pyro_vae.objectives.pair import OwnParameters, Pair, as_programs, make_parameters
 from pyro_vae.training.checkpoint import Checkpoint
@@ -235,7 +236,11 @@ def _with_estimator(settings: Settings, pair: OwnParameters, train: Batches) -> 
     if settings.estimator is not None:
         return settings
     args, kwargs = arguments(train.peek(2))
-    return dataclasses.replace(settings, estimator=default_loss(pair.model, pair.guide, *args, **kwargs))
+    try:
+        return dataclasses.replace(settings, estimator=default_loss(pair.model, pair.guide, *args, **kwargs))
+    except Exception:
+        require_fit(pair.model, pair.guide, *args, **kwargs)
+        raise
 
 
 def _settings(
@@ -257,7 +262,9 @@ def _settings(
             require_count(name, count)
     if not isinstance(estimator, ELBO | None):
         got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
-        raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
+        raise TypeError(
+            f"estimator must be a pyro.infer.ELBO, such as TraceEnum_ELBO() or pyro_vae.IWAE(5); got {got}"
+        )
     if isinstance(estimator, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
         raise ValueError(
             f"{type(estimator).__name__} gives no bound per datum, which fit would report and validate by: "
@@ -386,7 +393,7 @@ def _prepare(
         held_out = Batches(validation, seed=seed + 1, **options)
     for batches in (train, held_out):
         if batches is not None:
-            batches.check(getattr(pair, "check_data", check_arguments))
+            batches.check(check_of(pair, batches))
     arrange = getattr(pair, "arrange", None)
     return train if arrange is None else arrange(train), held_out
 
