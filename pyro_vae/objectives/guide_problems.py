@@ -306,7 +306,7 @@ def value_problem(name: str, site: Site) -> str | None:
         )
     support = validated_support(site)
     outside = support and outside_support(name, value, family, support)
-    return f"the model's site {name!r} observes {outside}" if outside else None
+    return f"the model's site {name!r}: {outside}" if outside else None
 
 
 def _renamed(latent: Sites, model_sites: Sites, guide_sites: Sites) -> dict[str, str]:
