@@ -16,8 +16,9 @@ Notation: x (N, *event_shape), z (N, K), y (N, C), or classes (N,) of 0 … C �
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -29,16 +30,27 @@ from torch import Tensor, nn
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import Arguments, arguments
 from pyro_vae.networks import as_context
+from pyro_vae.utils.elements import check_observed
 from pyro_vae.utils.isolation import evaluating, evaluation_mode, seed_generators
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count
-from pyro_vae.vae import VAE, check_event_shape, data_plate, emit_param_sites
+from pyro_vae.utils.validation import require_count, require_floating, require_tensor
+from pyro_vae.vae import (
+    VAE,
+    check_event_shape,
+    data_plate,
+    emit_param_sites,
+    explaining_nan,
+    require_events,
+    require_no_nan,
+)
 
 __all__ = ["ConditionalVAE", "SemiSupervisedVAE"]
 
 _MISSING = -1
 _READ = 4096  # rows read at once
 _MAX_ROWS = 8192  # decoded at once
+
+_Given = Tensor | None
 
 logger = logging.getLogger("pyro_vae")
 
@@ -112,6 +124,8 @@ class ConditionalVAE(VAE):
             ValueError: If y has another length or size, or a class is out of range.
         """
         (x, y, *_), _ = self._arguments(batch)
+        if y is None:
+            raise TypeError(f"a {type(self).__name__} takes x and y; got none for y")
         if len(y) != len(x) or (y.dim() > 1 and not y.is_floating_point()):
             raise ValueError(
                 f"y must hold {len(x)} classes, shape ({len(x)},), or floating-point numbers, ({len(x)}, C); "
@@ -125,7 +139,13 @@ class ConditionalVAE(VAE):
 
     @torch.no_grad()
     def class_log_evidence(
-        self, x: Tensor, num_classes: int, *, num_particles: int = 50, seed: int = 0
+        self,
+        x: Tensor,
+        num_classes: int,
+        *,
+        observed: Tensor | None = None,
+        num_particles: int = 50,
+        seed: int = 0,
     ) -> Tensor:
         r"""Estimate log p(x|y) for each class y = 0 … C − 1, (N, C), in nats, by importance sampling.
 
@@ -136,29 +156,52 @@ class ConditionalVAE(VAE):
         Args:
             x: Data, (N, *event_shape).
             num_classes: C.
+            observed: Where x is observed, bool (N, *event_shape); by default everywhere.
             num_particles: S, draws of z per example and class.
             seed: Non-negative integer from which every random number is derived.
 
         Raises:
-            TypeError: If a count is not an integer.
-            ValueError: If a count is below 1, or a part's context has another size than C.
+            TypeError: If a count is not an integer, or x is not a floating-point tensor.
+            ValueError: If a count is below 1, a part's context has another size than C, or x has another
+                shape than the likelihood, or is NaN where it is observed.
         """
         require_count("num_classes", num_classes)
         require_count("num_particles", num_particles)
-        rows = max(1, _MAX_ROWS // num_particles)
+        for part in (self.prior, self.likelihood, self.posterior):
+            size = getattr(part, "context_dim", 0)
+            if size not in (0, num_classes):
+                raise ValueError(
+                    f"num_classes must be {size}, the context_dim of the parts; got {num_classes}"
+                )
+        self._require_examples(x, observed)
+        parts = partial(_parts, x, observed, max(1, _MAX_ROWS // num_particles))
+        estimate = partial(self._log_evidence, num_particles=num_particles, seed=seed)
         with evaluating(self, x.device, seed):
             columns = [
-                torch.cat([self._log_evidence(part, label, num_particles, seed) for part in x.split(rows)])
+                torch.cat([estimate(part, label, observed=seen) for part, seen in parts()])
                 for label in range(num_classes)
             ]
         return torch.stack(columns, -1)
 
-    def _log_evidence(self, x: Tensor, label: int, num_particles: int, seed: int) -> Tensor:
+    def _require_examples(self, x: Tensor, observed: Tensor | None) -> None:
+        """Raise unless x holds examples (N, *event_shape), none of them NaN where it is observed."""
+        self._require_events(x)
+        if observed is not None:
+            check_observed(x, observed)
+        require_no_nan(x if observed is None else x.where(observed, 0.0))
+
+    def _require_events(self, x: Tensor) -> None:
+        require_floating("x", x)
+        require_events(x, getattr(self.likelihood, "event_shape", x.shape[1:]))
+
+    def _log_evidence(
+        self, x: Tensor, label: int, *, observed: Tensor | None, num_particles: int, seed: int
+    ) -> Tensor:
         y = torch.full((len(x),), label, device=x.device)
         seed_generators(x.device, seed)
-        q = self.encode(x, y)
+        q = self.encode(x, y, observed=observed)
         z = q.rsample((num_particles,)) if q.has_rsample else q.sample((num_particles,))
-        log_weight = self.log_joint(x, z, y) - q.log_prob(z)
+        log_weight = self.log_joint(x, z, y, observed=observed) - q.log_prob(z)
         return log_weight.logsumexp(0) - math.log(num_particles)
 
     def class_probabilities(
@@ -166,7 +209,8 @@ class ConditionalVAE(VAE):
         x: Tensor,
         num_classes: int,
         *,
-        class_log_prior: Tensor | None = None,
+        class_log_prior: Any = None,
+        observed: Tensor | None = None,
         num_particles: int = 50,
         seed: int = 0,
     ) -> Tensor:
@@ -176,20 +220,18 @@ class ConditionalVAE(VAE):
             x: Data, (N, *event_shape).
             num_classes: C.
             class_log_prior: log p(y), (C,); by default all classes are equally likely.
+            observed: As in `class_log_evidence`.
             num_particles: As in `class_log_evidence`.
             seed: As in `class_log_evidence`.
 
         Raises:
-            ValueError: If `class_log_prior` has another shape; or as `class_log_evidence`.
+            ValueError: If `class_log_prior` has another shape, is NaN or +∞, or holds probabilities; or as
+                `class_log_evidence`.
         """
-        scores = self.class_log_evidence(x, num_classes, num_particles=num_particles, seed=seed)
-        if class_log_prior is not None:
-            if class_log_prior.shape != (num_classes,):
-                raise ValueError(
-                    f"class_log_prior must have shape ({num_classes},); got {tuple(class_log_prior.shape)}"
-                )
-            scores = scores + class_log_prior
-        return scores.softmax(-1)
+        log_prior = 0.0 if class_log_prior is None else _as_log_prior(class_log_prior, num_classes)
+        options: dict[str, Any] = {"observed": observed, "num_particles": num_particles, "seed": seed}
+        scores = self.class_log_evidence(x, num_classes, **options)
+        return (scores + torch.as_tensor(log_prior).to(scores)).softmax(-1)
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, y: Tensor | None = None, mean: bool = False) -> Tensor:
@@ -204,6 +246,8 @@ class ConditionalVAE(VAE):
             ValueError: If y is missing, or has another length than N.
         """
         require_count("num_samples", num_samples)
+        if y is not None:
+            require_tensor("y", y)
         if y is None or len(y) != num_samples:
             found = "none" if y is None else str(len(y))
             raise ValueError(f"y must hold one context for each of the {num_samples} samples; got {found}")
@@ -297,12 +341,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         self.register_buffer("class_log_prior", _log_prior(class_prior, num_classes), persistent=False)
 
     def model(  # type: ignore[override]
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        weight: Tensor | None = None,
-        *,
-        observed: Tensor | None = None,
+        self, x: Tensor, y: _Given = None, weight: _Given = None, *, observed: _Given = None
     ) -> Tensor:
         """Run p(y) p(z|y) p(x|z, y) with x observed, and y where it is not missing.
 
@@ -325,12 +364,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             return pyro.sample("x", check_event_shape(p, x), obs=x)
 
     def guide(  # type: ignore[override]
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        weight: Tensor | None = None,
-        *,
-        observed: Tensor | None = None,
+        self, x: Tensor, y: _Given = None, weight: _Given = None, *, observed: _Given = None
     ) -> Tensor:
         """Run q(y|x) where y is missing, then q(z|x, y); arguments are those of the model."""
         given, labels = _given(x, y)
@@ -361,13 +395,15 @@ class SemiSupervisedVAE(ConditionalVAE):
 
     def q_y(self, x: Tensor) -> dist.Distribution:
         """Return q(y|x), of batch shape (N,)."""
+        self._require_events(x)
         logits = self.classifier(x)
         if logits.shape != (len(x), self.num_classes):
             raise ValueError(
                 f"the classifier must return logits of shape (N, {self.num_classes}), one per class; got "
                 f"{tuple(logits.shape)} for {len(x)} examples"
             )
-        return dist.Categorical(logits=logits)
+        with explaining_nan(x):
+            return dist.Categorical(logits=logits)
 
     def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
         """Return q(z|x, y), with the most probable y where it is missing."""
@@ -381,32 +417,46 @@ class SemiSupervisedVAE(ConditionalVAE):
             return super().reconstruct(x, self._filled(x, *context), observed=observed)
 
     def _filled(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        self._require_events(x)
         given, labels = _given(x, y)
         return torch.where(given, labels, self.q_y(x).probs.argmax(-1))
 
     @torch.no_grad()
-    def predict_proba(self, x: Tensor) -> Tensor:
+    def predict_proba(self, x: Tensor, *, observed: Tensor | None = None) -> Tensor:
         """Return the classifier's q(y|x), (N, C), in evaluation mode.
 
         `class_probabilities` gives the model's own p(y|x) ∝ p(y) p(x|y) instead, which costs more.
+
+        Args:
+            x: Data, (N, *event_shape).
+            observed: Where x is observed, bool (N, *event_shape); the classifier sees 0 elsewhere.
+
+        Raises:
+            TypeError: If x is not a floating-point tensor.
+            ValueError: If x has another shape than the likelihood, or is NaN where it is observed.
         """
+        self._require_examples(x, observed)
         with evaluation_mode(self):
-            return self.q_y(x).probs
+            return self.q_y(x if observed is None else torch.where(observed, x, 0.0)).probs
 
     def class_probabilities(
         self,
         x: Tensor,
         num_classes: int | None = None,
         *,
-        class_log_prior: Tensor | None = None,
+        class_log_prior: Any = None,
+        observed: Tensor | None = None,
         num_particles: int = 50,
         seed: int = 0,
     ) -> Tensor:
         """Classify by the model, p(y|x) ∝ p(y) p(x|y), (N, C), by default with its own p(y)."""
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(f"num_classes must be that of the model, {self.num_classes}; got {num_classes}")
         return super().class_probabilities(
             x,
-            self.num_classes if num_classes is None else num_classes,
+            self.num_classes,
             class_log_prior=self.class_log_prior if class_log_prior is None else class_log_prior,
+            observed=observed,
             num_particles=num_particles,
             seed=seed,
         )
@@ -481,10 +531,30 @@ class SemiSupervisedVAE(ConditionalVAE):
         return bound.args, bound.kwargs["observed"]
 
 
+def _parts(x: Tensor, observed: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield some rows at once of x, and of where it is observed."""
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        yield x[part], None if observed is None else observed[part]
+
+
+def _as_log_prior(values: Any, num_classes: int) -> Tensor:
+    """Return log p(y), (C,), up to a constant; raise for another shape, values, or for probabilities."""
+    log_prior = torch.as_tensor(values)
+    if log_prior.shape != (num_classes,):
+        raise ValueError(f"class_log_prior must have shape ({num_classes},); got {tuple(log_prior.shape)}")
+    if log_prior.isnan().any() or log_prior.isposinf().any() or log_prior.isneginf().all():
+        raise ValueError(f"class_log_prior must hold logarithms of probabilities; got {log_prior.tolist()}")
+    if (log_prior >= 0).all() and math.isclose(log_prior.sum(), 1, rel_tol=1e-5):
+        raise ValueError(f"class_log_prior holds probabilities, {log_prior.tolist()}: pass their logarithms")
+    return log_prior
+
+
 def _given(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return where y is given, (N,), and y with 0 where it is not."""
     if y is None:
         y = torch.full((len(x),), _MISSING, device=x.device)
+    require_tensor("y", y)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         hint = ": y.long()" if y.is_floating_point() else ""
         raise TypeError(f"y must hold integers, classes or {_MISSING} where missing; got {y.dtype}{hint}")

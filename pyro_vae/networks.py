@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_floating, require_shape, to_shape
+from pyro_vae.utils.validation import require_count, require_floating, require_shape, require_tensor, to_shape
 
 __all__ = [
     "MLP",
@@ -233,9 +233,13 @@ def as_context(y: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])
     """
+    require_tensor("y", y)
     if y.is_floating_point():
         if y.dim() == 0 or y.shape[-1] != size:
-            raise ValueError(f"y must have shape (*, {size}), as context_dim says; got {tuple(y.shape)}")
+            hint = ": y[:, None] has it" if size == 1 else "; classes are integers, y.long(), (*,)"
+            raise ValueError(
+                f"y must have shape (*, {size}), as context_dim says; got {tuple(y.shape)}{hint}"
+            )
         if not y.isfinite().all():
             index = tuple((~y.isfinite()).nonzero()[0].tolist())
             raise ValueError(f"y must be finite; got {y[index]} at index {list(index)}")
@@ -293,7 +297,7 @@ def apply_in_context(
     if context is None:
         return apply_batched(network, inputs, event_dim), inputs.shape[: inputs.dim() - event_dim]
     inputs = inputs.flatten(inputs.dim() - event_dim)
-    batch_shape = torch.broadcast_shapes(inputs.shape[:-1], context.shape[:-1])
+    batch_shape = _batch_shape(inputs, context)
     if type(network) is MLP and inputs.shape[:-1] != context.shape[:-1]:
         first, *others = list(network)[1:]
         if type(first) is nn.Linear and not (first._forward_hooks or first._forward_pre_hooks):
@@ -304,8 +308,19 @@ def apply_in_context(
 
 
 def _broadcast(*parts: Tensor) -> list[Tensor]:
-    batch_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    batch_shape = _batch_shape(*parts)
     return [part.expand(*batch_shape, -1) for part in parts]
+
+
+def _batch_shape(*parts: Tensor) -> torch.Size:
+    shapes = [part.shape[:-1] for part in parts]
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        inputs, context = map(tuple, shapes)
+        raise ValueError(
+            f"y has batch shape {context}, but the examples have {inputs}: pass a y for each example"
+        ) from error
 
 
 def check_input(module: nn.Module, name: str, value: Tensor, event_shape: Sequence[int]) -> None:

@@ -8,8 +8,8 @@ Notation: x (N, *event_shape), z (N, K), N examples per batch, K latent dimensio
 
 import inspect
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -143,10 +143,10 @@ class VAE(OwnParameters):
 
     def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
         """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
-        with poutine.block(), self._own_store():
-            trace = poutine.trace(self._call_posterior).get_trace(x, *context, observed=observed)
-        q = trace.nodes["_RETURN"]["value"]
-        return q if isinstance(q, dist.Distribution) else trace.nodes["z"]["fn"]
+        # not around the call, as Pyro would add its table of shapes to an error
+        with explaining_nan(x), poutine.block(), self._own_store(), poutine.trace() as tracer:
+            q = self._call_posterior(x, *context, observed=observed)
+        return q if isinstance(q, dist.Distribution) else tracer.trace.nodes["z"]["fn"]
 
     def decode(self, z: Tensor, *context: Tensor) -> dist.Distribution:
         """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""
@@ -285,6 +285,40 @@ class VAE(OwnParameters):
         return serialization.fitting(path, restore)
 
 
+@contextmanager
+def explaining_nan(x: Any) -> Iterator[None]:
+    """Say, of an error in a block, that x holds NaN, if it does."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(x, Tensor):
+            try:
+                require_no_nan(x)
+            except ValueError as explained:
+                raise explained from error
+        raise
+
+
+def require_no_nan(x: Tensor) -> None:
+    """Raise ValueError, with its index, for a value of x that is NaN."""
+    if x.isnan().any():
+        raise ValueError(
+            f"x{x.isnan().nonzero()[0].tolist()} is nan: where NaN means missing, pass observed=~x.isnan(), "
+            "or missing='nan' to fit, evaluate and their like"
+        )
+
+
+def require_vae(caller: str, vae: Any, *, instead: str = "") -> None:
+    """Raise TypeError unless `vae` is a VAE without a context; `instead` is what to do with a context."""
+    if not isinstance(vae, VAE):
+        raise TypeError(f"{caller} takes a pyro_vae.VAE; got {type(vae).__name__}")
+    if vae.takes_context:
+        raise TypeError(
+            f"{caller} takes a pyro_vae.VAE of x alone; got a {type(vae).__name__}, whose answer depends on "
+            f"y{instead}"
+        )
+
+
 def data_plate(x: Tensor) -> pyro.plate:
     if len(x) == 0:
         raise ValueError("x is empty: the batch must hold at least one example")
@@ -295,15 +329,20 @@ def check_event_shape(p: dist.Distribution, x: Tensor) -> dist.Distribution:
     """Return p, or raise if it is not a distribution with the event shape of x."""
     if not isinstance(p, dist.Distribution):
         raise TypeError(f"the likelihood must return a Pyro distribution; got {type(p).__name__}")
+    require_events(x, p.event_shape)
+    return p
+
+
+def require_events(x: Tensor, event_shape: Sequence[int]) -> None:
+    """Raise unless x is a floating-point tensor (N, *event_shape), N ≥ 1."""
     require_floating("x", x)
-    if x.shape[1:] != p.event_shape:
+    if x.dim() == 0 or x.shape[1:] != tuple(event_shape):
         raise ValueError(
-            f"x must have shape (N, {', '.join(map(str, p.event_shape))}), as in the likelihood; "
-            f"got {tuple(x.shape)}: {to_shape('x', x.shape, p.event_shape, 'the VAE')}"
+            f"x must have shape (N, {', '.join(map(str, event_shape))}), as in the likelihood; "
+            f"got {tuple(x.shape)}: {to_shape('x', x.shape, event_shape, 'the VAE')}"
         )
     if len(x) == 0:
         raise ValueError("x is empty: the batch must hold at least one example")
-    return p
 
 
 def _require_parts(**parts: Any) -> None:

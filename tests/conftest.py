@@ -28,3 +28,11 @@ def isolation() -> Iterator[None]:
         torch.manual_seed(0)
         yield
     assert state() == before
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Compute in float64 by default; for a whole file: `pytestmark = pytest.mark.usefixtures("double")`."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

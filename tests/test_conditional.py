@@ -1,42 +1,20 @@
 """`ConditionalVAE`: densities given a context, against exact ones."""
 
-import pyro
+import math
+
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from contexts import C, D, K, N, rows, semi_supervised
+from contexts import conditional as linear
+from contexts import with_classes as data
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
 
-N, D, K, C = 7, 5, 2, 3
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    assert len(pyro.get_param_store()) == 0
-
-
-def data():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(N, D, generator=generator), torch.arange(N) % C
-
-
-def linear(*, learned_prior: bool = False, width: tuple[int, ...] = ()) -> pv.ConditionalVAE:
-    """x = W z + V y + b + noise: log p(x|y) is exact."""
-    prior = pv.priors.LearnedNormal(K, context_dim=C) if learned_prior else pv.priors.StandardNormal(K)
-    cvae = pv.ConditionalVAE(
-        prior=prior,
-        likelihood=pv.likelihoods.Normal(K, (D,), variance=0.5, hidden_features=width, context_dim=C),
-        guide=pv.guides.FullCovarianceNormal((D,), K, hidden_features=(8,), context_dim=C),
-    )
-    if learned_prior:
-        nn.init.normal_(prior.shift.weight, std=0.5)
-    return cvae
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def exact(cvae, x, y):
@@ -198,3 +176,143 @@ def test_an_optional_argument_of_a_prior_is_not_the_context():
     cvae = linear()
     cvae.prior = Tempered()
     assert torch.equal(cvae.p_z(data()[1]).stddev, torch.ones(K))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.1, 0.2, 0.7], "class_log_prior holds probabilities, .*: pass their logarithms"),
+        (torch.tensor([0.0, torch.nan, -1.0]), "class_log_prior must hold logarithms"),
+        ([0.0, 1.0], r"class_log_prior must have shape \(3,\); got \(2,\)"),
+    ],
+)
+def test_a_prior_of_classes_is_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        linear().class_probabilities(data()[0], C, class_log_prior=values)
+
+
+def test_a_prior_of_classes_may_be_a_list_or_an_array():
+    cvae, x, values = linear(), data()[0], [-0.5, -1.5, -3.0]
+    expected = cvae.class_probabilities(x, C, class_log_prior=torch.tensor(values))
+    for given in (values, np.array(values)):
+        assert torch.equal(cvae.class_probabilities(x, C, class_log_prior=given), expected)
+    cvae.class_probabilities(x, C, class_log_prior=[0.0, 0.0, 0.0])  # not normalised
+    assert (cvae.class_probabilities(x, C, class_log_prior=[0.0, -torch.inf, 0.0])[:, 1] == 0).all()
+
+
+NAN = r"x\[2, 4\] is nan: where NaN means missing, pass observed=~x.isnan\(\)"
+
+
+def with_nan():
+    x = rows()
+    x[2, 4] = torch.nan
+    return x
+
+
+CALLS = {
+    "encode": lambda vae, x: vae.encode(x, torch.arange(len(x)) % C),
+    "reconstruct": lambda vae, x: vae.reconstruct(x, torch.arange(len(x)) % C),
+    "class_log_evidence": lambda vae, x: vae.class_log_evidence(x, C),
+    "class_probabilities": lambda vae, x: vae.class_probabilities(x, C),
+    "predict_proba": lambda vae, x: vae.predict_proba(x),
+}
+DATA = {
+    "an array": (lambda: rows().numpy(), TypeError, "x must be a tensor; got ndarray"),
+    "another width": (lambda: rows()[:, :3], ValueError, r"x must have shape \((N|\*), 5\).*; got \(7, 3\)"),
+    "integers": (lambda: rows().long(), TypeError, "x must be floating point; got torch.int64"),
+    "nan": (with_nan, ValueError, NAN),
+}
+
+
+@pytest.mark.parametrize("bad", DATA)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("make", [linear, semi_supervised])
+def test_what_is_wrong_with_data_is_said(make, call, bad):
+    if call == "predict_proba" and make is linear:
+        return
+    values, error, message = DATA[bad]
+    with pytest.raises(error, match=message) as found:
+        CALLS[call](make(), values())
+    assert "Trace Shapes" not in str(found.value)
+
+
+def test_one_example_needs_a_dimension_for_the_batch():
+    for call in (semi_supervised().predict_proba, lambda x: linear().class_probabilities(x, C)):
+        with pytest.raises(ValueError, match=r"got \(5,\): add a dimension for the batch, x\[None\]"):
+            call(rows()[0])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_number_of_classes(count):
+    with pytest.raises(ValueError, match=f"num_classes must be 3, the context_dim of the parts; got {count}"):
+        linear().class_probabilities(rows(), count)
+    with pytest.raises(ValueError, match=f"num_classes must be that of the model, 3; got {count}"):
+        semi_supervised().class_probabilities(rows(), count)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (np.arange(N) % C, TypeError, "y must be a tensor; got ndarray: convert with torch.as_tensor"),
+        ([0] * N, TypeError, "y must be a tensor; got list: convert"),
+        (torch.tensor([0, 1, 2]), ValueError, r"y has batch shape \(3,\), but the examples have \(7,\)"),
+        (torch.arange(N) / 2, ValueError, r"y must have shape \(\*, 3\).*classes are integers, y.long\(\)"),
+    ],
+)
+def test_contexts_of_another_kind(y, error, message):
+    for call in (linear().encode, linear().reconstruct):
+        with pytest.raises(error, match=message):
+            call(rows(), y)
+    with pytest.raises(error, match=r"y must|one context for each"):
+        linear().sample(N, y=y)
+
+
+def test_a_number_as_context_is_a_column():
+    likelihood = pv.likelihoods.Normal(K, (D,), context_dim=1)
+    guide = pv.guides.DiagonalNormal((D,), K, context_dim=1)
+    cvae = pv.ConditionalVAE(prior=pv.priors.StandardNormal(K), likelihood=likelihood, guide=guide)
+    y = torch.randn(N)
+    with pytest.raises(ValueError, match=r"shape \(\*, 1\).*; got \(7,\): y\[:, None\] has it"):
+        pv.fit(cvae, (rows(), y), progress=False)
+    assert cvae.encode(rows(), y[:, None]).batch_shape == (N,)
+    with pytest.raises(TypeError, match="a ConditionalVAE takes x and y; got none for y"):
+        pv.fit(cvae, (rows(), None), progress=False)
+    with pytest.raises(TypeError, match="got int: convert lists of numbers with torch.as_tensor"):
+        pv.fit(cvae, (rows(), y.long().tolist()), progress=False)
+
+
+def test_classes_of_examples_with_missing_values():
+    from pyro_vae.utils.isolation import seed_generators
+
+    cvae, x = linear().eval(), with_nan()
+    observed = ~x.isnan()
+    found = cvae.class_log_evidence(x, C, observed=observed, num_particles=4, seed=3)
+    for label in range(C):
+        y, filled = torch.full((N,), label), torch.where(observed, x, 0.0)
+        seed_generators(x.device, 3)
+        q = cvae.posterior(filled, y)
+        z = q.rsample((4,))
+        by_element = dist.Normal(cvae.decode(z, y).mean, 0.5**0.5).log_prob(filled).where(observed, 0.0)
+        log_weight = by_element.sum(-1) + cvae.prior().log_prob(z) - q.log_prob(z)
+        expected = log_weight.logsumexp(0) - math.log(4)
+        torch.testing.assert_close(found[:, label], expected.detach(), rtol=0, atol=1e-10)
+    vae = semi_supervised()
+    filled = torch.where(observed, x, 0.0)
+    assert torch.equal(vae.predict_proba(x, observed=observed), vae.predict_proba(filled))
+    assert vae.class_probabilities(x, observed=observed).isfinite().all()
+
+
+def test_what_takes_no_context_says_what_to_do():
+    from pyro_vae.applications import AnomalyDetector, Codec, anomaly_scores, denoise, impute
+
+    for call, remedy in (
+        (impute, "posterior_predictive of to_inference_data"),
+        (anomaly_scores, r"evaluate\(vae, \(x, y\)\)"),
+        (lambda vae, x: denoise(vae, x, corruption=lambda x: dist.Normal(x, 1.0)), "depends on y$"),
+        (lambda vae, x: Codec(vae), "depends on y$"),
+        (lambda vae, x: AnomalyDetector(vae), "depends on y$"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"takes a pyro_vae.VAE of x alone; got a ConditionalVAE.*{remedy}"
+        ):
+            call(linear(), rows())

@@ -7,16 +7,10 @@ import pytest
 import pyro_vae as pv
 from pyro_vae.distributions import DiscretizedLogistic, FlowDistribution, build_flow
 
-EVALUATION = {"binarize": None, "seed": 0, "max_plate_nesting": 1, "progress": True}
+EVALUATION = {"binarize": None, "missing": None, "seed": 0, "max_plate_nesting": 1, "progress": True}
 NETWORK = {"hidden_features": (400,), "activation": "relu", "network": None, "context_dim": 0}
 DEFAULTS = {
-    pv.evaluate: {
-        "num_particles": 1000,
-        "aggregate_size": 5000,
-        "missing": None,
-        "group": "auto",
-        **EVALUATION,
-    },
+    pv.evaluate: {"num_particles": 1000, "aggregate_size": 5000, "group": "auto", **EVALUATION},
     pv.annealed_importance_sampling: {
         "num_chains": 16,
         "num_temperatures": 1000,

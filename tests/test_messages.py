@@ -168,3 +168,34 @@ def test_a_pair_that_trains_is_not_called_exchanged():
     vae = make_vae()
     assert pv.check_guide(vae.model, vae.guide, X).estimators
     assert isinstance(svi(..., TraceMeanField_ELBO()).step(X), float)
+
+
+def test_fit_with_a_parameter_of_later_batches_says_how_to_make_it():
+    def model(x, late):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(0.0, 1.0))
+            pyro.sample("x", pyro.distributions.Normal(z, 1.0), obs=x)
+
+    def guide(x, late):
+        loc = pyro.param("early", torch.tensor(0.0))
+        if late.sum() > 0:
+            loc = loc + pyro.param("late", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pyro.distributions.Normal(loc, 1.0))
+
+    x, late = torch.randn(12), torch.zeros(12)
+    late[8] = 1
+    options = {"batch_size": 2, "epochs": 1, "progress": False}
+    with pytest.raises(
+        ValueError, match=r"does not hold 'late' .* as pair.make_parameters\(\*batch\) before f"
+    ):
+        pv.fit(pv.Pair(model, guide), (x, late), **options)
+    pair = pv.Pair(model, guide)
+    pair.make_parameters(x, late)  # as the message says
+    pv.fit(pair, (x, late), **options)
+
+
+def test_messages_name_enumeration_among_the_estimators():
+    for call in (lambda: svi(..., 3), lambda: fit(estimator=3)):
+        with pytest.raises(TypeError, match="TraceEnum_ELBO"):
+            call()

@@ -7,6 +7,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from contexts import ALPHA, PRIOR, C, D, K, N
+from contexts import semi_supervised as make
+from contexts import with_few_classes as data
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
@@ -14,35 +17,7 @@ import pyro_vae as pv
 from pyro_vae.data.balance import Balance
 from pyro_vae.data.batches import Batches
 
-N, D, K, C = 7, 5, 2, 3
-PRIOR = (0.5, 0.3, 0.2)
-ALPHA = 0.4
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    assert len(pyro.get_param_store()) == 0
-
-
-def make(*, width: tuple[int, ...] = (6,), **options) -> pv.SemiSupervisedVAE:
-    torch.manual_seed(4)
-    return pv.SemiSupervisedVAE(
-        prior=pv.priors.StandardNormal(K),
-        likelihood=pv.likelihoods.Normal(K, (D,), variance=0.5, hidden_features=width, context_dim=C),
-        guide=pv.guides.DiagonalNormal((D,), K, hidden_features=(8,), context_dim=C),
-        classifier=pv.networks.MLP(D, C, hidden_features=(9,)),
-        num_classes=C,
-        **{"class_prior": PRIOR, "classification_weight": ALPHA, **options},
-    )
-
-
-def data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(N, D, generator=generator), torch.tensor([0, -1, 2, -1, -1, 1, -1])
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def by_hand(vae, x, y, z=None):
@@ -364,3 +339,18 @@ def test_parts_of_other_sizes():
     vae = pv.SemiSupervisedVAE(**{**parts, "classifier": nn.Linear(D, 2)}, num_classes=C)
     with pytest.raises(ValueError, match=r"the classifier must return logits of shape \(N, 3\)"):
         vae.predict_proba(data()[0])
+
+
+def test_a_class_is_no_unit():
+    report = pv.evaluate(make(), data(), num_particles=20, progress=False)
+    assert report.activity.isnan().tolist() == [True, False, False]
+    assert f"{report.active_units} of 2 " in repr(report)
+
+
+@pytest.mark.filterwarnings("ignore:y_unobserved")
+def test_a_weight_on_the_kl_needs_an_estimator_that_draws_the_class():
+    x, y = data()
+    with pytest.raises(TypeError, match="got TraceEnum_ELBO.*, which sums over values .*: use .* Trace_ELBO"):
+        pv.fit(make(), (x, y), kl_warmup=1, progress=False)
+    history = pv.fit(make(), (x, y), kl_warmup=2, estimator=Trace_ELBO(), epochs=1, progress=False)
+    assert history[0].beta == 0.5

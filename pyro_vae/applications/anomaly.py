@@ -14,7 +14,7 @@ from pyro_vae.applications.scores import LEARNED, Reference, compute_score, requ
 from pyro_vae.applications.statistics import element_log_likelihood, prepare, statistics
 from pyro_vae.utils.isolation import derived_seed, evaluating
 from pyro_vae.utils.validation import require_count
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, require_vae
 
 __all__ = ["AnomalyDetector"]
 
@@ -73,8 +73,7 @@ class AnomalyDetector:
         num_particles: int = 50,
         seed: int = 0,
     ):
-        if not isinstance(vae, VAE) or vae.takes_context:
-            raise TypeError(f"vae must be a pyro_vae.VAE; got {type(vae).__name__}")
+        require_vae("AnomalyDetector", vae)
         if not callable(score):
             require_score(score)
         if not isinstance(contamination, int | float) or not 0 < contamination <= 0.5:

@@ -27,7 +27,7 @@ from pyro_vae.applications.codec_rate import Rate, rate_of
 from pyro_vae.applications.integer_probabilities import Lattice
 from pyro_vae.utils import serialization
 from pyro_vae.utils.validation import require_count
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, require_vae
 
 __all__ = ["Codec", "CodecReader", "CodecWriter"]
 
@@ -89,10 +89,7 @@ class Codec:
         particles: int = 1,
         max_count: int = 255,
     ):
-        if not isinstance(vae, VAE) or vae.takes_context:
-            raise TypeError(
-                f"Codec takes a pyro_vae.VAE; got {type(vae).__name__} (Codec.load reads a saved one)"
-            )
+        require_vae("Codec (Codec.load reads a saved one)", vae)
         if precision != "exact":
             raise ValueError(f"precision must be 'exact', the only arithmetic offered; got {precision!r}")
         require_count("lattice_bits", lattice_bits, minimum=2)

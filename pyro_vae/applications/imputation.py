@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.applications.posterior_draws import Observed, Restored, draw_posterior
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_floating
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, require_vae
 
 __all__ = ["Pooled", "impute", "observe", "pool"]
 
@@ -82,8 +82,12 @@ def observe(vae: Any, name: str, y: Any, corruption: Any) -> Observed:
         TypeError: As `impute`.
         ValueError: As `impute`.
     """
-    if not isinstance(vae, VAE) or vae.takes_context:
-        raise TypeError(f"vae must be a pyro_vae.VAE; got {type(vae).__name__}: build pv.VAE(prior=, ...)")
+    require_vae(
+        "impute" if corruption is None else "denoise",
+        vae,
+        instead=": draws of what is missing given y are in the group posterior_predictive of "
+        "to_inference_data(vae, (x, y), missing='nan', oversample=10)" * (corruption is None),
+    )
     parameter = next(vae.parameters(), torch.zeros(()))
     y = _as_tensor(name, y, parameter.dtype).to(parameter.device)
     infinite = y.isinf().nonzero()

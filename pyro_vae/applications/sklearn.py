@@ -32,7 +32,7 @@ from pyro_vae.guides import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 from pyro_vae.training import History, fit
 from pyro_vae.utils.isolation import derived_seed, evaluating, isolated_generators
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, require_vae
 
 __all__ = ["VAEOutlierDetector", "VAETransformer", "log_evidence"]
 
@@ -131,8 +131,7 @@ class _VAEEstimator(BaseEstimator):
             >>> VAETransformer.from_vae(vae).transform(np.zeros((5, 4))).shape
             (5, 3)
         """
-        if not isinstance(vae, VAE) or vae.takes_context:
-            raise TypeError(f"from_vae takes a pyro_vae.VAE; got {type(vae).__name__}")
+        require_vae("from_vae", vae)
         event_shape = _event_shape(vae)
         estimator = cls(vae.prior().event_shape[0], **parameters)
         estimator._validate_params()

@@ -22,7 +22,7 @@ from pyro_vae.evaluation.importance_weights import summarise_weights
 from pyro_vae.utils.elements import elementwise
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_count
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, require_vae
 
 __all__ = ["Statistics", "element_log_likelihood", "prepare", "statistics"]
 
@@ -66,8 +66,7 @@ def prepare(vae: Any, data: Any, *, seed: int) -> Batches:
         ValueError: If data have another shape, lie outside the likelihood's support (NaN and ±inf do), or are
             images that are binarised at random, whose score would depend on their position.
     """
-    if not isinstance(vae, VAE) or vae.takes_context:
-        raise TypeError(f"vae must be a pyro_vae.VAE; got {type(vae).__name__}: build pv.VAE(prior=, ...)")
+    require_vae("a score", vae, instead=": evaluate(vae, (x, y)) has log p(x|y) of each example")
     if isinstance(data, Images) and data.binarize in ("dynamic", "fixed"):
         raise ValueError(
             f"images binarised at random (binarize={data.binarize!r}) would get another score at another "

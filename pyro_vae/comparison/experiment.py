@@ -119,7 +119,11 @@ def compare_estimators(
     call = "compare_estimators(pair, x, estimators) or compare_estimators(model, guide, x, estimators)"
     model, guide, rest = split_pair(call, model, *given)
     if len(rest) != 2:
-        raise TypeError(f"expected a batch and estimators after the pair; got {len(rest)}: call {call}")
+        found = "no estimators" if len(rest) == 1 else f"{len(rest)} arguments"
+        raise TypeError(
+            f"expected a batch and a list of estimators, such as [Trace_ELBO(), pyro_vae.IWAE(5)], after the "
+            f"pair; got {found}: call {call}"
+        )
     data, estimators = rest
     require_count("num_repeats", num_repeats, minimum=10)
     require_count("num_reference_particles", num_reference_particles, minimum=2)
@@ -175,7 +179,10 @@ class _Candidate:
 def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:
     """Return copies of the estimators, as use changes some, under unique names."""
     if not isinstance(estimators, Iterable) or isinstance(estimators, str):
-        raise TypeError(f"estimators must be a list of pyro.infer.ELBO, or a mapping; got {estimators!r}")
+        hint = f": write [{label(estimators)}]" if isinstance(estimators, ELBO) else ""
+        raise TypeError(
+            f"estimators must be a list of pyro.infer.ELBO, or a mapping; got {estimators!r}{hint}"
+        )
     if isinstance(estimators, Mapping):
         named = dict(estimators)
     else:

@@ -273,7 +273,7 @@ class Batches:
         try:
             self.unchecked(batch)
         except ValueError as error:
-            index = re.search(r"x\[(\d+)", str(error))
+            index = re.search(r"x(?:\['?\w+'?\])?\[(\d+)[,\]]", str(error))  # after that of the argument
             if index is None:
                 raise
             row = int(self.rows_of(positions)[int(index[1])])

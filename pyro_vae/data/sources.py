@@ -13,6 +13,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +99,8 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
 
 
 def _remedy(data: Any) -> str:
+    if isinstance(data, Real):
+        return ": convert lists of numbers with torch.as_tensor"
     if not isinstance(data, list | tuple):
         return ""
     if any(hasattr(item, "shape") for item in data):

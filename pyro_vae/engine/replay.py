@@ -97,6 +97,7 @@ class Replay:
         optimizer: A torch optimiser.
         clip_norm: Largest norm of all gradients together, or None; as for `pyro_vae.SVI`.
         engine: "traced", "compiled" or "auto".
+        watched: Returns model and guide as they run while a graph is recorded or compared.
         eager_step: Takes a step without a graph and returns its loss.
         fastest: The matrix-product library for each shape, see `choose_matmul_libraries`; None for torch's.
         update: Called with the gradients, and a flag `skip` as for `OptimizerStep`, in its place.
@@ -111,11 +112,12 @@ class Replay:
         clip_norm: float | None,
         *,
         engine: str,
+        watched: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]],
         eager_step: Callable[..., float],
         fastest: dict[str, str] | None,
         update: Callable[..., object] | None = None,
     ):
-        self.model, self.guide = model, guide
+        self.model, self.guide, self.watched = model, guide, watched
         self.estimator: Any = estimator
         self.clip_norm, self.eager_step = clip_norm, eager_step
         self.engine, self.fastest = engine, fastest
@@ -319,11 +321,11 @@ class Replay:
         if type(estimator).__name__.startswith("Jit"):
             raise Untraceable(f"{type(estimator).__name__} compiles itself: pass the class without Jit")
         if self.is_scheduled:
-            loss = estimator.differentiable_loss_at(self.weight, self.model, self.guide, *args, **kwargs)
+            loss = estimator.differentiable_loss_at(self.weight, *self.watched(), *args, **kwargs)
         elif hasattr(estimator, "differentiable_loss"):
-            loss = estimator.differentiable_loss(self.model, self.guide, *args, **kwargs)
+            loss = estimator.differentiable_loss(*self.watched(), *args, **kwargs)
         elif type(estimator) is TraceGraph_ELBO:
-            elbo, surrogate = estimator._loss_and_surrogate_loss(self.model, self.guide, args, kwargs)
+            elbo, surrogate = estimator._loss_and_surrogate_loss(*self.watched(), args, kwargs)
             loss = -elbo
         else:
             raise Untraceable(f"{type(estimator).__name__} has no differentiable_loss")

@@ -71,6 +71,7 @@ def annealed_importance_sampling(
     num_temperatures: int = 1000,
     num_leapfrog: int = 10,
     binarize: str | None = None,
+    missing: str | None = None,
     seed: int = 0,
     max_plate_nesting: int = 1,
     progress: bool = True,
@@ -93,6 +94,7 @@ def annealed_importance_sampling(
         num_temperatures: T.
         num_leapfrog: L, leapfrog steps per move.
         binarize: As in `evaluate`.
+        missing: As in `evaluate`.
         seed: As in `evaluate`.
         max_plate_nesting: As in `evaluate`.
         progress: Show a progress bar in a terminal or notebook.
@@ -120,7 +122,7 @@ def annealed_importance_sampling(
         vae = as_programs("annealed_importance_sampling(pair, data)", vae)
     for name, count in counts.items():
         require_count(name, count)
-    batches = prepare_data(vae, data, binarize=binarize, seed=seed)
+    batches = prepare_data(vae, data, binarize=binarize, seed=seed, missing=missing)
     at_once = max(1, math.prod(chunk_sizes(batches, num_chains)) // num_chains)
     betas = inverse_temperatures(num_temperatures).tolist()
     log_weight, acceptance = [], []

@@ -6,6 +6,8 @@ Notation: N examples, S samples z_s per example, taken from P ≥ S draws of the
 import importlib.metadata
 import math
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer import infer_discrete
 from torch import Tensor
 
 from pyro_vae.data.sources import arguments, num_rows
@@ -24,7 +27,7 @@ from pyro_vae.evaluation.draws import Chunk, Pair, by_example, chunk_lengths, ch
 from pyro_vae.evaluation.importance_weights import pareto_smoothed, summarise_weights
 from pyro_vae.objectives.log_terms import PairSites
 from pyro_vae.objectives.pair import as_programs
-from pyro_vae.objectives.sites import Site, run, sample_sites
+from pyro_vae.objectives.sites import Program, Site, Sites, joint_mask, run, sample_sites
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.serialization import replacing
@@ -48,6 +51,7 @@ def to_inference_data(
     num_samples: int = 200,
     oversample: int = 1,
     binarize: str | None = None,
+    missing: str | None = None,
     seed: int = 0,
     max_plate_nesting: int = 1,
     progress: bool = True,
@@ -57,7 +61,8 @@ def to_inference_data(
     Groups, with the dimensions chain (of size 1), draw, datum and the sites' own, such as z_dim:
 
     - posterior: z ~ q(z|x); with `oversample` above 1, draws resampled by their importance weights, which
-      approximate p(z|x) where k̂ is low;
+      approximate p(z|x) where k̂ is low; discrete sites y that the model enumerates and the guide lacks,
+      from p(y|x, z);
     - posterior_predictive: x ~ p(x|z) for these z; prior, prior_predictive: z ~ p(z), x ~ p(x|z);
     - observed_data: the data;
     - sample_stats: log_weight = log w, log_conditional = log p(x|z) and lp = log p(x, z) of each draw;
@@ -66,10 +71,14 @@ def to_inference_data(
 
     .. math:: \log \frac1{S-1} \sum_{r \ne s} w_r, \qquad w_r = p(x, z_r) / q(z_r|x).
 
-    With this choice ArviZ's `loo` gives the importance-weighted log-evidence, as `evaluate` does, with its
-    standard error over the data and the k̂ of the importance weights, and `compare` compares the evidence of
-    two VAEs datum by datum. The conditional log p(x|z) is unsuitable: z belongs to the datum that is left
-    out, so that `loo` would weight by 1 / p(x|z), whose mean seldom exists, and overrate the model.
+    Missing is NaN: observed values that a mask hides, in observed_data, and latent values that one hides,
+    which count for nothing. So of a site with `obs_mask`, such as y of a `SemiSupervisedVAE`, the values of
+    y_observed are NaN for the examples whose class is missing, and those of y_unobserved for the others.
+
+    With this log-likelihood ArviZ's `loo` gives the importance-weighted log-evidence, as `evaluate` does,
+    with its standard error over the data and the k̂ of the importance weights, and `compare` compares the
+    evidence of two VAEs datum by datum. The conditional log p(x|z) is unsuitable: z belongs to the datum that
+    is left out, so that `loo` would weight by 1 / p(x|z), whose mean seldom exists, and overrate the model.
 
     Args:
         vae: As in `evaluate`.
@@ -77,6 +86,7 @@ def to_inference_data(
         num_samples: S, draws of z kept per example.
         oversample: P / S, guide draws per kept draw.
         binarize: As in `evaluate`.
+        missing: As in `evaluate`. The predictive groups have values where x is missing, too.
         seed: As in `evaluate`.
         max_plate_nesting: As in `evaluate`.
         progress: Show a progress bar in a terminal or notebook.
@@ -105,7 +115,7 @@ def to_inference_data(
     vae = as_programs("to_inference_data(pair, data)", vae)
     require_count("num_samples", num_samples, minimum=2)
     require_count("oversample", oversample)
-    batches = prepare_data(vae, data, binarize=binarize, seed=seed)
+    batches = prepare_data(vae, data, binarize=binarize, seed=seed, missing=missing)
     num_draws = num_samples * oversample
     parts: list[Groups] = []
     with (
@@ -125,6 +135,7 @@ def to_inference_data(
         "num_samples": num_samples,
         "oversample": oversample,
         "binarize": str(binarize or getattr(data, "binarize", None)),
+        "missing": str(missing),
         "seed": seed,
     }
     groups = {group: _dataset([part[group] for part in parts], attrs) for group in parts[0]}
@@ -152,8 +163,10 @@ def _groups(pair: Pair, chunk: Chunk, oversample: int) -> Groups:
     kept = _resample(log_weight, oversample)
     z = {name: _take(values, kept) for name, values in chunk.draws.items()}
     counts = chunk_lengths(len(kept), sites.num_particles)  # as many at once as in the chunk's first run
-    posterior = _simulate(pair, chunk.batch, z, counts, sites)
-    prior = _simulate(pair, chunk.batch, {}, counts, sites)
+    if sites.enumerated:
+        z |= _draw_enumerated(pair.model, chunk.batch, z, counts, sites)
+    posterior = _simulate(pair.model, chunk.batch, z, counts, sites)
+    prior = _simulate(pair.model, chunk.batch, {}, counts, sites)
     observed = [name for name in posterior if name not in z]
     summary = summarise_weights(log_weight)
     log_conditional = _take(chunk.log_likelihood, kept)
@@ -221,9 +234,11 @@ class _Simulated:
         return (*_DRAWS, *own), self._array(values.expand(-1, self.sites.num_data, *values.shape[2:]), others)
 
     def observation(self) -> Variable:
-        """Return the observed value that the simulation replaced."""
+        """Return the observed value that the simulation replaced, NaN where it is missing."""
         others, own = self._dims()
-        values = by_example(self.sites, self.site, self.site["infer"]["obs"])[:1]
+        observed = self.site["infer"]["obs"].broadcast_to(self.site["value"].shape)
+        observed = _counted(self.site, observed)
+        values = by_example(self.sites, self.site, observed)[:1]
         return (*_DRAWS[2:], *own), self._array(values, others)[0, 0]
 
     def _dims(self) -> tuple[list[bool], list[str]]:
@@ -245,7 +260,7 @@ class _Simulated:
         without = [axis + 2 for axis, is_plate in enumerate(others) if not is_plate]
         array = values.cpu().numpy()
         support = elementwise_support(self.site["fn"].support)
-        if isinstance(support, _INTEGERS):
+        if isinstance(support, _INTEGERS) and not np.isnan(array).any():
             array = array.astype(np.int8 if support is constraints.boolean else np.int32)
         return array.squeeze(tuple(without))[None]
 
@@ -254,21 +269,62 @@ _INTEGERS = (type(constraints.boolean), type(constraints.nonnegative_integer), c
 
 
 def _simulate(
-    pair: Pair, batch: Any, z: dict[str, Tensor], counts: list[int], sites: PairSites
+    model: Program, batch: Any, z: dict[str, Tensor], counts: list[int], sites: PairSites
 ) -> dict[str, _Simulated]:
     """Run the model on n examples with x unobserved, at latent values z (S, n, ...) or at its own draws."""
     simulated: dict[str, _Simulated] = {}
-    model, start = poutine.uncondition(pair.model), 0
+    for part, plate in _parts(z, counts, sites):
+        with plate:
+            trace = run(poutine.condition(poutine.uncondition(model), data=part), *arguments(batch))
+        found = sample_sites(trace)
+        for name, site in found.items():
+            if site["value"].numel():  # a factor has no value
+                record = simulated.setdefault(name, _Simulated(name, site, sites, []))
+                is_replaced = _is_observed_part(name, found)
+                is_latent = not site["infer"].get("was_observed")
+                value = _counted(site, site["value"]) if is_latent or is_replaced else site["value"]
+                record.values.append(by_example(sites, site, value))
+    return simulated
+
+
+def _draw_enumerated(
+    model: Program, batch: Any, z: dict[str, Tensor], counts: list[int], sites: PairSites
+) -> dict[str, Tensor]:
+    """Draw the sites that the model enumerates given x and draws z (S, n, ...) of the others, (S, n, ...)."""
+    draws: dict[str, list[Tensor]] = defaultdict(list)
+    for part, plate in _parts(z, counts, sites):
+        conditioned = infer_discrete(
+            plate(poutine.condition(model, data=part)), first_available_dim=-1 - sites.rank
+        )
+        found = sample_sites(run(conditioned, *arguments(batch)))
+        for name in sites.enumerated:
+            value = by_example(sites, found[name], found[name]["value"])
+            draws[name].append(value.expand(plate.size, sites.num_data, *value.shape[2:]))
+    return {name: torch.cat(values) for name, values in draws.items()}
+
+
+def _parts(
+    z: dict[str, Tensor], counts: list[int], sites: PairSites
+) -> Iterator[tuple[dict[str, Tensor], pyro.plate]]:
+    """Yield latent values z (S, n, ...) in the shapes of their sites, some draws at once, and a plate."""
+    start = 0
     for count in counts:
         part = {name: v[start : start + count].movedim(1, sites.data_axis) for name, v in z.items()}
         start += count
-        with pyro.plate("samples", count, dim=-sites.rank):
-            trace = run(poutine.condition(model, data=part), *arguments(batch))
-        for name, site in sample_sites(trace).items():
-            if site["value"].numel():  # a factor has no value
-                record = simulated.setdefault(name, _Simulated(name, site, sites, []))
-                record.values.append(by_example(sites, site, site["value"]))
-    return simulated
+        yield part, pyro.plate("samples", count, dim=-sites.rank)
+
+
+def _counted(site: Site, value: Tensor) -> Tensor:
+    """Return a site's value with NaN where masks hide it."""
+    mask = joint_mask(site)
+    if mask.all():
+        return value
+    return torch.where(mask, value if value.is_floating_point() else value.double(), torch.nan)
+
+
+def _is_observed_part(name: str, sites: Sites) -> bool:
+    """Return whether a site is what a statement with `obs_mask` observes: it counts there alone."""
+    return name.endswith("_observed") and f"{name.removesuffix('_observed')}_unobserved" in sites
 
 
 def _dataset(chunks: list[dict[str, Variable]], attrs: dict[str, Any]) -> "xarray.Dataset":

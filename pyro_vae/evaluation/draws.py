@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.images import Images
-from pyro_vae.data.sources import arguments, check_arguments, num_rows, told_of_missing
+from pyro_vae.data.sources import arguments, num_rows, told_of_missing
 from pyro_vae.inference.guide_check import require_fit
+from pyro_vae.inference.observed_values import check_of
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
 from pyro_vae.objectives.sites import Site
 from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
@@ -117,7 +118,7 @@ def prepare_data(
         dtype=dtype,
         missing_for=told_of_missing(missing, pair),
     )
-    batches.check(getattr(pair, "check_data", check_arguments))
+    batches.check(check_of(pair, batches))
     return batches
 
 

@@ -193,7 +193,7 @@ class Evaluation:
 
     @property
     def active(self) -> Tensor:
-        """True for each active latent dimension, Var_x(E_q[z_u]) > 0.01, (U,)."""
+        """True for each active latent dimension, Var_x(E_q[z_u]) > 0.01, (U,); never for a class."""
         return self.activity > _ACTIVE
 
     @property
@@ -336,7 +336,9 @@ def _latent_rows(report: Evaluation) -> Iterator[_Row]:
         limit = f"of the first {count:,} data; at most log {count:,} = {math.log(count):.2f}"
         yield "  mutual information of x and z", report.mutual_information, limit
         yield "  KL of the aggregate to prior", report.marginal_kl, ""
-    active = f"{report.active_units} of {len(report.unit_names)}"
+    # a class has no mean, so that it counts as no unit
+    counted = len(report.unit_names) - (int(report.activity.isnan().sum()) if report.num_data > 1 else 0)
+    active = f"{report.active_units} of {counted}"
     yield "active units", active, f"Var(E[z|x]) > {_ACTIVE}"
 
 

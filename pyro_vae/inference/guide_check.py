@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_vae.inference.guide_fit import require_fit, run_fitting_pair
 from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
+from pyro_vae.inference.observed_values import require_observable
 from pyro_vae.inference.trained_parameters import (
     leaves,
     untrained_parameters,
@@ -21,6 +22,7 @@ from pyro_vae.inference.valid_estimators import (
     failure_reason,
     invalid_reason,
 )
+from pyro_vae.objectives.calls import as_arguments
 from pyro_vae.objectives.estimators import label
 from pyro_vae.objectives.guide_problems import parameters
 from pyro_vae.objectives.kl_weighting import KLWeighted
@@ -55,7 +57,8 @@ def check_guide(model: Any, *data: Any, max_plate_nesting: int = 1, **kwargs: An
 
     Args:
         model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`.
-        *data: The guide, if a model came first; then the arguments of both. A small batch is enough.
+        *data: The guide, if a model came first; then the arguments of both, or a tuple or dict of them, as
+            in `fit`. A small batch is enough.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
 
@@ -82,6 +85,8 @@ def check_guide(model: Any, *data: Any, max_plate_nesting: int = 1, **kwargs: An
         True
     """
     model, guide, data = split_pair("check_guide(pair, x) or check_guide(model, guide, x)", model, *data)
+    data, kwargs = as_arguments(model, data, kwargs)
+    require_observable(model, data, kwargs)
     with isolated(model, guide):
         pair = run_fitting_pair(model, guide, data, kwargs)
         registered = parameters(pair.guide_trace, pair.model_trace)

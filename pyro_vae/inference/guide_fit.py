@@ -11,6 +11,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
+from pyro_vae.objectives.calls import explaining_calls
 from pyro_vae.objectives.enumeration import enumerated_sites
 from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.guide_problems import (
@@ -22,6 +23,7 @@ from pyro_vae.objectives.guide_problems import (
     scale_problems,
     subsample_problems,
     support,
+    value_problem,
 )
 from pyro_vae.objectives.kl_weighting import inner_estimator
 from pyro_vae.objectives.log_terms import particle_plate
@@ -74,8 +76,9 @@ def run_fitting_pair(
     programs = (model, guide)
     if estimator is not None:
         programs = _as_run_by(estimator, model, guide, data, kwargs)
-    guide_trace, returned = _run_guide(*programs, data, kwargs)
-    model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
+    with explaining_calls(model, guide, data, kwargs):
+        guide_trace, returned = _run_guide(*programs, data, kwargs)
+        model_trace, error = _run_model(*programs, guide_trace, data, kwargs)
     model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     dims = {site["infer"].get("_enumerate_dim") for site in (*model_sites.values(), *guide_sites.values())}
     if estimator is None or sums_out(estimator):
@@ -85,6 +88,10 @@ def run_fitting_pair(
         model_sites, guide_sites, returned, enumerated=dims - {None}, model_failed=error is not None
     )
     found = (*mismatches, *subsample_problems(model_trace, guide_trace))
+    observed = ((name, site) for name, site in model_sites.items() if site["is_observed"])
+    for problem in (value_problem(*each) for each in observed):
+        if problem and not found:
+            raise ValueError(problem) from error
     if not found and error is None:
         weights = model_sites, guide_sites, partial(draw_sources, programs[1], data, kwargs)
         found = (*mask_problems(*weights), *scale_problems(*weights))

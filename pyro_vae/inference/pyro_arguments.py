@@ -18,8 +18,8 @@ _Arguments = ParamSpec("_Arguments")
 
 _GRADIENT_METHODS = ("differentiable_loss", "loss_and_grads")
 _EXPECTED = (
-    "loss must be a pyro.infer.ELBO, such as Trace_ELBO(), or a function loss(model, guide, *args) that "
-    "returns a differentiable tensor"
+    "loss must be a pyro.infer.ELBO, such as Trace_ELBO() or TraceEnum_ELBO(), or a function "
+    "loss(model, guide, *args) that returns a differentiable tensor"
 )
 _KEYWORDS = {
     "optim": "call it optimizer, a torch optimiser: SVI(model, guide, optimizer=..., loss=...)",

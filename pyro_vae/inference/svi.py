@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import (
+    ELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -24,8 +31,12 @@ from pyro_vae.engine.recorder import global_generators
 from pyro_vae.engine.replay import ENGINES, Replay
 from pyro_vae.inference.batch_parts import BatchParts
 from pyro_vae.inference.guide_check import check_mean_field, check_training, untrained_parameters
+from pyro_vae.inference.guide_fit import require_fit, sums_out
 from pyro_vae.inference.non_finite import is_finite, non_finite_gradient, non_finite_site
+from pyro_vae.inference.observed_values import require_observable
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
+from pyro_vae.inference.same_sites import naming_step, with_same_sites
+from pyro_vae.objectives.calls import explaining_calls, require_arguments
 from pyro_vae.objectives.pair import split_pair, stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, plate_nesting, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
@@ -74,8 +85,8 @@ class SVI:
         model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`, in place of both.
         guide: A Pyro guide of the same arguments.
         optimizer: A torch optimiser of the parameters to train.
-        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()` or one of this library's; by
-            default the one of Pyro's that suits the pair, see `default_loss`. Or a function
+        loss: A `pyro.infer.ELBO`: `Trace_ELBO()`, `TraceMeanField_ELBO()`, `TraceEnum_ELBO()` or one of this
+            library's; by default the one of Pyro's that suits the pair, see `default_loss`. Or a function
             `loss(model, guide, *args, **kwargs)` that returns a differentiable tensor; the pair is then
             checked for parameters that the optimiser does not hold, and for nothing else.
         clip_norm: Maximum Euclidean norm of the gradient of all parameters; larger gradients are rescaled.
@@ -175,6 +186,8 @@ class SVI:
         Raises:
             NonFiniteError: If the loss or a gradient is infinite or NaN; names parameter, site and datum
                 where these can be found. Parameters and the optimiser's state are unchanged, gradients None.
+            GuideError: If guide and model draw other sites with this batch than with the first, and not the
+                same; names the step and the site.
             ValueError: If the programs enter a parameter in Pyro's store that the optimiser does not hold.
         """
         if self.processes.size > 1:
@@ -222,10 +235,16 @@ class SVI:
             settings = (self.model, self.guide, self.loss, self.optimizer, clip_norm)
             if self._replay is None or self._replayed != (*settings, self.engine):
                 self._replayed = (*settings, self.engine)
-                options = {"fastest": self.fastest_products} | options
-                self._replay = Replay(*settings, engine=self.engine, eager_step=eager_step, **options)
+                usual: dict[str, Any] = {"fastest": self.fastest_products, "watched": self._programs}
+                self._replay = Replay(
+                    *settings, engine=self.engine, eager_step=eager_step, **(usual | options)
+                )
             step = partial(self._replay.step, self.steps) if not self._met_late else eager_step
-            loss = step(*args, **kwargs)
+            try:
+                loss = step(*args, **kwargs)
+            except RuntimeError:  # a class out of range fails in the graph
+                require_observable(self.model, args, kwargs)
+                raise
         self._require_trained(num_stored)
         self._checked = (self.model, self.guide, self.loss)
         self.steps += 1
@@ -255,8 +274,15 @@ class SVI:
             ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter, of
                 Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
+        require_arguments(self.model, args, kwargs)
+        if not isinstance(self.loss, FunctionLoss):
+            require_observable(self.model, args, kwargs)
         if self.loss is None:
-            self.loss = default_loss(self.model, self.guide, *args, **kwargs)
+            try:
+                self.loss = default_loss(self.model, self.guide, *args, **kwargs)
+            except Exception:
+                require_fit(self.model, self.guide, *args, **kwargs)  # explains it, if the guide does not fit
+                raise
         if not isinstance(self.loss, FunctionLoss):
             check_training(self.model, self.guide, self.loss, self.parameters(), *args, **kwargs)
             self._checked = (self.model, self.guide, self.loss)
@@ -276,7 +302,8 @@ class SVI:
         self.optimizer.zero_grad()
         torch.clear_autocast_cache()  # of casts of the parameters before the last step
         try:
-            loss = self._loss_and_gradients(states, *args, **kwargs)
+            with naming_step(self.steps + 1):
+                loss = self._loss_and_gradients(states, *args, **kwargs)
             self._require_trained(num_stored)
             parameters = self.parameters()
             if flag_non_finite((p.grad for p in parameters), torch.zeros(())):
@@ -292,14 +319,15 @@ class SVI:
         """Return the loss, as `step` does, without taking a step, using torch's global generator."""
         if self.loss is None:
             self.check(*args, **kwargs)
-        with torch.no_grad():
-            return _numbers(self.loss.loss(self.model, self.guide, *args, **kwargs))
+        with torch.no_grad(), explaining_calls(self.model, self.guide, args, kwargs), naming_step():
+            return _numbers(self.loss.loss(*self._programs(), *args, **kwargs))
 
     def _loss_and_gradients(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss and its gradient; `states` are those of the generators, to repeat a failure."""
         try:
             value = self._backward(states, *args, **kwargs)
         except ValueError as error:  # Pyro's validation raises it for NaN parameters, for instance
+            require_observable(self.model, args, kwargs)
             reason = self._repeat(states, non_finite_site, self.model, self.guide, *args, **kwargs)
             if reason is None:
                 raise
@@ -316,7 +344,7 @@ class SVI:
 
     def _backward(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.loss, "differentiable_loss"):  # TraceGraph_ELBO, for instance
-            return _numbers(self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs))
+            return _numbers(self.loss.loss_and_grads(*self._programs(), *args, **kwargs))
         loss = self._differentiable_loss(states, *args, **kwargs)
         value = _numbers(loss)
         finite = _is_finite(value) or self._has_no_value(value)
@@ -328,13 +356,13 @@ class SVI:
     def _differentiable_loss(self, states: Sequence[Tensor], /, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.loss, FunctionLoss):
             try:
-                return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                return self.loss.differentiable_loss(*self._programs(), *args, **kwargs)
             except ValueError as error:
                 if not (isinstance(self.loss, TraceEnum_ELBO) and "cannot be differentiated" in str(error)):
                     raise
             for generator, state in zip(global_generators(), states, strict=False):
                 generator.set_state(state)
-            return self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            return self.loss.loss_and_grads(*self._programs(), *args, **kwargs)
         with poutine.trace(param_only=True) as tracer:
             loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
         # those that pyro.param creates; a module's may be left untrained on purpose
@@ -345,6 +373,12 @@ class SVI:
         ]
         self._met_late.update(name for name in created if name in self._stored())
         return loss
+
+    def _programs(self) -> tuple[Program, Program]:
+        """Return the pair as it runs in a step; functions and sleep phases have runs of their own."""
+        if isinstance(self.loss, FunctionLoss | ReweightedWakeSleep):
+            return self.model, self.guide
+        return with_same_sites(self.model, self.guide, sums_out=sums_out(self.loss))
 
     def _warn_if_nothing_moves(self) -> None:
         if not self._is_told and all(parameter.grad is None for parameter in self.parameters()):

@@ -100,6 +100,7 @@ def untrained_parameters(trained: Iterable[Tensor], stored: Mapping[str, Tensor]
 def _untrained_message(names: list[str]) -> str:
     return (
         f"the optimiser does not hold {', '.join(map(repr, names))} (of pyro.param or pyro.module), so that "
-        "it would not be trained: run guide and model with such arguments before you make the optimiser, add "
-        "it by optimizer.add_param_group, or train by pyro.infer.SVI"
+        "it would not be trained: run guide and model with such arguments first, as "
+        "pair.make_parameters(*batch) before fit does; with pyro_vae.SVI, before you make the optimiser, or "
+        "add it by optimizer.add_param_group; or train by pyro.infer.SVI"
     )

@@ -117,7 +117,8 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
             if not is_identically_zero(site["fn"].score_parts(site["value"]).score_function):
                 raise ValueError(
                     f"TraceMeanField_ELBO is wrong here: the guide's site {name!r}, a {site_family(site)}, "
-                    "is not reparameterised, so its gradient would be lost; use Trace_ELBO, or VIMCO"
+                    "is not reparameterised, so its gradient would be lost; use Trace_ELBO, VIMCO, "
+                    "or, for a site that can be enumerated, TraceEnum_ELBO"
                 )
         latent = list(latent_sites(model_sites))
         for name in (name for name in latent if name in guide_sites):

@@ -26,7 +26,13 @@ from pyro_vae.objectives.sites import (
     same_scale,
     vectorized_plates,
 )
-from pyro_vae.utils.validation import elementwise_support, first_outside, known_support, same_support
+from pyro_vae.utils.validation import (
+    elementwise_support,
+    first_outside,
+    known_support,
+    outside_support,
+    same_support,
+)
 
 __all__ = [
     "explain_failure",
@@ -39,6 +45,8 @@ __all__ = [
     "scale_problems",
     "subsample_problems",
     "support",
+    "validated_support",
+    "value_problem",
 ]
 
 _FIXED_SET = (
@@ -265,6 +273,40 @@ def support(site: Site) -> constraints.Constraint | None:
     """Return the constraint on each element of a site's value, or None if it is unknown."""
     found = known_support(site["fn"])
     return found and elementwise_support(found)
+
+
+def validated_support(site: Site) -> constraints.Constraint | None:
+    """Return the support in which all of a site's values must lie, or None if some need not.
+
+    Where Pyro's validation is off, none need.
+    """
+    fn = site["fn"]
+    while fn is not None:
+        if not fn._validate_args and fn._validate_args is not None:
+            return None
+        fn = getattr(fn, "base_dist", None)
+    return known_support(site["fn"]) if joint_mask(site).all() else None
+
+
+def value_problem(name: str, site: Site) -> str | None:
+    """Return a message if the value of an observed site has another shape, or lies outside the support."""
+    fn, value = site["fn"], site["value"]
+    if value.numel() == 0:
+        return None  # a factor has none
+    family = outer_family(site)
+    try:
+        whole = torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape)
+    except RuntimeError:
+        whole = torch.Size()
+    if whole[len(whole) - fn.event_dim :] != fn.event_shape or len(whole) < value.dim():
+        return (
+            f"the model's site {name!r} observes a value of shape {tuple(value.shape)}, expected one of "
+            f"{_shapes(site)}, as its {family} has: reshape the value, or declare event dimensions with "
+            ".to_event(...)"
+        )
+    support = validated_support(site)
+    outside = support and outside_support(name, value, family, support)
+    return f"the model's site {name!r}: {outside}" if outside else None
 
 
 def _renamed(latent: Sites, model_sites: Sites, guide_sites: Sites) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -81,8 +81,8 @@ class KLWeighted(Loss):
         # Jit classes would record β as a constant.
         if not isinstance(estimator, Estimator) and type(estimator) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise TypeError(
-                "KLWeighted takes one of this library's estimators, Trace_ELBO or TraceMeanField_ELBO; got "
-                f"{estimator!r}"
+                "KLWeighted, and so kl_warmup of fit, takes one of this library's estimators, Trace_ELBO or "
+                f"TraceMeanField_ELBO; got {label(estimator)}{_of_enumeration(estimator)}"
             )
         if not callable(beta):
             _require_weight("beta", beta)
@@ -144,6 +144,15 @@ class KLWeighted(Loss):
         beta = "schedule" if callable(self.schedule) else self.schedule
         free_bits = f", free_bits={self.free_bits}, per={self.per!r}" if self.free_bits else ""
         return f"KLWeighted({label(self.estimator)}, {beta}{free_bits})"
+
+
+def _of_enumeration(estimator: Any) -> str:
+    if not isinstance(estimator, TraceEnum_ELBO):
+        return ""
+    return (
+        ", which sums over values with the very densities that a weight would change: use IWAE(1), which "
+        "sums over sites that the model alone enumerates, or Trace_ELBO, which draws those of the guide"
+    )
 
 
 def inner_estimator(loss: ELBO) -> ELBO:

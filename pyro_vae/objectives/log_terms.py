@@ -23,8 +23,9 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_vae.objectives.calls import as_arguments, explaining_calls
 from pyro_vae.objectives.enumeration import enumerated_sites, sum_out
-from pyro_vae.objectives.guide_problems import mask_problems, name_problems
+from pyro_vae.objectives.guide_problems import mask_problems, name_problems, value_problem
 from pyro_vae.objectives.pair import split_pair
 from pyro_vae.objectives.sites import (
     NotSeparableError,
@@ -185,7 +186,7 @@ def terms(
             `infer={"enumerate": "parallel"}`, and the guide lacks, are summed out of both. The guide has the
             same arguments and latent sites, possibly with additional ones marked
             `infer={"is_auxiliary": True}`.
-        *data: The guide, if a model came first; then the arguments of both.
+        *data: The guide, if a model came first; then the arguments of both, or a tuple or dict of them.
         num_particles: S, independent draws from the guide per example.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
@@ -217,6 +218,7 @@ def terms(
         tensor([-1.2655, -1.5155, -2.2655])
     """
     model, guide, data = split_pair("terms(pair, x) or terms(model, guide, x)", model, *data)
+    data, kwargs = as_arguments(model, data, kwargs)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
     if guide_messenger(guide) is not None:
@@ -226,7 +228,8 @@ def terms(
         )
     particles = particle_plate(num_particles, max_plate_nesting) if num_particles > 1 else nullcontext()
     runs = partial(_run_pair, model, guide, data, kwargs, particles)
-    guide_trace, model_trace, draws = runs()
+    with explaining_calls(model, guide, data, kwargs):
+        guide_trace, model_trace, draws = runs()
     enumerated = enumerated_sites(sample_sites(model_trace), sample_sites(guide_trace))
     nesting = max_plate_nesting + 1 if enumerated else math.inf  # of batch dimensions that plates explain
     if enumerated:
@@ -251,6 +254,7 @@ def terms(
         guide=guide_sites,
         latent=latent,
         observed=observed,
+        enumerated=enumerated,
         summed=sums.names,
         draws=draws,
         num_particles=num_particles,
@@ -359,6 +363,7 @@ class PairSites:
     guide: Sites
     latent: Sites
     observed: Sites
+    enumerated: list[str]  # latent sites of the model that are summed out
     summed: frozenset[str]  # sites whose log-densities are replaced by a sum over enumerated values
     draws: dict[str, Tensor]  # latent values, as passed to the model
     num_particles: int
@@ -449,6 +454,9 @@ def _set_log_prob(where: str, site: Site, nesting: float = math.inf) -> Any:
         site["log_prob"] = scale_and_mask(parts.log_prob, 1.0, site["mask"])
         check_site_shape(site, nesting)
     except ValueError as error:
+        problem = value_problem(site["name"], site) if site["is_observed"] else None
+        if problem:
+            raise ValueError(problem) from error
         raise ValueError(
             f"{where} cannot score its value: {error}\n"
             "Values must lie in the support of their distribution (for a Bernoulli, binarise grey levels), "

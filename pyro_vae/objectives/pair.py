@@ -275,6 +275,26 @@ class _OwnStore(Messenger):
             vars(original).update({key: vars(copied)[key] for key in self._ATTRIBUTES})
 
 
+class _NamedModules:
+    """Follow the calls of `pyro.module` in a block: it sends no message for a module without parameters."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, nn.Module] = {}
+
+    def __enter__(self) -> None:
+        self.is_free = sys.getprofile() is None
+        if self.is_free:
+            sys.setprofile(self._follow)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.is_free:
+            sys.setprofile(None)
+
+    def _follow(self, frame: FrameType, event: str, value: Any) -> None:
+        if event == "call" and frame.f_code is pyro.module.__code__:
+            self.found[frame.f_locals["name"]] = frame.f_locals["nn_module"]
+
+
 def _module_being_named() -> tuple[str, nn.Module] | None:
     """Return name and module of the `pyro.module(...)` that is running: its parameters' messages lack it."""
     frame: FrameType | None = sys._getframe()
@@ -399,10 +419,15 @@ class Pair(OwnParameters):
 
 def make_parameters(pair: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Run a pair once without gradients, in evaluation mode, so that lazy parameters are made."""
-    states = ModuleStates()
-    with evaluation_mode(pair.model, pair.guide), torch.no_grad(), poutine.block(), states.followed():
+    states, named = ModuleStates(), _NamedModules()
+    with evaluation_mode(pair.model, pair.guide), torch.no_grad(), poutine.block(), states.followed(), named:
         run_pair(pair.model, pair.guide, args, kwargs)
     states.restore_buffers()  # of modules that were not known as the pair's, and ran in training mode
+    if isinstance(pair, OwnParameters):
+        for name, module in named.found.items():
+            if module not in set(pair.modules()):  # it has no parameter that is trained, but buffers, say
+                pair.stored.named[name] = module
+                pair.stored.add(name, module)
     waiting = pair.stored.waiting if isinstance(pair, OwnParameters) else {}
     if waiting:
         raise ValueError(

@@ -20,6 +20,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_vae.objectives.calls import explaining_calls
+
 __all__ = [
     "NotSeparableError",
     "Program",
@@ -93,12 +95,13 @@ def run_pair(
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Run a guide, then the model at its draws and subsamples, as Pyro's estimators do; record both."""
     messenger = guide_messenger(guide)
-    if messenger is not None:
-        guide(*data, **kwargs)
-        model_trace, guide_trace = messenger.get_traces()
-        return guide_trace, model_trace
-    guide_trace = run(guide, data, kwargs)
-    return guide_trace, run(poutine.replay(model, trace=guide_trace), data, kwargs)
+    with explaining_calls(model, guide, data, kwargs):
+        if messenger is not None:
+            guide(*data, **kwargs)
+            model_trace, guide_trace = messenger.get_traces()
+            return guide_trace, model_trace
+        guide_trace = run(guide, data, kwargs)
+        return guide_trace, run(poutine.replay(model, trace=guide_trace), data, kwargs)
 
 
 def guide_messenger(guide: Program) -> Any:

@@ -23,9 +23,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sources import arguments, check_arguments, told_of_missing
+from pyro_vae.data.sources import arguments, told_of_missing
 from pyro_vae.data.streams import Stream, is_stream
 from pyro_vae.inference.guide_check import require_fit
+from pyro_vae.inference.observed_values import check_of
 from pyro_vae.inference.svi import default_loss
 from pyro_vae.objectives.pair import OwnParameters, Pair, as_programs, make_parameters
 from pyro_vae.training.checkpoint import Checkpoint, saved_shards
@@ -269,7 +270,11 @@ def _with_estimator(settings: Settings, pair: OwnParameters, train: Batches | St
     if settings.estimator is not None:
         return settings
     args, kwargs = arguments(train.peek(2))
-    return dataclasses.replace(settings, estimator=default_loss(pair.model, pair.guide, *args, **kwargs))
+    try:
+        return dataclasses.replace(settings, estimator=default_loss(pair.model, pair.guide, *args, **kwargs))
+    except Exception:
+        require_fit(pair.model, pair.guide, *args, **kwargs)
+        raise
 
 
 def _settings(
@@ -294,7 +299,9 @@ def _settings(
             require_count(name, count)
     if not isinstance(estimator, ELBO | None):
         got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
-        raise TypeError(f"estimator must be a pyro.infer.ELBO, such as pyro_vae.IWAE(5); got {got}")
+        raise TypeError(
+            f"estimator must be a pyro.infer.ELBO, such as TraceEnum_ELBO() or pyro_vae.IWAE(5); got {got}"
+        )
     if isinstance(estimator, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
         raise ValueError(
             f"{type(estimator).__name__} gives no bound per datum, which fit would report and validate by: "
@@ -509,7 +516,7 @@ def _conversions(pair: OwnParameters, missing: str | None) -> dict[str, Any]:
 def _check(pair: OwnParameters, *parts: Batches | Stream | None) -> None:
     for batches in parts:
         if batches is not None:
-            batches.check(getattr(pair, "check_data", check_arguments))
+            batches.check(check_of(pair, batches))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.data.streams import Stream
+from pyro_vae.inference.guide_report import GuideError
 from pyro_vae.inference.svi import SVI
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import Terms, terms
@@ -204,8 +205,10 @@ class Run:
                 self.svi.loss.steps = epoch * self.steps_per_epoch + len(self.done)
             try:
                 length, loss = next(losses)
-            except NonFiniteError as error:
+            except (GuideError, NonFiniteError) as error:
                 where = f"epoch {epoch + 1}, step {len(self.done) + 1} of {self.steps_per_epoch}"
+                if isinstance(error, GuideError):
+                    raise GuideError(f"{where}: {str(error).partition(': ')[2]}") from error
                 raise NonFiniteError(f"{where}: {error}. {self._last_good()}") from error
             bound = -loss / self._scale(length)
             self.done.append((length, bound / length))

@@ -22,6 +22,7 @@ __all__ = [
     "require_module",
     "require_number",
     "require_shape",
+    "require_tensor",
     "same_support",
     "to_shape",
 ]
@@ -111,10 +112,23 @@ def require_event_and_latent(call: str, *, event_shape: Any, latent_dim: Any) ->
     return require_shape("event_shape", event_shape)
 
 
+def require_tensor(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor.
+
+    Example:
+        >>> require_tensor("y", [0, 1])
+        Traceback (most recent call last):
+            ...
+        TypeError: y must be a tensor; got list: convert with torch.as_tensor
+    """
+    if not isinstance(value, Tensor):
+        hint = ": convert with torch.as_tensor" * (hasattr(value, "__array__") or isinstance(value, list))
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}{hint}")
+
+
 def require_floating(name: str, value: Any) -> None:
     """Raise unless `value` is a floating-point tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    require_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(
             f"{name} must be floating point; got {value.dtype}: divide grey levels 0..255 by 255, as "

@@ -3,24 +3,23 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from contexts import semi_supervised, with_few_classes
 from pyro.distributions import constraints
 from pyro.infer import config_enumerate
+from solved import data as rows_of
+from solved import linear_gaussian
 
 import pyro_vae as pv
+from pyro_vae.evaluation import draws
 
 N, NOISE = 9, 0.6
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-    assert len(pyro.get_param_store()) == 0
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def covariates():
@@ -146,3 +145,117 @@ def test_what_is_no_pair_is_refused():
     for wrong in (3, torch.nn.Linear(2, 2), (print,), (print, 3)):
         with pytest.raises(TypeError, match=r"expected (an object with|a model and) .*call evaluate"):
             pv.evaluate(wrong, torch.zeros(3, 2), progress=False)
+
+
+LOCS, PROBS = torch.tensor([-2.0, 0.5, 1.0]), torch.tensor([0.5, 0.3, 0.2])
+
+
+def guide_of_z(x):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(0.4 * x, 0.7))
+
+
+def mixture(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        y = pyro.sample("y", dist.Categorical(PROBS.double()), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(z + LOCS[y], 0.8), obs=x)
+
+
+def test_sites_that_are_summed_out_are_exported_given_the_data_and_the_other_draws(monkeypatch):
+    monkeypatch.setattr(draws, "_PARTICLES", 700)  # in parts
+    x, count = torch.linspace(-2, 2, N), 2000
+    idata = pv.to_inference_data((mixture, guide_of_z), x, num_samples=count, progress=False)
+    assert set(idata["posterior"]) == set(idata["prior"]) == {"z", "y"}
+    assert list(idata["observed_data"]) == list(idata["prior_predictive"]) == ["x"]
+    z, y = (torch.tensor(idata["posterior"][name].values[0]) for name in ("z", "y"))
+    joint = dist.Normal(z[..., None] + LOCS, 0.8).log_prob(x[:, None]) + PROBS.log()
+    probability = joint.softmax(-1)
+    difference = (y[..., None] == torch.arange(3)).double() - probability
+    spread = (probability * (1 - probability)).mean(0).sqrt() / math.sqrt(count)
+    assert (difference.mean(0).abs() < 5 * spread + 1e-9).all()
+    predicted = torch.tensor(idata["posterior_predictive"]["x"].values[0]) - z - LOCS[y.long()]
+    assert abs(predicted.mean()) < 5 * 0.8 / math.sqrt(N * count)
+    assert predicted.std().item() == pytest.approx(0.8, rel=5 / math.sqrt(2 * N * count))
+    shares = torch.tensor(idata["prior"]["y"].values[0]).long().flatten().bincount() / (N * count)
+    assert (shares - PROBS).abs().max() < 5 * 0.5 / math.sqrt(N * count)
+
+
+def test_sites_that_are_summed_out_in_a_chain_and_in_another_plate_are_exported():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            state = 0
+            for t in pyro.markov(range(2)):
+                p = (0.1 + torch.eye(3))[state]
+                state = pyro.sample(f"y_{t}", dist.Categorical(p), infer={"enumerate": "parallel"})
+                pyro.sample(f"x_{t}", dist.Normal(z + 40 * LOCS[state], 0.1), obs=x + 40 * LOCS[t])
+            with pyro.plate("repeats", 4, dim=-2):
+                each = pyro.sample("each", dist.Categorical(PROBS), infer={"enumerate": "parallel"})
+                pyro.sample("w", dist.Normal(LOCS[each], 0.01), obs=LOCS[torch.arange(4)[:, None] % 3])
+
+    idata = pv.to_inference_data(
+        (model, lambda x: guide_of_z(2.5 * x)),
+        torch.linspace(-2, 2, N),
+        num_samples=6,
+        max_plate_nesting=2,
+        progress=False,
+    )
+    posterior = idata["posterior"]
+    assert posterior["each"].shape == (1, 6, N, 4)
+    assert (posterior["each"].values == [0, 1, 2, 0]).all()
+    assert (posterior["y_0"].values == 0).all()
+    assert (posterior["y_1"].values == 1).all()
+    assert idata["posterior_predictive"]["w"].values == pytest.approx(
+        LOCS.numpy()[[0, 1, 2, 0]] + np.zeros((1, 6, N, 4)), abs=0.06
+    )
+
+
+def test_classes_that_are_missing_are_missing_in_the_export():
+    vae, (x, y) = semi_supervised(), with_few_classes()
+    idata = pv.to_inference_data(vae, (x, y), num_samples=5, progress=False)
+    missing = (y < 0).numpy()
+    classes = idata["observed_data"]["y_observed"].values
+    assert classes[~missing].tolist() == y[y >= 0].tolist()
+    for group, name, expected in [
+        ("observed_data", "y_observed", missing),
+        ("posterior", "y_unobserved", ~missing),
+        ("prior", "y_unobserved", ~missing),
+        ("posterior_predictive", "y_observed", missing),
+        ("prior_predictive", "y_observed", missing),
+    ]:
+        found = np.isnan(idata[group][name].values)
+        assert (found == expected).all(), (group, name)
+    assert not np.isnan(idata["posterior_predictive"]["x"].values).any()
+    all_given = pv.to_inference_data(vae, (x, y.clamp(min=0)), num_samples=5, progress=False)
+    assert all_given["observed_data"]["y_observed"].dtype == np.int32
+
+
+def test_missing_values_are_missing_in_the_export_and_predicted():
+    exact, vae = linear_gaussian(scale=1.2)
+    x = rows_of(exact, N)
+    x[2, 3] = x[5, 0] = torch.nan
+    idata = pv.to_inference_data(vae, x, missing="nan", num_samples=3000, progress=False)
+    np.testing.assert_array_equal(idata["observed_data"]["x"].values, x.numpy())
+    assert idata.attrs["missing"] == "nan"
+    predicted = torch.tensor(idata["posterior_predictive"]["x"].values[0])
+    mean = vae.decode(torch.tensor(idata["posterior"]["z"].values[0])).mean
+    spread = exact.noise_variance**0.5 / math.sqrt(3000)
+    assert ((predicted - mean).mean(0).abs() < 5 * spread).all()
+    report = pv.evaluate(vae, x, missing="nan", num_particles=3000, progress=False)
+    log_weight = torch.tensor(idata["sample_stats"]["log_weight"].values[0])
+    log_mean = (log_weight.logsumexp(0) - math.log(3000)).mean()
+    assert float(log_mean) == pytest.approx(report.log_evidence, abs=1e-4)
+
+
+def test_annealing_estimates_the_evidence_of_what_is_observed():
+    exact, vae = linear_gaussian()
+    x = rows_of(exact, N)
+    x[2, 3] = x[5, 0] = x[5, 1] = torch.nan
+    report = pv.annealed_importance_sampling(
+        vae, x, missing="nan", num_chains=40, num_temperatures=80, progress=False
+    )
+    for row, found, error in zip(x, report.weights.log_mean, report.weights.standard_error, strict=True):
+        seen = ~row.isnan()
+        part = type(exact)(exact.W[seen], exact.b[seen], exact.noise_variance)
+        assert abs(found - part.log_evidence(row[None, seen])) < 5 * error

@@ -170,7 +170,7 @@ def test_too_many_plates_for_the_estimator_name_its_argument():
                 pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     pair = functools.partial(program, observe=True), program
-    with pytest.raises(ValueError, match="particles, outside max_plate_nesting=1 plates"):
+    with pytest.raises(ValueError, match="pass max_plate_nesting=2"):
         check_training(*pair, pv.IWAE(2), [], torch.randn(N))
     check_training(*pair, pv.IWAE(2, max_plate_nesting=2), [], torch.randn(N))
 
@@ -495,7 +495,8 @@ def test_two_pairs_or_a_model_without_a_guide_raise_with_the_right_call():
 def test_data_that_are_not_a_tensor_have_no_shape():
     vae = make_vae()
     with pytest.raises(
-        GuideError, match="before it draws 'z' with TypeError: .* must be a tensor; got list$"
+        GuideError,
+        match="before it draws 'z' with TypeError: .* must be a tensor; got list: convert with torch",
     ):
         check_guide(two_sites("z", "y"), vae.guide, [1.0])
 

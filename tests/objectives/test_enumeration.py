@@ -13,14 +13,7 @@ import pyro_vae as pv
 
 N, S, C, V, T = 5, 4, 3, 6, 7
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("double")
 
 LOCS = torch.tensor([-2.0, 0.5, 1.0], dtype=torch.float64)
 PROBS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

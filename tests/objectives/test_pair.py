@@ -342,3 +342,56 @@ def test_any_name_goes(name):
     pair = pv.Pair(model, draw)
     pair.make_parameters(X[:, 0])
     assert sorted(p.item() for p in pair.parameters()) == [1.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore:weight was not registered")
+def test_modules_without_trained_parameters_are_owned_too(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self, frozen):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+            if frozen:
+                self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def forward(self, x):
+            if self.training:
+                self.mean.lerp_(x.mean(0), 0.5)
+            return x - self.mean
+
+    def make():
+        scaled, frozen = Scaled(False), Scaled(True)
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            pyro.module("scaled", scaled)
+            pyro.module("frozen", frozen)
+            shift = pyro.param("shift", torch.zeros(3))
+            with pyro.plate("data", len(x)):
+                loc = scaled(x) + frozen(x) * frozen.weight + shift
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+        return pv.Pair(model, guide), scaled
+
+    x = torch.randn(20, 3) + 2
+    pair, scaled = make()
+    pair.make_parameters(x)
+    names = ["stored.frozen.mean", "stored.frozen.weight", "stored.scaled.mean", "stored.shift"]
+    assert sorted(pair.state_dict()) == names
+    assert not scaled.mean.any()
+    options = {"epochs": 3, "batch_size": 5, "progress": False}
+    pv.fit(pair, x, checkpoint_dir=tmp_path / "run", **options)
+    assert scaled.mean.any()
+    pair.save(tmp_path / "pair.pt")
+    other, loaded = make()
+    other.load(tmp_path / "pair.pt").make_parameters(x)
+    assert torch.equal(loaded.mean, scaled.mean)
+
+    parts, resumed = make()
+    pv.fit(parts, x, checkpoint_dir=tmp_path / "parts", **{**options, "epochs": 1})
+    again, resumed = make()
+    pv.fit(again, x, checkpoint_dir=tmp_path / "parts", resume=True, **options)
+    assert torch.equal(resumed.mean, scaled.mean)

@@ -12,13 +12,7 @@ import pyro_vae as pv
 
 N, D, K = 9, 5, 2
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def table(count: int = N) -> torch.Tensor:
