@@ -3,7 +3,9 @@
 Notation: N examples, S particles z_s ~ q(z|x) per example, importance weights w_s = p(x, z_s) / q(z_s|x).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from pyro_vae.utils.processes import Processes, checksum, join
 from pyro_vae.utils.validation import require_count
 
 __all__ = ["evaluate"]
+
+_BLOCK = 256  # chunks joined at a time
 
 
 def evaluate(
@@ -113,11 +117,11 @@ def evaluate(
 
         def reduce_own() -> list[_Reduced]:
             own: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "processes": processes}
-            return [
-                _reduce(chunk) for chunk in chunks(vae, batches, num_particles, advance=bar.update, **own)
-            ]
+            drawn = chunks(vae, batches, num_particles, advance=bar.update, **own)
+            reduced = map(_reduce, drawn)
+            return list(reduced) if processes.size > 1 else list(_in_blocks(reduced))
 
-        reduced = processes.interleave(reduce_own)
+        reduced = _joined(processes.interleave(reduce_own))
     aggregate = None
     if aggregate_size:
         part = batches.first(aggregate_size)
@@ -234,30 +238,48 @@ def _entropy(sites: PairSites) -> Tensor | None:
     return sites.sum(entropies).mean(0)
 
 
-def _evaluation(reduced: list[_Reduced], aggregate: AggregatePosterior | None, **settings: int) -> Evaluation:
-    """Concatenate the chunks' estimates and average them."""
+def _in_blocks(reduced: Iterator[_Reduced]) -> Iterator[_Reduced]:
+    """Join many chunks at a time: a tensor of few examples takes more memory than what it holds."""
+    while block := list(islice(reduced, _BLOCK)):
+        yield _joined(block)
+
+
+def _joined(reduced: list[_Reduced]) -> _Reduced:
+    """Concatenate the estimates of successive chunks."""
     columns = zip(*(vars(chunk.per_datum).values() for chunk in reduced), strict=True)
-    per_datum = PerDatum(*map(torch.cat, columns))
-    noise = torch.cat([chunk.unit_mean_variance for chunk in reduced]).mean(0)
-    bounds = {
-        size: [torch.cat(column) for column in zip(*(chunk.bounds[size] for chunk in reduced), strict=True)]
-        for size in reduced[0].bounds
-    }
+    bounds = {}
+    for size in reduced[0].bounds:
+        values, errors = zip(*(chunk.bounds[size] for chunk in reduced), strict=True)
+        bounds[size] = torch.cat(values), torch.cat(errors)
+    return replace(
+        reduced[0],
+        per_datum=PerDatum(*map(torch.cat, columns)),
+        unit_mean_variance=torch.cat([chunk.unit_mean_variance for chunk in reduced]),
+        bounds=bounds,
+        num_observed=sum(chunk.num_observed for chunk in reduced),
+        is_discrete=all(chunk.is_discrete for chunk in reduced),
+    )
+
+
+def _evaluation(reduced: _Reduced, aggregate: AggregatePosterior | None, **settings: int) -> Evaluation:
+    """Average the estimates."""
+    per_datum = reduced.per_datum
     num_data = len(per_datum.log_evidence)
+    noise = reduced.unit_mean_variance.mean(0)
     return Evaluation(
         per_datum=per_datum,
         convergence={
             size: Estimate(float(bound.mean()), float(mc_se.square().sum().sqrt()) / num_data)
-            for size, (bound, mc_se) in bounds.items()
+            for size, (bound, mc_se) in reduced.bounds.items()
         },
-        unit_names=reduced[0].unit_names,
-        observed_names=reduced[0].observed_names,
-        num_dimensions=sum(chunk.num_observed for chunk in reduced) / num_data,
-        is_discrete=all(chunk.is_discrete for chunk in reduced),
+        unit_names=reduced.unit_names,
+        observed_names=reduced.observed_names,
+        num_dimensions=reduced.num_observed / num_data,
+        is_discrete=reduced.is_discrete,
         activity=standard_error(per_datum.unit_mean).square() * num_data - noise,
         aggregate=aggregate,
-        has_analytic_kl=reduced[0].has_analytic_kl,
-        has_analytic_entropy=reduced[0].has_analytic_entropy,
+        has_analytic_kl=reduced.has_analytic_kl,
+        has_analytic_entropy=reduced.has_analytic_entropy,
         num_data=num_data,
         **settings,
     )
