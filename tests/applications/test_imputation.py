@@ -10,7 +10,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.applications import corruptions, denoise, impute, pool
-from pyro_vae.applications.conditioning import condition
+from pyro_vae.applications.conditioning import _inverse_log_ndtr, condition
 from pyro_vae.applications.corruptions import (
     BitFlip,
     CorruptionError,
@@ -284,6 +284,32 @@ def test_rounded_normals_are_truncated_normals():
     within(draws.mean(0), mean, draws.std(0) / math.sqrt(4000) + 4e-4)
 
 
+def test_moments_of_rounded_normals():
+    """Against a fine grid, with a step whose half is not its square, on both sides and in the middle."""
+    base = torch.distributions.Normal(torch.tensor([[0.0, 0.35, -2.0, 2.4]]).double(), 0.8)
+    y, step = torch.tensor([[0.6, 0.6, -1.2, 1.2]]).double(), 0.6
+    edges = torch.linspace(-step / 2, step / 2, 20001, dtype=torch.float64)[:, None]
+    grid = y + (edges[1:] + edges[:-1]) / 2
+    weight = base.log_prob(grid).exp() * step / 20000
+    elements = condition(base, y, torch.zeros(1, 4).bool(), Quantise(step))
+    close = {"rtol": 1e-7, "atol": 1e-8}
+    torch.testing.assert_close(elements.log_prob()[0], weight.sum(0).log(), **close)
+    mean, variance = elements.moments()
+    expected = (weight * grid).sum(0) / weight.sum(0)
+    torch.testing.assert_close(mean[0], expected, **close)
+    expected = (weight * (grid - expected).square()).sum(0) / weight.sum(0)
+    torch.testing.assert_close(variance[0], expected, **close)
+    missing = condition(base, y, torch.ones(1, 4).bool(), Quantise(step))
+    assert torch.equal(missing.moments()[0], base.mean)
+    assert torch.equal(missing.moments()[1], base.variance)
+    assert not missing.log_prob().any()
+
+
+def test_the_inverse_of_the_normal_distribution_function():
+    t = torch.tensor([-60.0, -9.0, -6.5, -6.2, -3.0, -0.5, 0.0, 1.0, 4.0]).double()
+    torch.testing.assert_close(_inverse_log_ndtr(torch.special.log_ndtr(t)), t, rtol=1e-9, atol=1e-9)
+
+
 def test_a_user_function_is_a_corruption():
     torch.manual_seed(1)
     vae = binary_vae()
@@ -364,6 +390,37 @@ def test_a_column_all_missing_and_arrays():
 
     named = impute(vae, pd.DataFrame(x, columns=list("abcde")), num_particles=40)
     assert torch.equal(named.mean, impute(vae, x, num_particles=40).mean)
+
+
+def test_effective_sample_sizes():
+    """The exact guide has equal weights; a wider one Σ w² of its own; one state of a chain counts as one."""
+    exact, vae = linear_gaussian()
+    x = data(exact, N)
+    found = impute(vae, x, num_particles=50, method="importance").effective_sample_size
+    torch.testing.assert_close(found, torch.full((N,), 50.0).double())
+    # weights of a normal of twice the scale in K dimensions: E[w]² / E[w²] = (√7 / 4)^K
+    _, wide = linear_gaussian(scale=2.0)
+    found = impute(wide, x, num_particles=20000, method="importance").effective_sample_size / 20000
+    within(found, (7**0.5 / 4) ** K, 0.02)
+    one = impute(vae, x, num_particles=1, num_draws=2, method="metropolis")
+    assert (one.effective_sample_size == 1).all()
+    chains = impute(wide, x, num_particles=4000, method="metropolis").effective_sample_size
+    assert ((chains > 100) & (chains <= 4000)).all()
+    assert chains.max() > 300  # more than states of a chain and chains together
+
+
+def test_auto_runs_chains_where_the_weights_have_a_heavy_tail():
+    """A guide of 0.55 times the scale has weights of tail shape 1 − 0.55² ≈ 0.7."""
+    exact, vae = linear_gaussian(scale=0.55)
+    x = data(exact, 30)
+    found = impute(vae, x, num_particles=400, num_draws=2)
+    assert torch.equal(found.from_chains, found.pareto_k > 0.7)
+    assert 0 < int(found.from_chains.sum()) < 30
+    alone = impute(vae, x, num_particles=400, num_draws=2, method="importance")
+    assert torch.equal(found.pareto_k, alone.pareto_k)
+    same = ~found.from_chains
+    assert torch.equal(found.effective_sample_size[same], alone.effective_sample_size[same])
+    assert (found.effective_sample_size != alone.effective_sample_size)[found.from_chains].all()
 
 
 def test_quantiles_interpolate_the_draws():

@@ -30,9 +30,9 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityE
 
     Args:
         n_components: K, the number of latent dimensions.
-        likelihood: "normal", for any real numbers; "bernoulli" for 0 and 1, or for probabilities, of which
-            each epoch draws bits; "continuous_bernoulli" for [0, 1]; "poisson" or "negative_binomial" for
-            counts. X is standardised for "normal" alone.
+        likelihood: "normal", or "student_t" with heavy tails, for any real numbers, which are standardised;
+            "bernoulli" for 0 and 1, or for probabilities, of which each epoch draws bits;
+            "continuous_bernoulli" for [0, 1]; "poisson" or "negative_binomial" for counts.
         standardize: Divide each column by its standard deviation; else all by one number.
         hidden_layer_sizes: Widths of the hidden layers of the guide; those of the likelihood are in reverse.
         activation: As in `networks.MLP`.
