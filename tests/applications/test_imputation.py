@@ -284,6 +284,22 @@ def test_rounded_normals_are_truncated_normals():
     within(draws.mean(0), mean, draws.std(0) / math.sqrt(4000) + 4e-4)
 
 
+def test_what_corruptions_do_to_a_value():
+    x = torch.tensor([0.0, 0.1, 0.2, 0.9]).double()
+    lattice = torch.arange(-2, 8).double()[:, None] * 0.25
+    certain = Quantise(0.25)(x).log_prob(lattice).exp()
+    assert torch.equal(certain.sum(0), torch.ones(4).double())  # of one value each
+    assert torch.equal((certain * lattice).sum(0), torch.tensor([0.0, 0.0, 0.25, 1.0]).double())
+    assert torch.equal(Quantise(0.25)(x).sample(), torch.tensor([0.0, 0.0, 0.25, 1.0]).double())
+    assert torch.equal(Poisson(4.0).guess(Poisson(4.0)(x).mean), x)
+    A = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.5]]).double()
+    noise = LinearMap(A, 0.3)(x[None])
+    torch.testing.assert_close(noise.mean, torch.tensor([[0.2, 1.05]]).double())
+    assert (noise.stddev == 0.3).all()
+    prior = torch.linalg.solve(A @ A.T + 0.09 * torch.eye(2), noise.mean[0]) @ A  # E[x|y] for x ~ N(0, I)
+    torch.testing.assert_close(LinearMap(A, 0.3).guess(noise.mean)[0], prior)
+
+
 def test_moments_of_rounded_normals():
     """Against a fine grid, with a step whose half is not its square, on both sides and in the middle."""
     base = torch.distributions.Normal(torch.tensor([[0.0, 0.35, -2.0, 2.4]]).double(), 0.8)
@@ -496,7 +512,8 @@ def test_invalid_settings_get_an_error():
         LinearMap([[1.0]], 0.3)
     with pytest.raises(ValueError, match=r"shape \(M, D\)"):
         LinearMap(torch.ones(3), 0.3)
-    for make in (lambda: Normal(0), lambda: BitFlip(1.0), lambda: Poisson(-1.0), lambda: Quantise(math.inf)):
+    zeros = (lambda: Normal(0), lambda: BitFlip(0), lambda: Poisson(0), lambda: Quantise(0))
+    for make in (*zeros, lambda: BitFlip(1.0), lambda: Poisson(-1.0), lambda: Quantise(math.inf)):
         with pytest.raises(ValueError, match="must be a number between"):
             make()
 
@@ -513,8 +530,11 @@ def test_a_corruption_that_the_likelihood_cannot_go_with():
     for noise in (Normal(0.3), LinearMap(torch.eye(D), 0.3)):
         with pytest.raises(CorruptionError, match="no closed form with a likelihood of StudentT"):
             denoise(heavy, x, corruption=noise)
-    with pytest.raises(CorruptionError, match="takes 4 elements; the likelihood gives 5"):
-        denoise(vae, x[:, :2], corruption=LinearMap(torch.ones(2, 4), 0.3))
+    for size in (4, 6):
+        with pytest.raises(CorruptionError, match=f"takes {size} elements; the likelihood gives 5"):
+            denoise(vae, x[:, :2], corruption=LinearMap(torch.ones(2, size), 0.3))
+    with pytest.raises(CorruptionError, match="BitFlip corrupts bits"):
+        BitFlip(0.1)(torch.tensor([0.0, 2.0]))
     with pytest.raises(CorruptionError, match=r"shape \(N, 2\), as the matrix gives it; got \(3, 5\)"):
         denoise(vae, x, corruption=LinearMap(torch.ones(2, D), 0.3))
     with pytest.raises(CorruptionError, match="no closed form with a likelihood of Bernoulli"):
