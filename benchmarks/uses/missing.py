@@ -34,7 +34,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    rows = []
     for name in options.tables:
         whole = TABLES[name]().data
         whole = (whole - whole.mean(0)) / whole.std(0)
@@ -53,15 +52,13 @@ def main() -> None:
                 found.setdefault(method, []).append(float((error**2).mean()))
             low, high = np.quantile(imputer.draws(X, 200), [0.05, 0.95], axis=0)
             covered.append(float(((low <= whole) & (whole <= high))[missing].mean()))
-        rows += [[name, method, estimate(np.array(errors))] for method, errors in found.items()]
-        rows[-len(found)].append(estimate(np.array(covered)))
+        rows = [[method, estimate(np.array(errors)), ""] for method, errors in found.items()]
+        rows[0][2] = estimate(np.array(covered))
         if options.trees:
-            rows.append(
-                [name, "VAE − trees", estimate(np.subtract(found["VAEImputer"], found["ExtraTrees"]))]
-            )
-        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    header = ["table", "method", "squared error", "covered by 90 %"]
-    print("\n".join(aligned(header, [[*row, ""][:4] for row in rows])))
+            difference = np.subtract(found["VAEImputer"], found["ExtraTrees"])
+            rows.append(["VAE − trees", estimate(difference), ""])
+        print(f"{name}, {time.perf_counter() - started:.0f} s")
+        print("\n".join(aligned(["method", "squared error", "covered by 90 %"], rows)), flush=True)
 
 
 def estimate(values: NDArray) -> str:
