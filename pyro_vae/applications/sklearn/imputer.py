@@ -69,7 +69,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, FromVAE):
     likelihood: str = "student_t"
     hidden_layer_sizes: tuple[int, ...] = (128,)
     batch_size: int = 64
-    max_epochs: int = 150
+    max_epochs: int = 100
     early_stopping: bool = False
     num_particles: int = 1000
     sample_posterior: bool = False
