@@ -356,7 +356,10 @@ class SemiSupervisedVAE(ConditionalVAE):
         emit_param_sites(prior=self.prior, likelihood=self.likelihood)
         with data_plate(x), _weighted(weight):
             p_y = dist.Categorical(logits=self.class_log_prior)
-            label = pyro.sample("y", p_y, obs=labels, obs_mask=given)
+            with poutine.mask(mask=given):
+                pyro.sample("y_observed", p_y, obs=labels)
+            with poutine.mask(mask=~given):
+                label = torch.where(given, labels, pyro.sample("y_unobserved", p_y))
             z = pyro.sample("z", self.p_z(label))
             if self.training and self.classification_weight:
                 self._teach_classifier(x_seen, given, labels, weight)

@@ -36,6 +36,14 @@ def gradients(vae):
     return [parameter.grad.clone() for parameter in vae.parameters()]
 
 
+def test_float64_trains_whatever_the_default_dtype():
+    """Pyro's deterministic sites of integers have log-densities of the default dtype."""
+    vae, (x, y) = make(), data()
+    torch.set_default_dtype(torch.float32)
+    history = pv.fit(vae, (x, y), epochs=1, batch_size=4, progress=False, engine="eager")
+    assert math.isfinite(history[-1].train_bound)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss_and_gradient_are_those_of_the_sum_over_classes(weighted):
     vae, (x, y) = make(), data()

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from pyro_vae.applications.imputation import Pooled, impute, pool
     from pyro_vae.applications.posterior_draws import Restored
     from pyro_vae.applications.scores import anomaly_scores
+    from pyro_vae.applications.typicality import BatchTypicality, batch_typicality
 
 __all__ = [
     "AnomalyDetector",
+    "BatchTypicality",
     "Codec",
     "CodecError",
     "Pooled",
     "Restored",
     "anomaly_scores",
+    "batch_typicality",
     "corruptions",
     "denoise",
     "impute",
@@ -32,11 +35,13 @@ __all__ = [
 
 _FILES = {
     "AnomalyDetector": "anomaly",
+    "BatchTypicality": "typicality",
     "Codec": "codec",
     "CodecError": "codec_errors",
     "Pooled": "imputation",
     "Restored": "posterior_draws",
     "anomaly_scores": "scores",
+    "batch_typicality": "typicality",
     "corruptions": "corruptions",
     "denoise": "denoising",
     "impute": "imputation",

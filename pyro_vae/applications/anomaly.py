@@ -16,9 +16,10 @@ from pyro_vae.utils.isolation import derived_seed, evaluating
 from pyro_vae.utils.validation import require_count
 from pyro_vae.vae import VAE, require_vae
 
-__all__ = ["AnomalyDetector"]
+__all__ = ["AnomalyDetector", "conformal_threshold"]
 
 _HALVES = 21  # a stream of random numbers
+_AUTO = 0.05  # false-alarm rate of "auto"
 
 
 class AnomalyDetector:
@@ -36,7 +37,8 @@ class AnomalyDetector:
         vae: A trained VAE.
         score: A name in `applications.scores.SCORES`, or a function of (vae, x) that returns (N,), higher =
             more normal, each value a function of its own example.
-        contamination: α, the share of normal examples that may be called anomalies, in (0, ½].
+        contamination: α, the share of normal examples that may be called anomalies, in (0, ½]; or "auto":
+            5 %, or 1/(n + 1) where n < 19 calibration examples are too few to hold 5 %.
         num_particles: S, draws of z per example, with the same base noise for every example.
         seed: Seed of the base noise, and of the halving of the reference.
 
@@ -69,23 +71,25 @@ class AnomalyDetector:
         vae: VAE,
         *,
         score: str | Callable[[VAE, Any], Any] = "statistics",
-        contamination: float = 0.05,
+        contamination: float | str = 0.05,
         num_particles: int = 50,
         seed: int = 0,
     ):
         require_vae("AnomalyDetector", vae)
         if not callable(score):
             require_score(score)
-        if not isinstance(contamination, int | float) or not 0 < contamination <= 0.5:
+        if contamination != "auto" and not (
+            isinstance(contamination, int | float) and 0 < contamination <= 0.5
+        ):
             raise ValueError(
-                f"contamination must lie in (0, 0.5], such as 0.05; got {contamination!r}: it is the share "
-                "of normal examples that may be called anomalies"
+                f"contamination must lie in (0, 0.5], such as 0.05, or be 'auto'; got {contamination!r}: it "
+                "is the share of normal examples that may be called anomalies"
             )
         require_count("num_particles", num_particles)
         require_count("seed", seed, minimum=0)
         self.vae = vae
         self.score = score
-        self.contamination = float(contamination)
+        self.contamination = contamination
         self.num_particles = num_particles
         self.seed = seed
         self.reference_: Reference | None = None
@@ -118,15 +122,8 @@ class AnomalyDetector:
                 statistics(self.vae, learned, num_particles=self.num_particles, seed=self.seed)
             )
         found = self.score_samples(scored)
-        rank = math.floor(self.contamination * (len(found) + 1) + 1e-9)
-        if rank < 1:
-            needed = math.ceil(1 / self.contamination) - 1
-            raise ValueError(
-                f"{len(found)} calibration examples cannot hold a false-alarm rate of {self.contamination}: "
-                f"pass at least {needed}, or a higher contamination"
-            )
+        self.offset_ = conformal_threshold(found, self.contamination)
         self.calibration_scores_ = found.sort().values
-        self.offset_ = float(self.calibration_scores_[rank - 1])
         return self
 
     def _halves(self, reference: Any) -> tuple[Tensor, Tensor]:
@@ -196,3 +193,30 @@ class AnomalyDetector:
         if self.calibration_scores_ is None:
             raise ValueError("the detector has no threshold yet: call fit(reference) with normal data first")
         return self.calibration_scores_
+
+
+def conformal_threshold(scores: Tensor, contamination: float | str) -> float:
+    r"""Return the threshold below which a new normal example scores with probability at most α.
+
+    .. math:: s_{(k)}, \qquad k = \lfloor \alpha (n + 1) \rfloor
+
+    Args:
+        scores: Scores of normal examples that nothing was learned from, (n,).
+        contamination: α, or "auto"; see `AnomalyDetector`.
+
+    Raises:
+        ValueError: If n < 1/α − 1, so that k = 0.
+
+    Example:
+        >>> scores = torch.arange(1.0, 60.0)  # 1 to 59
+        >>> conformal_threshold(scores, 0.1), conformal_threshold(scores, "auto")
+        (6.0, 3.0)
+    """
+    rate = max(_AUTO, 1 / (len(scores) + 1)) if isinstance(contamination, str) else contamination
+    rank = math.floor(rate * (len(scores) + 1) + 1e-9)
+    if rank < 1:
+        raise ValueError(
+            f"{len(scores)} calibration examples cannot hold a false-alarm rate of {rate}: pass at least "
+            f"{math.ceil(1 / rate) - 1}, or a higher contamination"
+        )
+    return float(scores.sort().values[rank - 1])

@@ -1,7 +1,8 @@
 """Elements given what was observed of them: p(y_d|z) and p(x_d|y_d, z), in closed form.
 
-The elements of x are independent given z, and a corruption acts on each alone. So log p(y|z) is a sum over
-elements of log ∫ p(x_d|z) p(y_d|x_d) dx_d, and the clean elements are drawn one by one:
+The elements of x are independent given z, and a corruption acts on each alone, but for the last one below.
+So log p(y|z) is a sum over elements of log ∫ p(x_d|z) p(y_d|x_d) dx_d, and the clean elements are drawn one
+by one:
 
 | observed | likelihood | p(y_d|z) |
 |---|---|---|
@@ -10,8 +11,10 @@ elements of log ∫ p(x_d|z) p(y_d|x_d) dx_d, and the clean elements are drawn o
 | with normal noise | Normal | N(y; m, s² + σ²) |
 | rounded | Normal | Φ((y + Δ/2 − m)/s) − Φ((y − Δ/2 − m)/s) |
 | through any corruption | finitely many values | Σ_v p(v|z) p(y_d|v) |
+| through A x + σ ε | Normal | N(y; A m, A diag(s²) Aᵀ + σ² I), not per element |
 
-Shapes: z (*, n, K); y, missing (n, *event_shape); all results (*, n, *event_shape).
+Shapes: z (*, n, K); y, missing (n, *event_shape), or (n, M) through A (M, D); all results
+(*, n, *event_shape), but log p(y|z) through A is (*, n, 1).
 """
 
 import math
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal as TorchNormal
 
-from pyro_vae.applications.corruptions import CorruptionError, Normal, Quantise
+from pyro_vae.applications.corruptions import CorruptionError, LinearMap, Normal, Quantise
 from pyro_vae.distributions import DiscretizedLogistic
 
 __all__ = ["Conditional", "condition"]
@@ -61,8 +64,10 @@ class Conditional(ABC):
         """Draw from p(x_d|y_d, z)."""
 
 
-def condition(base: Any, y: Tensor, missing: Tensor, corruption: Any) -> Conditional:
+def condition(base: Any, y: Tensor, missing: Tensor, corruption: Any, *, event_dim: int = 1) -> Conditional:
     """Return the elements given y; `corruption` None means observed exactly.
+
+    `event_dim`, the number of dimensions of an example, matters for linear maps alone.
 
     Raises:
         CorruptionError: If likelihood and corruption have no closed form together.
@@ -73,12 +78,14 @@ def condition(base: Any, y: Tensor, missing: Tensor, corruption: Any) -> Conditi
         return _NoisyNormal(base, y, missing, corruption.scale)
     if isinstance(base, TorchNormal) and isinstance(corruption, Quantise):
         return _RoundedNormal(base, y, missing, corruption.step)
-    levels = _levels(base)
+    if isinstance(base, TorchNormal) and isinstance(corruption, LinearMap):
+        return _MappedNormal(base, y, missing, corruption, event_dim)
+    levels = None if isinstance(corruption, LinearMap) else _levels(base)
     if levels is None:
         raise CorruptionError(
             f"{type(corruption).__name__} has no closed form with a likelihood of {type(base).__name__} "
             "elements: train a likelihood of finitely many values (Bernoulli, DiscretizedLogistic), or, for "
-            "normal noise and rounding, a Normal one"
+            "normal noise, rounding and linear maps, a Normal one"
         )
     if isinstance(base, DiscretizedLogistic):
         fast = _GreyLevels(base, y, missing, corruption, levels)
@@ -133,6 +140,53 @@ class _NoisyNormal(Conditional):
     def sample(self) -> Tensor:
         mean, variance = self.moments()
         return mean + variance.sqrt() * torch.randn_like(mean)
+
+
+class _MappedNormal(Conditional):
+    """Normal elements seen through y = A x + σ ε; rows of A where y is missing play no part.
+
+    With C = A diag(s²) Aᵀ + σ² I = L Lᵀ: x|y has mean m + diag(s²) Aᵀ C⁻¹ (y − A m).
+    """
+
+    def __init__(self, base: Any, y: Tensor, missing: Tensor, corruption: LinearMap, event_dim: int):
+        super().__init__(base, y, missing)
+        self.noise = corruption.scale
+        self.matrix = torch.where(missing[..., None], 0.0, corruption.matrix.to(y)).double()  # (n, M, D)
+        self.first = base.loc.dim() - event_dim  # dimension of the event
+        spread = self.matrix * base.variance.double().flatten(self.first)[..., None, :]
+        diagonal = (self.noise**2 + (1 - self.noise**2) * missing.to(self.matrix)).diag_embed()
+        self.scale_tril = torch.linalg.cholesky(spread @ self.matrix.mT + diagonal)
+        self.gain = torch.linalg.solve_triangular(self.scale_tril, spread, upper=False)  # L⁻¹ A diag(s²)
+
+    def _white_residual(self, x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        """Return L⁻¹ (y − A x − noise), (*, n, M), 0 where y is missing."""
+        mapped = (self.matrix @ x.double().flatten(self.first)[..., None])[..., 0]
+        residual = torch.where(self.missing, 0.0, self.y - mapped - noise)
+        return torch.linalg.solve_triangular(self.scale_tril, residual[..., None], upper=False)[..., 0]
+
+    def _updated(self, x: Tensor, white: Tensor) -> Tensor:
+        return x + (self.gain.mT @ white[..., None]).reshape(x.shape).to(x)
+
+    def log_prob(self) -> Tensor:
+        """Return log p(y|z) of what was observed, (*, n, 1)."""
+        return self.observed_log_prob()
+
+    def observed_log_prob(self) -> Tensor:
+        log_volume = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = 0.5 * math.log(2 * math.pi) * (~self.missing).to(self.matrix).sum(-1)
+        square = self._white_residual(self.base.loc).square().sum(-1)
+        return (-0.5 * square - log_volume - constant)[..., None].to(self.y)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        mean = self._updated(self.base.loc, self._white_residual(self.base.loc))
+        explained = self.gain.square().sum(-2).reshape(mean.shape)
+        return mean, (self.base.variance - explained).clamp(min=0.0).to(mean)
+
+    def sample(self) -> Tensor:
+        """Draw x and y from the model, and move x by what y lacks."""
+        x = self.base.sample()
+        noise = self.noise * torch.randn(*x.shape[: self.first], self.y.shape[-1]).to(self.matrix)
+        return self._updated(x, self._white_residual(x, noise))
 
 
 class _RoundedNormal(Conditional):

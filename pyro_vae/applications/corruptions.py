@@ -1,7 +1,8 @@
 """Known corruptions p(y|x): from clean elements x to distributions over what is observed, y.
 
 A corruption is to data what a likelihood is to latent vectors: a function that returns a distribution. It
-acts on each element alone: for x of any shape it returns a distribution of batch shape x.shape. A user's own
+acts on each element alone: for x of any shape it returns a distribution of batch shape x.shape; `LinearMap`
+alone mixes the elements of an example. A user's own
 function of this kind takes part where the likelihood has finitely many values, such as Bernoulli and
 DiscretizedLogistic. NaN in y means "not observed", under every corruption. Constructors raise ValueError for
 a number out of range, naming the argument.
@@ -18,7 +19,7 @@ from torch.distributions import Bernoulli, Distribution, constraints
 from torch.distributions import Normal as TorchNormal
 from torch.distributions import Poisson as TorchPoisson
 
-__all__ = ["BitFlip", "Corruption", "CorruptionError", "Erase", "Normal", "Poisson", "Quantise"]
+__all__ = ["BitFlip", "Corruption", "CorruptionError", "Erase", "LinearMap", "Normal", "Poisson", "Quantise"]
 
 
 class CorruptionError(ValueError):
@@ -147,6 +148,56 @@ class _Rounded(TorchDistribution):
         """Return 0 for x within half a step of the value, and −∞ elsewhere."""
         inside = (self.x - value).abs() <= self.step * (0.5 + 1e-3)
         return torch.where(inside, 0.0, -math.inf)
+
+
+class LinearMap(Corruption):
+    """Linear map of an example with normal noise, y = A x + σ ε, ε ~ N(0, I).
+
+    Blurring, projections, or super-resolution, where A averages blocks of pixels. Takes a Normal likelihood.
+
+    Args:
+        matrix: A, (M, D), D elements of an example in the order of `flatten`.
+        scale: σ > 0, the standard deviation of the noise.
+
+    Raises:
+        TypeError: If the matrix is not a floating-point tensor.
+        ValueError: If it has another number of dimensions than 2, or a value that is not finite.
+
+    Example:
+        >>> blocks = torch.eye(16).reshape(16, 1, 4, 4)  # images of one white pixel
+        >>> averages = LinearMap(torch.nn.functional.avg_pool2d(blocks, 2).flatten(1).T, scale=0.1)
+        >>> averages(torch.ones(3, 1, 4, 4)).mean
+        tensor([[1., 1., 1., 1.],
+                [1., 1., 1., 1.],
+                [1., 1., 1., 1.]])
+    """
+
+    def __init__(self, matrix: Tensor, scale: float):
+        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+            found = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise TypeError(f"matrix must be a floating-point tensor; got {found}")
+        if matrix.dim() != 2 or not matrix.isfinite().all():
+            raise ValueError(
+                f"matrix must have shape (M, D), from D elements to M, and be finite; got "
+                f"{tuple(matrix.shape)}"
+            )
+        self.matrix, self.scale = matrix, _number("scale", scale, 0, math.inf)
+
+    def __call__(self, x: Tensor) -> Distribution:
+        """Return N(A x, σ²) for x (N, *event_shape), of batch shape (N, M)."""
+        flat = x.flatten(1)
+        if flat.shape[1] != self.matrix.shape[1]:
+            raise CorruptionError(
+                f"the matrix {tuple(self.matrix.shape)} takes {self.matrix.shape[1]} elements; the "
+                f"likelihood gives {flat.shape[1]}: give the matrix as many columns"
+            )
+        return TorchNormal(flat @ self.matrix.to(x).T, self.scale, validate_args=False)
+
+    def guess(self, y: Tensor) -> Tensor:
+        """Return Aᵀ (A Aᵀ + σ² I)⁻¹ y, the mean of x under N(0, I), (N, D)."""
+        A = self.matrix.to(y)
+        noise = self.scale**2 * torch.eye(len(A), dtype=y.dtype, device=y.device)
+        return torch.linalg.solve(A @ A.T + noise, y.T).T @ A
 
 
 class Erase:

@@ -32,11 +32,12 @@ def denoise(
 
     Given z the elements are independent, so that p(y|z) and p(x|y, z) have closed forms; see `conditioning`.
     The mean of p(x|y) has the least squared error of all estimates for data from the model; that of
-    `vae.reconstruct(y)`, which takes y for clean, is larger. In-painting is `Erase(mask)`.
+    `vae.reconstruct(y)`, which takes y for clean, is larger. In-painting is `Erase(mask)`, super-resolution a
+    `LinearMap`.
 
     Args:
         vae: A VAE trained on clean data, whose likelihood has independent elements.
-        y: (N, *event_shape), NaN where nothing was observed.
+        y: (N, *event_shape), or (N, M) through a `LinearMap`; NaN where nothing was observed.
         corruption: One of `corruptions`, or a function from x to a distribution over y, element by element.
         num_particles: S, draws of z per example; or as many states of 20 Markov chains.
         num_draws: M, draws of x that are kept.
@@ -86,7 +87,8 @@ def _check_corruption(observed: Observed) -> None:
         z = vae.prior().sample((1,))
         x = elementwise(vae.decode(z)).sample()
         noise = observed.corruption(x)
-    if getattr(noise, "batch_shape", None) != x.shape or len(noise.event_shape) > 0:
+    shape = (1, *y.shape[1:]) if observed.is_mapped else x.shape
+    if getattr(noise, "batch_shape", None) != shape or len(noise.event_shape) > 0:
         raise CorruptionError(
             f"the corruption must return a distribution of each element, of batch shape {tuple(x.shape)} "
             f"for x of this shape; got {noise}"

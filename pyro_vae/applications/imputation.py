@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.applications.corruptions import CorruptionError, LinearMap
 from pyro_vae.applications.posterior_draws import Observed, Restored, draw_posterior
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_floating
@@ -101,12 +102,18 @@ def observe(vae: Any, name: str, y: Any, corruption: Any) -> Observed:
         filler = vae.decode(
             vae.prior().sample((1,))
         ).sample()  # in the support, unlike 0 for some likelihoods
-    if y.shape[1:] != filler.shape[1:] or corruption is None:
+    if isinstance(corruption, LinearMap):
+        expected = corruption(filler).batch_shape[1:]
+        if y.shape[1:] != expected:
+            raise CorruptionError(
+                f"{name} must have shape (N, {expected[0]}), as the matrix gives it; got {tuple(y.shape)}"
+            )
+    elif y.shape[1:] != filler.shape[1:] or corruption is None:
         # another shape gets the VAE's own message, whatever the values
         vae.check_data(torch.where(missing, filler, y) if y.shape[1:] == filler.shape[1:] else y)
     if len(y) == 0:
         raise ValueError(f"{name} is empty: pass at least one example")
-    return Observed(vae, torch.where(missing, 0.0, y), missing, corruption)
+    return Observed(vae, torch.where(missing, 0.0, y), missing, corruption, filler.shape[1:])
 
 
 def _as_tensor(name: str, values: Any, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ Notation: y (N, D), standardised data; K latent dimensions; W (D, K) loadings; Ï
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_vae import likelihoods
 from pyro_vae.guides import DiagonalNormal
-from pyro_vae.networks import MLP, positive
+from pyro_vae.networks import MLP, NetworkOptions, positive
 from pyro_vae.priors import StandardNormal
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.vae import VAE
@@ -77,7 +78,7 @@ class NoisyNormal(likelihoods.Normal):
         event_shape: Shape of one example.
         floor: Smallest standard deviation.
         variance: "per_element" or "shared", as in `likelihoods.Normal`.
-        network: Module from z (N, K) to the means.
+        network_options: As for `likelihoods.Likelihood`.
 
     Example:
         >>> p = NoisyNormal(2, (3,), floor=2.0)(torch.zeros(5, 2))
@@ -92,9 +93,9 @@ class NoisyNormal(likelihoods.Normal):
         *,
         floor: float,
         variance: str = "per_element",
-        network: nn.Module | None = None,
+        **network_options: Unpack[NetworkOptions],
     ):
-        super().__init__(latent_dim, event_shape, variance=variance, network=network)
+        super().__init__(latent_dim, event_shape, variance=variance, **network_options)
         self.floor = floor
 
     @property

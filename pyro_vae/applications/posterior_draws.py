@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.applications.conditioning import Conditional, condition
+from pyro_vae.applications.corruptions import LinearMap
 from pyro_vae.evaluation.importance_weights import pareto_smoothed
 from pyro_vae.utils.elements import elementwise
 from pyro_vae.utils.isolation import derived_seed, evaluating, seed_at, seed_generators
@@ -86,12 +87,14 @@ class Observed:
         y: (n, *event_shape), 0 where missing.
         missing: True where nothing was observed, (n, *event_shape).
         corruption: p(y_d|x_d), or None where elements are observed as they are.
+        event_shape: Shape of an example x, which y has too, but through a linear map.
     """
 
     vae: VAE
     y: Tensor
     missing: Tensor
     corruption: Any
+    event_shape: torch.Size
 
     def __getitem__(self, rows: Any) -> "Observed":
         """Return the observations of some examples."""
@@ -99,7 +102,8 @@ class Observed:
 
     def given(self, z: Tensor) -> Conditional:
         """Return the elements of x given y and z (*, n, K)."""
-        return condition(elementwise(self.vae.decode(z)), self.y, self.missing, self.corruption)
+        base = elementwise(self.vae.decode(z))
+        return condition(base, self.y, self.missing, self.corruption, event_dim=len(self.event_shape))
 
     def log_joint(self, elements: Conditional, z: Tensor) -> Tensor:
         """Return log p(y, z), (*, n), from the elements at z."""
@@ -110,8 +114,23 @@ class Observed:
     @property
     def guess(self) -> Tensor:
         """Rough estimate of x, 0 where missing, which the guide encodes first."""
-        y = self.y if self.corruption is None else getattr(self.corruption, "guess", lambda y: y)(self.y)
-        return torch.where(self.missing, 0.0, y)
+        x = self.y if self.corruption is None else getattr(self.corruption, "guess", lambda y: y)(self.y)
+        return x.reshape(-1, *self.event_shape) if self.is_mapped else torch.where(self.missing, 0.0, x)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether y is a linear map of x, and no observation of single elements."""
+        return isinstance(self.corruption, LinearMap)
+
+    @property
+    def numbers_per_draw(self) -> int:
+        """Numbers that are held for each example and draw of z."""
+        size = self.event_shape.numel()
+        return self.y.shape[1] * (self.y.shape[1] + 2 * size) if self.is_mapped else size
+
+    def guide(self) -> Any:
+        """Return q(z|guess)."""
+        return self.vae.encode(self.guess, observed=None if self.is_mapped else ~self.missing)
 
     @property
     def blank(self) -> Tensor:
@@ -120,7 +139,7 @@ class Observed:
 
     def start(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw z (count, n, K) from q(z|guess), or from the prior for blank examples, and its log-density."""
-        q, prior = self.vae.encode(self.guess, observed=~self.missing), self.vae.prior()
+        q, prior = self.guide(), self.vae.prior()
         z = q.sample((count,))
         log_q = q.log_prob(z)
         if self.blank.any():
@@ -144,7 +163,7 @@ def draw_posterior(
     require_count("num_particles", num_particles)
     require_count("num_draws", num_draws)
     at_once = num_particles if method in ("auto", "importance") else min(num_particles, _CHAINS)
-    size = max(1, _VALUES // (at_once * observed.y[0].numel()))
+    size = max(1, _VALUES // (at_once * observed.numbers_per_draw))
     stream = derived_seed(seed, _DRAWS)
     device = observed.y.device
     parts = []
@@ -175,7 +194,7 @@ def _restore(observed: Observed, method: str, num_particles: int, num_draws: int
 def _importance(observed: Observed, num_particles: int, num_draws: int) -> Restored:
     """Weigh draws of z from the guide by p(y, z) / q(z)."""
     z, log_q = observed.start(num_particles)
-    particles = max(1, _VALUES // observed.y.numel())
+    particles = max(1, _VALUES // (len(observed.y) * observed.numbers_per_draw))
     log_joint = torch.cat([observed.log_joint(observed.given(part), part) for part in z.split(particles)])
     smoothed, k = pareto_smoothed(log_joint - log_q)
     weight = smoothed.exp()
@@ -198,7 +217,8 @@ class _Moments:
 
     def __init__(self, observed: Observed):
         self.observed = observed
-        self.mean = torch.zeros(observed.y.shape, dtype=torch.float64, device=observed.y.device)
+        self.centre = observed.guess if observed.is_mapped else observed.y
+        self.mean = torch.zeros_like(self.centre, dtype=torch.float64)
         self.spread = torch.zeros_like(self.mean)
 
     def add(self, elements: Conditional, weight: Tensor) -> None:
@@ -206,14 +226,14 @@ class _Moments:
         mean, variance = elements.moments()
         weight = weight.reshape(*weight.shape, *(1,) * (self.mean.dim() - 1)).double()
         # around the observation, so that nothing cancels where all means are equal to it
-        offset = (mean - self.observed.y).double()
+        offset = (mean - self.centre).double()
         self.mean += (weight * offset).sum(0)
         self.spread += (weight * (offset.square() + variance)).sum(0)
 
     def restored(self, draws: Tensor, **diagnostics: Tensor) -> Restored:
         """Return the result; what was observed comes back bit for bit."""
         observed = self.observed
-        mean = (observed.y + self.mean).to(observed.y)
+        mean = (self.centre + self.mean).to(observed.y)
         std = (self.spread - self.mean.square()).clamp(min=0.0).sqrt().to(observed.y)
         if observed.corruption is None:
             mean = torch.where(observed.missing, mean, observed.y)
@@ -226,8 +246,8 @@ def _chains(observed: Observed, num_particles: int, num_draws: int, *, metropoli
     count = min(num_particles, _CHAINS)
     kept = math.ceil(num_particles / count)
     chain = _Chain(observed, count)
-    for step in range(kept):
-        chain.step(metropolis=metropolis and 2 * step >= kept, adapt=0.5)
+    for _ in range(kept):
+        chain.step(metropolis=metropolis, adapt=0.5)
     moments, log_joints, states = _Moments(observed), [], []
     for _ in range(kept):
         chain.step(metropolis=metropolis)
@@ -236,7 +256,7 @@ def _chains(observed: Observed, num_particles: int, num_draws: int, *, metropoli
         states.append(chain.z)
     z = torch.cat(states)
     order = torch.linspace(0, len(z) - 1, num_draws).round().long()  # spread over all steps and chains
-    particles = max(1, _VALUES // observed.y.numel())
+    particles = max(1, _VALUES // (len(observed.y) * observed.numbers_per_draw))
     draws = torch.cat([observed.given(part).sample() for part in z[order].split(particles)])
     return moments.restored(
         draws,
@@ -265,7 +285,7 @@ class _Chain:
         self.observed = observed
         self.z, _ = observed.start(count)
         try:
-            width = observed.vae.encode(observed.guess, observed=~observed.missing).stddev
+            width = observed.guide().stddev
         except (AttributeError, NotImplementedError):
             width = torch.ones_like(self.z[0])
         self.width = torch.where(observed.blank[:, None], 1.0, width)

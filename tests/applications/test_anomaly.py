@@ -12,9 +12,11 @@ from solved import D, data, linear_gaussian, within
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.applications import AnomalyDetector, anomaly_scores
+from pyro_vae.applications import AnomalyDetector, anomaly_scores, batch_typicality
+from pyro_vae.applications.anomaly import conformal_threshold
 from pyro_vae.applications.density import GaussianMixtureDensity
 from pyro_vae.applications.scores import SCORES
+from pyro_vae.utils.isolation import derived_seed
 
 EVENT, K = (1, 6, 5), 3
 SMALL = {"hidden_features": (7,)}
@@ -129,6 +131,57 @@ def test_the_scores_rank_as_the_exact_evidence():
     detector = AnomalyDetector(vae, score="log_evidence", num_particles=2000)
     assert abs(auroc(detector.score_samples(normal), detector.score_samples(odd)) - expected) < 0.001
     assert 0.7 < expected < 0.95
+
+
+def test_the_typicality_of_a_batch_is_exact_with_the_exact_posterior():
+    exact, vae = linear_gaussian()
+    x, reference = data(exact, 206)[200:], data(exact, 200)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(derived_seed(5, 23)))
+    log_p = exact.log_evidence(reference)[order]
+    batches = log_p[100:196].reshape(16, 6).mean(1)  # 4 examples are left over
+    for factor in (1.0, 0.0):  # what is too likely is not typical either
+        found = batch_typicality(vae, exact.b + factor * (x - exact.b), reference=reference, seed=5)
+        own = exact.log_evidence(exact.b + factor * (x - exact.b)).mean()
+        distance = (own - log_p[:100].mean()).abs()
+        assert found.score == pytest.approx(-float(distance), rel=1e-10)
+        as_odd = int(((batches - log_p[:100].mean()).abs() >= distance).sum())
+        assert found.p_value == (1 + as_odd) / 17
+        assert found.num_batches == 16
+    assert found.p_value == 1 / 17  # of the mode of p(x), six times
+    # E log p(x) is minus the entropy, which a large reference estimates
+    covariance = exact.W @ exact.W.T + exact.noise_variance * torch.eye(D)
+    entropy = float(0.5 * torch.logdet(2 * math.pi * math.e * covariance))
+    large = data(exact, 20_000)
+    found = batch_typicality(vae, x, reference=large, num_particles=2, seed=5)
+    expected = -abs(float(exact.log_evidence(x).mean()) + entropy)
+    assert abs(found.score - expected) < 5 * math.sqrt(D / 2 / 10_000)  # Var log p = D/2
+
+
+def test_the_p_values_of_batches_hold_their_rate():
+    exact, vae = linear_gaussian()
+    alarms = 0
+    for trial in range(400):
+        drawn = exact.sample(4 + 80, generator=torch.Generator().manual_seed(trial))
+        found = batch_typicality(vae, drawn[:4], reference=drawn[4:], num_particles=1, seed=trial)
+        alarms += found.p_value <= 1 / 11 + 1e-9
+    assert abs(alarms / 400 - 1 / 11) < 5 * math.sqrt(1 / 11 * 10 / 11 / 400)
+
+
+def test_a_batch_needs_a_reference_of_twice_its_size():
+    exact, vae = linear_gaussian()
+    with pytest.raises(ValueError, match="a batch of 6 examples needs a reference of at least 12; got 11"):
+        batch_typicality(vae, data(exact, 6), reference=data(exact, 11))
+    assert batch_typicality(vae, data(exact, 6), reference=data(exact, 12)).num_batches == 1
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 1), (10, 1), (18, 1), (19, 1), (39, 2), (59, 3)])
+def test_auto_holds_five_per_cent_or_what_the_data_can_hold(count, rank):
+    exact, vae = linear_gaussian()
+    x = data(exact, count)
+    detector = AnomalyDetector(vae, score="log_evidence", contamination="auto").fit(x)
+    assert detector.offset_ == pytest.approx(float(exact.log_evidence(x).sort().values[rank - 1]))
+    assert conformal_threshold(exact.log_evidence(x), "auto") == pytest.approx(detector.offset_)
+    assert ((detector.predict(x) == -1).sum(), detector.contamination) == (rank - 1, "auto")
 
 
 def test_explanations_add_up_to_the_reconstruction():

@@ -10,8 +10,16 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.applications import corruptions, denoise, impute, pool
-from pyro_vae.applications.conditioning import condition
-from pyro_vae.applications.corruptions import BitFlip, CorruptionError, Erase, Normal, Poisson, Quantise
+from pyro_vae.applications.conditioning import _inverse_log_ndtr, condition
+from pyro_vae.applications.corruptions import (
+    BitFlip,
+    CorruptionError,
+    Erase,
+    LinearMap,
+    Normal,
+    Poisson,
+    Quantise,
+)
 from pyro_vae.distributions import Bernoulli, DiscretizedLogistic
 
 N, M = 7, 400
@@ -52,12 +60,10 @@ def test_the_conditional_of_a_linear_gaussian_is_exact(method):
     missing, holes = gaps(x)
     found = impute(vae, holes, method=method, num_particles=8000, num_draws=M)
     mean, variance = exact_moments(exact, x, missing)
-    # E[x|z] varies less than x, so that this error is an upper bound
-    error = (variance / found.effective_sample_size[:, None]).sqrt() + 1e-9  # and rounding
-    within(found.mean, mean, error, count=3)
-    within(
-        found.std**2, variance, variance * (2 / found.effective_sample_size[:, None]).sqrt() + 1e-9, count=3
-    )
+    # E[x|z] varies less than x, so that this error is an upper bound; with chains, an estimate from 20
+    size, count = found.effective_sample_size[:, None], 5 if method == "metropolis" else 3
+    within(found.mean, mean, (variance / size).sqrt() + 1e-9, count=count)  # and rounding
+    within(found.std**2, variance, variance * (2 / size).sqrt() + 1e-9, count=count)
     within(found.draws.mean(0), mean, (variance / min(M, 200)).sqrt() + 1e-9)
     assert (found.std == 0).equal(~missing)
 
@@ -70,15 +76,76 @@ def test_denoising_a_linear_gaussian_is_exact(method):
     missing, holes = gaps(y)
     found = denoise(vae, holes, corruption=Normal(sigma), method=method, num_particles=8000, num_draws=M)
     mean, variance = exact_moments(exact, y, missing, sigma**2)
-    size = found.effective_sample_size[:, None]
-    within(found.mean, mean, (variance / size).sqrt(), count=3)
-    within(found.std**2, variance, variance * (2 / size).sqrt(), count=3)
+    size, count = found.effective_sample_size[:, None], 5 if method == "metropolis" else 3
+    within(found.mean, mean, (variance / size).sqrt(), count=count)
+    within(found.std**2, variance, variance * (2 / size).sqrt(), count=count)
     within(found.draws.mean(0), mean, (variance / 150).sqrt())
     # Erase hides what the noise would have left
     same = denoise(
         vae, y, corruption=Erase(missing, then=Normal(sigma)), method=method, num_particles=8000, num_draws=M
     )
     assert torch.equal(same.mean, found.mean)
+
+
+@pytest.mark.parametrize("method", ["importance", "metropolis"])
+def test_linear_maps_of_a_linear_gaussian_are_exact(method):
+    """y = A x + noise, three numbers of five; some are missing, and all of them for one example."""
+    exact, vae = linear_gaussian(scale=1.5)
+    A = torch.randn(3, D, generator=torch.Generator().manual_seed(5)).double()
+    x, sigma = data(exact, N), 0.4
+    y = x @ A.T + sigma * torch.randn(N, 3, generator=torch.Generator().manual_seed(3)).double()
+    y[1], y[2, 1] = math.nan, math.nan
+    covariance = exact.W @ exact.W.T + exact.noise_variance * torch.eye(D).double()
+    found = denoise(
+        vae, y, corruption=LinearMap(A, sigma), method=method, num_particles=8000, num_draws=M, seed=1
+    )
+    for row in range(N):
+        seen = A[~y[row].isnan()]
+        gain = covariance @ seen.T @ (seen @ covariance @ seen.T + sigma**2 * torch.eye(len(seen))).inverse()
+        mean = exact.b + gain @ (y[row][~y[row].isnan()] - seen @ exact.b)
+        posterior = covariance - gain @ seen @ covariance
+        variance, size = posterior.diagonal(), found.effective_sample_size[row]
+        within(found.mean[row], mean, (variance / size).sqrt())
+        within(found.std[row] ** 2, variance, variance * (2 / size).sqrt())
+        within(found.draws[:, row].mean(0), mean, (variance / 150).sqrt())
+        outer = variance[:, None] * variance
+        within(found.draws[:, row].T.cov(), posterior, (2 * outer / 150).sqrt())
+
+
+def test_conditioning_on_a_linear_map_given_z():
+    """log p(y|z) and the moments of x given y, z, of images of shape (2, 3), by dense matrices."""
+    random = torch.Generator().manual_seed(0)
+    loc, scale = torch.randn(4, 5, 2, 3, generator=random).double(), 0.7
+    A, y = torch.randn(4, 6, generator=random).double(), torch.randn(5, 4, generator=random).double()
+    missing = torch.zeros(5, 4).bool()
+    missing[2, 1] = True
+    base = torch.distributions.Normal(loc, scale * (1 + loc.square()).sqrt())
+    found = condition(base, y, missing, LinearMap(A, 0.3), event_dim=2)
+    mean, variance = found.moments()
+    assert found.log_prob().shape == (4, 5, 1)
+    for s, n in [(0, 0), (3, 2)]:
+        seen, prior = A[~missing[n]], base.variance[s, n].flatten().diag()
+        of_y = seen @ prior @ seen.T + 0.09 * torch.eye(len(seen)).double()
+        y_seen, m = y[n][~missing[n]], loc[s, n].flatten()
+        density = torch.distributions.MultivariateNormal(seen @ m, of_y).log_prob(y_seen)
+        gain = prior @ seen.T @ of_y.inverse()
+        torch.testing.assert_close(found.log_prob()[s, n, 0], density, rtol=1e-10, atol=1e-10)
+        expected = m + gain @ (y_seen - seen @ m)
+        torch.testing.assert_close(mean[s, n].flatten(), expected, rtol=1e-10, atol=1e-10)
+        expected = (prior - gain @ seen @ prior).diagonal()
+        torch.testing.assert_close(variance[s, n].flatten(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_identity_is_a_linear_map():
+    exact, vae = linear_gaussian(scale=1.5)
+    x = data(exact, N)
+    identity = LinearMap(torch.eye(D), 0.8)
+    options = {"num_particles": 50, "method": "importance"}
+    # of normal noise the guide encodes y itself, of a map what x may have been: more draws agree
+    same = denoise(vae, x, corruption=Normal(0.8), num_particles=20000, method="importance")
+    found = denoise(vae, x, corruption=identity, num_particles=20000, method="importance")
+    within(found.mean, same.mean, 2 * found.std / found.effective_sample_size.sqrt()[:, None])
+    assert denoise(vae, x[:, :3], corruption=LinearMap(torch.eye(D)[:3], 0.8), **options).mean.shape == (N, D)
 
 
 def test_erasing_is_imputing():
@@ -111,6 +178,19 @@ def test_metropolis_corrects_what_pseudo_gibbs_gets_wrong():
     error = {m: ((value / variance[0, 1:]).log()).abs().max() for m, value in found.items()}
     assert error["metropolis"] < 0.1
     assert error["gibbs"] > 2 * error["metropolis"]
+
+
+def test_chains_do_not_follow_a_guide_that_runs_away():
+    """Pseudo-Gibbs diverges with this guide, whose means are too large; Metropolis within Gibbs must not."""
+    exact, vae = linear_gaussian()
+    with torch.no_grad():
+        vae.posterior.weight *= 3
+    x = data(exact, N)
+    missing, holes = gaps(x)
+    mean, variance = exact_moments(exact, x, missing)
+    found = {m: impute(vae, holes, method=m, num_particles=8000).mean for m in ("gibbs", "metropolis")}
+    assert (found["gibbs"] - mean).abs().max() > 1e3
+    assert ((found["metropolis"] - mean).abs() <= 0.3 * variance.sqrt() + 1e-9).all()
 
 
 @pytest.mark.slow
@@ -204,6 +284,48 @@ def test_rounded_normals_are_truncated_normals():
     within(draws.mean(0), mean, draws.std(0) / math.sqrt(4000) + 4e-4)
 
 
+def test_what_corruptions_do_to_a_value():
+    x = torch.tensor([0.0, 0.1, 0.2, 0.9]).double()
+    lattice = torch.arange(-2, 8).double()[:, None] * 0.25
+    certain = Quantise(0.25)(x).log_prob(lattice).exp()
+    assert torch.equal(certain.sum(0), torch.ones(4).double())  # of one value each
+    assert torch.equal((certain * lattice).sum(0), torch.tensor([0.0, 0.0, 0.25, 1.0]).double())
+    assert torch.equal(Quantise(0.25)(x).sample(), torch.tensor([0.0, 0.0, 0.25, 1.0]).double())
+    assert torch.equal(Poisson(4.0).guess(Poisson(4.0)(x).mean), x)
+    A = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.5]]).double()
+    noise = LinearMap(A, 0.3)(x[None])
+    torch.testing.assert_close(noise.mean, torch.tensor([[0.2, 1.05]]).double())
+    assert (noise.stddev == 0.3).all()
+    prior = torch.linalg.solve(A @ A.T + 0.09 * torch.eye(2), noise.mean[0]) @ A  # E[x|y] for x ~ N(0, I)
+    torch.testing.assert_close(LinearMap(A, 0.3).guess(noise.mean)[0], prior)
+
+
+def test_moments_of_rounded_normals():
+    """Against a fine grid, with a step whose half is not its square, on both sides and in the middle."""
+    base = torch.distributions.Normal(torch.tensor([[0.0, 0.35, -2.0, 2.4]]).double(), 0.8)
+    y, step = torch.tensor([[0.6, 0.6, -1.2, 1.2]]).double(), 0.6
+    edges = torch.linspace(-step / 2, step / 2, 20001, dtype=torch.float64)[:, None]
+    grid = y + (edges[1:] + edges[:-1]) / 2
+    weight = base.log_prob(grid).exp() * step / 20000
+    elements = condition(base, y, torch.zeros(1, 4).bool(), Quantise(step))
+    close = {"rtol": 1e-7, "atol": 1e-8}
+    torch.testing.assert_close(elements.log_prob()[0], weight.sum(0).log(), **close)
+    mean, variance = elements.moments()
+    expected = (weight * grid).sum(0) / weight.sum(0)
+    torch.testing.assert_close(mean[0], expected, **close)
+    expected = (weight * (grid - expected).square()).sum(0) / weight.sum(0)
+    torch.testing.assert_close(variance[0], expected, **close)
+    missing = condition(base, y, torch.ones(1, 4).bool(), Quantise(step))
+    assert torch.equal(missing.moments()[0], base.mean)
+    assert torch.equal(missing.moments()[1], base.variance)
+    assert not missing.log_prob().any()
+
+
+def test_the_inverse_of_the_normal_distribution_function():
+    t = torch.tensor([-60.0, -9.0, -6.5, -6.2, -3.0, -0.5, 0.0, 1.0, 4.0]).double()
+    torch.testing.assert_close(_inverse_log_ndtr(torch.special.log_ndtr(t)), t, rtol=1e-9, atol=1e-9)
+
+
 def test_a_user_function_is_a_corruption():
     torch.manual_seed(1)
     vae = binary_vae()
@@ -286,6 +408,37 @@ def test_a_column_all_missing_and_arrays():
     assert torch.equal(named.mean, impute(vae, x, num_particles=40).mean)
 
 
+def test_effective_sample_sizes():
+    """The exact guide has equal weights; a wider one Σ w² of its own; one state of a chain counts as one."""
+    exact, vae = linear_gaussian()
+    x = data(exact, N)
+    found = impute(vae, x, num_particles=50, method="importance").effective_sample_size
+    torch.testing.assert_close(found, torch.full((N,), 50.0).double())
+    # weights of a normal of twice the scale in K dimensions: E[w]² / E[w²] = (√7 / 4)^K
+    _, wide = linear_gaussian(scale=2.0)
+    found = impute(wide, x, num_particles=20000, method="importance").effective_sample_size / 20000
+    within(found, (7**0.5 / 4) ** K, 0.02)
+    one = impute(vae, x, num_particles=1, num_draws=2, method="metropolis")
+    assert (one.effective_sample_size == 1).all()
+    chains = impute(wide, x, num_particles=4000, method="metropolis").effective_sample_size
+    assert ((chains > 100) & (chains <= 4000)).all()
+    assert chains.max() > 300  # more than states of a chain and chains together
+
+
+def test_auto_runs_chains_where_the_weights_have_a_heavy_tail():
+    """A guide of 0.55 times the scale has weights of tail shape 1 − 0.55² ≈ 0.7."""
+    exact, vae = linear_gaussian(scale=0.55)
+    x = data(exact, 30)
+    found = impute(vae, x, num_particles=400, num_draws=2)
+    assert torch.equal(found.from_chains, found.pareto_k > 0.7)
+    assert 0 < int(found.from_chains.sum()) < 30
+    alone = impute(vae, x, num_particles=400, num_draws=2, method="importance")
+    assert torch.equal(found.pareto_k, alone.pareto_k)
+    same = ~found.from_chains
+    assert torch.equal(found.effective_sample_size[same], alone.effective_sample_size[same])
+    assert (found.effective_sample_size != alone.effective_sample_size)[found.from_chains].all()
+
+
 def test_quantiles_interpolate_the_draws():
     exact, vae = linear_gaussian()
     _, holes = gaps(data(exact, N))
@@ -355,7 +508,12 @@ def test_invalid_settings_get_an_error():
         denoise(vae, x, corruption=Erase(torch.ones(5).bool()))
     with pytest.raises(TypeError, match="truth values"):
         Erase(torch.ones(3))
-    for make in (lambda: Normal(0), lambda: BitFlip(1.0), lambda: Poisson(-1.0), lambda: Quantise(math.inf)):
+    with pytest.raises(TypeError, match="floating-point tensor; got list"):
+        LinearMap([[1.0]], 0.3)
+    with pytest.raises(ValueError, match=r"shape \(M, D\)"):
+        LinearMap(torch.ones(3), 0.3)
+    zeros = (lambda: Normal(0), lambda: BitFlip(0), lambda: Poisson(0), lambda: Quantise(0))
+    for make in (*zeros, lambda: BitFlip(1.0), lambda: Poisson(-1.0), lambda: Quantise(math.inf)):
         with pytest.raises(ValueError, match="must be a number between"):
             make()
 
@@ -369,8 +527,18 @@ def test_a_corruption_that_the_likelihood_cannot_go_with():
         denoise(vae, x.abs().round(), corruption=Poisson())
     likelihood = pv.likelihoods.StudentT(K, (D,)).double()
     heavy = pv.VAE(prior=vae.prior, likelihood=likelihood, guide=vae.posterior)
-    with pytest.raises(CorruptionError, match="no closed form with a likelihood of StudentT"):
-        denoise(heavy, x, corruption=Normal(0.3))
+    for noise in (Normal(0.3), LinearMap(torch.eye(D), 0.3)):
+        with pytest.raises(CorruptionError, match="no closed form with a likelihood of StudentT"):
+            denoise(heavy, x, corruption=noise)
+    for size in (4, 6):
+        with pytest.raises(CorruptionError, match=f"takes {size} elements; the likelihood gives 5"):
+            denoise(vae, x[:, :2], corruption=LinearMap(torch.ones(2, size), 0.3))
+    with pytest.raises(CorruptionError, match="BitFlip corrupts bits"):
+        BitFlip(0.1)(torch.tensor([0.0, 2.0]))
+    with pytest.raises(CorruptionError, match=r"shape \(N, 2\), as the matrix gives it; got \(3, 5\)"):
+        denoise(vae, x, corruption=LinearMap(torch.ones(2, D), 0.3))
+    with pytest.raises(CorruptionError, match="no closed form with a likelihood of Bernoulli"):
+        denoise(binary_vae(), torch.zeros(3, 2), corruption=LinearMap(torch.ones(2, 6), 0.3))
     assert "Normal" in corruptions.__all__
 
 

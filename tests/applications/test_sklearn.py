@@ -25,7 +25,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pyro_vae as pv
-from pyro_vae.applications.sklearn import VAEOutlierDetector, VAETransformer, log_evidence
+from pyro_vae.applications.sklearn import (
+    VAEClassifier,
+    VAEImputer,
+    VAEOutlierDetector,
+    VAETransformer,
+    log_evidence,
+)
 
 SMALL = {"max_epochs": 3, "hidden_layer_sizes": (8,), "num_particles": 5}
 ESTIMATORS = [VAETransformer, VAEOutlierDetector]
@@ -59,7 +65,16 @@ def flow(features, latent):
     return linear(features, latent).with_guide(pv.guides.Flow((features,), latent, hidden_features=(4,)))
 
 
-@parametrize_with_checks([kind(**SMALL) for kind in ESTIMATORS])
+CHECKED = [kind(**SMALL) for kind in (*ESTIMATORS, VAEImputer)]
+CHECKED += [VAEClassifier(hidden_layer_sizes=(8,), learning_rate=0.05, max_epochs=20)]
+# scikit-learn exempts its own semi-supervised estimators from labels of -1 and 1 by their names
+MISSING_LABELS = {"check_classifiers_classes": "labels of -1 are missing"}
+
+
+@parametrize_with_checks(
+    CHECKED,
+    expected_failed_checks=lambda kind: MISSING_LABELS if isinstance(kind, VAEClassifier) else {},
+)
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
@@ -426,6 +441,29 @@ def test_outliers():
     fresh = table(400, seed=1)
     detector.calibrate(fresh)
     assert (detector.predict(fresh) == -1).mean() == pytest.approx(0.05, abs=1 / 400)
+
+
+def test_auto_sets_the_threshold_by_rows_that_are_held_out():
+    X = table(300)
+    detector = small(VAEOutlierDetector, contamination="auto", max_epochs=20).fit(pd.DataFrame(X))
+    held_out = np.sort(np.random.default_rng(0).permutation(300)[:60])
+    rest = np.setdiff1d(np.arange(300), held_out)
+    trained = small(max_epochs=20).fit(X[rest])
+    scores = trained.score_samples(X[held_out])
+    assert np.array_equal(detector.score_samples(X[held_out]), scores)  # training has not seen them
+    assert detector.offset_ == np.sort(scores)[2]  # 0.05 × 61 = 3.05
+    fresh = table(2000, seed=1)
+    assert (detector.predict(fresh) == -1).mean() < 0.12  # about 0.05, over the draw of the 60 too
+    for count, rank in ((50, 0), (10, 0)):  # of 19 and of 5 rows
+        detector = small(VAEOutlierDetector, contamination="auto").fit(X[:count])
+        held_out = np.random.default_rng(0).permutation(count)[: min(19, count // 2)]
+        assert detector.offset_ == pytest.approx(np.sort(detector.score_samples(X[held_out]))[rank])
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        small(VAEOutlierDetector, contamination="auto").fit(X[:3])
+    partly = small(VAEOutlierDetector, contamination="auto").partial_fit(X)
+    with pytest.raises(NotFittedError, match=r"calibrate\(X\)"):
+        partly.predict(X)
+    assert partly.calibrate(X[:19]).offset_ == partly.score_samples(X[:19]).min()
 
 
 def test_a_detector_whose_threshold_fails_stays_unfitted():
