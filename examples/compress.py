@@ -21,8 +21,8 @@ from PIL import Image
 
 import pyro_vae as pv
 from pyro_vae import plots
-from pyro_vae.applications.bits_back import encode
-from pyro_vae.applications.codec_data import to_symbols
+from pyro_vae.applications.codec.bits_back import encode
+from pyro_vae.applications.codec.data import to_symbols
 from pyro_vae.utils.display import aligned
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from pyro_vae import applications
 from pyro_vae.applications.codec import Codec
-from pyro_vae.applications.codec_data import row_size
-from pyro_vae.applications.codec_file import FileReader
+from pyro_vae.applications.codec.data import row_size
+from pyro_vae.applications.codec.file import FileReader
 from pyro_vae.utils import serialization
 from pyro_vae.utils.display import aligned, progress_bar
 from pyro_vae.vae import VAE

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vae.applications import corruptions
     from pyro_vae.applications.anomaly import AnomalyDetector
-    from pyro_vae.applications.codec import Codec
-    from pyro_vae.applications.codec_errors import CodecError
+    from pyro_vae.applications.codec import Codec, CodecError
     from pyro_vae.applications.denoising import denoise
     from pyro_vae.applications.imputation import Pooled, impute, pool
     from pyro_vae.applications.posterior_draws import Restored
@@ -37,7 +36,7 @@ _FILES = {
     "AnomalyDetector": "anomaly",
     "BatchTypicality": "typicality",
     "Codec": "codec",
-    "CodecError": "codec_errors",
+    "CodecError": "codec",
     "Pooled": "imputation",
     "Restored": "posterior_draws",
     "anomaly_scores": "scores",

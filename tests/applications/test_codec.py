@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.applications import bits_back, codec_coder
-from pyro_vae.applications.codec import Codec
-from pyro_vae.applications.codec_errors import (
+from pyro_vae.applications.codec import Codec, bits_back, coder
+from pyro_vae.applications.codec.errors import (
     CodecError,
     CorruptFileError,
     ModelMismatchError,
@@ -24,7 +23,7 @@ from pyro_vae.applications.codec_errors import (
     TruncatedFileError,
     UnsupportedVersionError,
 )
-from pyro_vae.applications.codec_file import FileReader
+from pyro_vae.applications.codec.file import FileReader
 
 EVENT, K = (2, 5), 3
 GOLDEN = Path(__file__).parent / "golden_codec.txt"
@@ -346,29 +345,29 @@ def test_arguments_are_checked():
 
 
 def test_a_coder_that_rounds_otherwise_is_refused(monkeypatch):
-    monkeypatch.setattr(codec_coder, "TOTAL", 2**24 - 4)
+    monkeypatch.setattr(coder, "TOTAL", 2**24 - 4)
     with pytest.raises(CodecError, match=r"constriction>=0\.4,<0\.6"):
-        codec_coder._require_known_answer(__import__("constriction").stream)
+        coder._require_known_answer(__import__("constriction").stream)
 
 
 def test_a_missing_coder_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    codec_coder._constriction.cache_clear()
+    coder._constriction.cache_clear()
     with pytest.raises(ImportError, match=r"pyro_vae\[codec\]"):
-        codec_coder.Stack(0, 9)
+        coder.Stack(0, 9)
     monkeypatch.undo()
 
 
 def test_a_panic_of_the_coder_is_an_ordinary_error():
     stream = __import__("constriction").stream
     gaussian, zeros = stream.model.QuantizedGaussian(-9, 9), np.zeros(1)
-    with pytest.raises(CorruptFileError, match="refuses its input"), codec_coder._ordinary_errors():
+    with pytest.raises(CorruptFileError, match="refuses its input"), coder._ordinary_errors():
         stream.stack.AnsCoder().encode_reverse(np.zeros(1, np.int32), gaussian, zeros, zeros)  # scale 0
 
 
 def test_long_runs_take_more_of_the_seed(monkeypatch):
     depths = []
-    stack = codec_coder.Stack
+    stack = coder.Stack
     monkeypatch.setattr(bits_back, "Stack", lambda lane, depth: depths.append(depth) or stack(lane, depth))
     vae = make(event=(1,))
     with torch.no_grad():

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.applications import fixed_point as fp
-from pyro_vae.applications.codec_errors import UnsupportedModelError
-from pyro_vae.applications.codec_model import CodecModel
-from pyro_vae.applications.exact_networks import UNIT, ExactNetwork, convert, require_safe
-from pyro_vae.applications.integer_probabilities import (
+from pyro_vae.applications.codec import fixed_point as fp
+from pyro_vae.applications.codec.errors import UnsupportedModelError
+from pyro_vae.applications.codec.exact_networks import UNIT, ExactNetwork, convert, require_safe
+from pyro_vae.applications.codec.integer_probabilities import (
     TOTAL,
     BernoulliTables,
     CountTables,
     Lattice,
     LogisticTables,
 )
+from pyro_vae.applications.codec.model import CodecModel
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
 
 ACTIVATIONS = ("elu", "gelu", "leaky_relu", "relu", "silu", "softplus", "tanh")

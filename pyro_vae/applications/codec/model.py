@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae.applications.codec_errors import UnsupportedModelError
-from pyro_vae.applications.exact_networks import UNIT, ExactNetwork, convert
-from pyro_vae.applications.fixed_point import Integers, logistic_cdf_table, normal_cdf_table
-from pyro_vae.applications.integer_probabilities import (
+from pyro_vae.applications.codec.errors import UnsupportedModelError
+from pyro_vae.applications.codec.exact_networks import UNIT, ExactNetwork, convert
+from pyro_vae.applications.codec.fixed_point import Integers, logistic_cdf_table, normal_cdf_table
+from pyro_vae.applications.codec.integer_probabilities import (
     BernoulliTables,
     CountTables,
     Lattice,

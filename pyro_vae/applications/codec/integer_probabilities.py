@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_vae.applications.exact_networks import UNIT
-from pyro_vae.applications.fixed_point import (
+from pyro_vae.applications.codec.exact_networks import UNIT
+from pyro_vae.applications.codec.fixed_point import (
     Integers,
     exp_negative,
     interpolate,
@@ -56,7 +56,7 @@ def excess_of_weights(weights: Integers) -> Integers:
     """Return excess counts (*, L) in proportion to weights (*, L) in [0, 2³⁰]; the largest takes the rest.
 
     Example:
-        >>> from pyro_vae.applications.fixed_point import ONE
+        >>> from pyro_vae.applications.codec.fixed_point import ONE
         >>> excess_of_weights(np.array([ONE, ONE, 2 * ONE])) / TOTAL
         array([0.24999994, 0.24999994, 0.49999994])
     """

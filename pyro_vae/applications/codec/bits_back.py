@@ -19,16 +19,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyro_vae.applications.codec_coder import SeedExhaustedError, Stack
-from pyro_vae.applications.codec_errors import CorruptFileError
-from pyro_vae.applications.codec_model import CodecModel, symbol_type
-from pyro_vae.applications.fixed_point import ONE, Integers, exp_negative
-from pyro_vae.applications.integer_probabilities import (
+from pyro_vae.applications.codec.coder import SeedExhaustedError, Stack
+from pyro_vae.applications.codec.errors import CorruptFileError
+from pyro_vae.applications.codec.fixed_point import ONE, Integers, exp_negative
+from pyro_vae.applications.codec.integer_probabilities import (
     TOTAL,
     counts_at,
     excess_of_weights,
     log_of_counts,
 )
+from pyro_vae.applications.codec.model import CodecModel, symbol_type
 
 __all__ = ["Encoded", "decode", "encode"]
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.applications import bits_back
-from pyro_vae.applications.codec_data import from_symbols, to_symbols
-from pyro_vae.applications.codec_errors import CodecError, CorruptFileError, ModelMismatchError
-from pyro_vae.applications.codec_file import LARGEST_CHUNK, Chunk, FileReader, FileWriter, Header
-from pyro_vae.applications.codec_model import CodecModel
-from pyro_vae.applications.codec_rate import Rate, rate_of
-from pyro_vae.applications.integer_probabilities import Lattice
+from pyro_vae.applications.codec import bits_back
+from pyro_vae.applications.codec.data import from_symbols, to_symbols
+from pyro_vae.applications.codec.errors import CodecError, CorruptFileError, ModelMismatchError
+from pyro_vae.applications.codec.file import LARGEST_CHUNK, Chunk, FileReader, FileWriter, Header
+from pyro_vae.applications.codec.integer_probabilities import Lattice
+from pyro_vae.applications.codec.model import CodecModel
+from pyro_vae.applications.codec.rate import Rate, rate_of
 from pyro_vae.utils import serialization
 from pyro_vae.utils.validation import require_count
 from pyro_vae.vae import VAE, require_vae

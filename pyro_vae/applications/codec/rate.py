@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vae.applications.codec_data import from_symbols, to_symbols
-from pyro_vae.applications.exact_networks import UNIT
+from pyro_vae.applications.codec.data import from_symbols, to_symbols
+from pyro_vae.applications.codec.exact_networks import UNIT
 from pyro_vae.objectives import terms
 from pyro_vae.utils.display import Estimate, aligned
 from pyro_vae.utils.isolation import evaluating, isolated_generators

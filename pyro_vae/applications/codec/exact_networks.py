@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyro_vae.applications.codec_errors import UnsupportedModelError
-from pyro_vae.applications.fixed_point import (
+from pyro_vae.applications.codec.errors import UnsupportedModelError
+from pyro_vae.applications.codec.fixed_point import (
     ONE,
     Integers,
     exp_negative,

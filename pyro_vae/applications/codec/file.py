@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pyro_vae.applications.codec_errors import (
+from pyro_vae.applications.codec.errors import (
     CorruptFileError,
     NotACodecFileError,
     TruncatedFileError,

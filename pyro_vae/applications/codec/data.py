@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.applications.codec_errors import CodecError
-from pyro_vae.applications.codec_file import DTYPES
-from pyro_vae.applications.codec_model import CodecModel, symbol_type
-from pyro_vae.applications.integer_probabilities import LogisticTables
+from pyro_vae.applications.codec.errors import CodecError
+from pyro_vae.applications.codec.file import DTYPES
+from pyro_vae.applications.codec.integer_probabilities import LogisticTables
+from pyro_vae.applications.codec.model import CodecModel, symbol_type
 from pyro_vae.data.images import Images
 from pyro_vae.utils.validation import to_shape
 

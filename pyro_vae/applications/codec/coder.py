@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pyro_vae.applications.codec_errors import CodecError, CorruptFileError
-from pyro_vae.applications.fixed_point import Integers
-from pyro_vae.applications.integer_probabilities import TOTAL
+from pyro_vae.applications.codec.errors import CodecError, CorruptFileError
+from pyro_vae.applications.codec.fixed_point import Integers
+from pyro_vae.applications.codec.integer_probabilities import TOTAL
 
 __all__ = ["SeedExhaustedError", "Stack"]
 
