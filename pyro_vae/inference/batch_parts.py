@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from pyro.infer import Trace_MMD
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
@@ -55,6 +56,7 @@ class BatchParts:
         """Take a step; see `SVI.step_in_parts`."""
         svi, number, counted = self.svi, self.svi.steps, getattr(self.svi.loss, "steps", None)
         self.sum.clear()
+        self._remove_gradients()
         self.sum.stop = stop
         error = None
         try:
@@ -73,6 +75,11 @@ class BatchParts:
         self.update(gradients, skip=torch.zeros((), device=self.sum.flat.device))
         self._count(number + 1, None if counted is None else counted + 1)
         return loss
+
+    def _remove_gradients(self) -> None:
+        """Remove gradients, of which those of the last step are views of the sums."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _add(self, args: tuple, kwargs: dict[str, Any]) -> None:
         svi = self.svi
@@ -104,7 +111,7 @@ class BatchParts:
             with isolated(self.svi.model, self.svi.guide), torch.no_grad():
                 traces = run_pair(self.svi.model, self.svi.guide, args, kwargs)
             try:
-                self.is_scaled[key] = subsamples(*traces)
+                self.is_scaled[key] = subsamples(*traces, num_rows(kwargs or args))
             except NotSeparableError as error:
                 raise ValueError(
                     f"this pair cannot be trained on parts of a batch, whose losses are added: {error}"
@@ -131,17 +138,25 @@ def require_divisible(model: Any, guide: Any, loss: Any) -> None:
             "free bits hold on average over a batch, so that a batch cannot be divided between processes, or "
             "in shards: train in one process, with group=None"
         )
+    if isinstance(loss, Trace_MMD):
+        raise ValueError(
+            "Trace_MMD compares the draws of a batch as a whole, which is divided between processes, or in "
+            "shards: train in one process, with group=None"
+        )
     owners = [getattr(program, "__self__", program) for program in (model, guide)]
     for owner in owners:
+        if getattr(owner, "classification_weight", 0):
+            raise ValueError(
+                f"a {type(owner).__name__} weights labelled examples by their share of a batch, which is "
+                "divided between processes, or in shards: train in one process, with group=None"
+            )
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(
                     f"the module {name!r}, a {type(module).__name__}, depends on the batch as a whole, which "
                     "is divided between processes, or in shards: use nn.LayerNorm or nn.GroupNorm, or train "
                     "in one process, with group=None"
                 )
-            if isinstance(module, DistributedDataParallel):
-                raise ValueError(_WRAPPED)
 
 
 _WRAPPED = (
