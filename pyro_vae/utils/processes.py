@@ -158,9 +158,10 @@ class Processes:
         values = self.gather(lambda: value)
         differing = [rank for rank, other in enumerate(values) if other != values[0]]
         if differing:
+            first, other = _different_entries(values[0], values[differing[0]])
             raise ValueError(
-                f"the processes differ in {what}: {_ranks(differing)} {values[differing[0]]!r}, rank 0 has "
-                f"{values[0]!r}. With group=None each process works for itself"
+                f"the processes differ in {what}: {_ranks(differing)} {other!r}, rank 0 has "
+                f"{first!r}. With group=None each process works for itself"
             )
 
     @contextlib.contextmanager
@@ -193,7 +194,8 @@ class Processes:
                 raise
             raise RuntimeError(
                 f"{_ranks(missing)} ended, or did not get here within the group's time limit: see its own "
-                "output for the reason"
+                "output for the reason. All processes must call fit and evaluate; with group=None one works "
+                "for itself"
             ) from error
 
     def _silent(self, key: str) -> list[int]:
@@ -232,6 +234,14 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         result = zlib.crc32(plain.numpy().data, result)
     return result
+
+
+def _different_entries(a: Any, b: Any) -> tuple[Any, Any]:
+    """Return two values that differ; of two dicts with the same keys, the entries that do."""
+    if not (isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys()):
+        return a, b
+    keys = [key for key in a if a[key] != b[key]]
+    return {key: a[key] for key in keys}, {key: b[key] for key in keys}
 
 
 def _ranks(ranks: list[int]) -> str:

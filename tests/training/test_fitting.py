@@ -811,3 +811,21 @@ def test_a_single_validation_example_has_no_error():
     history = pv.fit(vae, torch.randn(9, 4), validation=torch.randn(1, 4), epochs=1, progress=False)
     assert math.isfinite(history[0].validation_elbo)
     assert math.isnan(history[0].validation_elbo_se)
+
+
+def test_a_module_may_have_state_other_than_tensors(tmp_path):
+    class Counted(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            assert state == {"version": 3}
+
+    for epochs in (1, 2):
+        vae = pv.VAE(
+            prior=pv.priors.StandardNormal(2),
+            likelihood=pv.likelihoods.Normal(2, (6,)),
+            guide=pv.guides.DiagonalNormal((6,), 2, network=Counted(6, 4)),
+        )
+        options = {"checkpoint_dir": tmp_path, "resume": True, "progress": False}
+        assert len(pv.fit(vae, torch.zeros(7, 6), epochs=epochs, **options)) == epochs
