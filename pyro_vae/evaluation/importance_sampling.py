@@ -134,10 +134,10 @@ def evaluate(
 def _require_alike(pair: Pair, batches: Batches, processes: Processes, **settings: int) -> None:
     """Raise if processes that share the work have other parameters, data or settings."""
     if processes.size > 1:
-        processes.require_same("settings", {**settings, "seed": batches.seed})
+        processes.require_same("settings of evaluate", {**settings, "seed": batches.seed})
         state = pair.state_dict().values() if isinstance(pair, nn.Module) else ()
         processes.require_same("the parameters, by their check sum", checksum(state))
-        processes.require_same("the data", batches.describe())
+        processes.require_same("the data of evaluate", batches.describe())
 
 
 def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pyro.infer import Trace_MMD
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -72,7 +73,7 @@ class BatchParts:
         self._require_finite(loss, gradients)
         if svi.clip_norm is not None:
             self.sum.clip(gradients, svi.clip_norm)
-        self.update(gradients, skip=torch.zeros((), device=self.sum.flat.device))
+        self.update(gradients, skip=torch.zeros((), dtype=torch.float32, device=self.sum.flat.device))
         self._count(number + 1, None if counted is None else counted + 1)
         return loss
 
@@ -108,8 +109,12 @@ class BatchParts:
         """Return whether a loss is scaled to all data, by plates that subsample."""
         key = tuple(leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         if key not in self.is_scaled:
-            with isolated(self.svi.model, self.svi.guide), torch.no_grad():
-                traces = run_pair(self.svi.model, self.svi.guide, args, kwargs)
+            hook = register_module_forward_pre_hook(lambda module, _: _require_by_example("", module))
+            try:
+                with isolated(self.svi.model, self.svi.guide), torch.no_grad():
+                    traces = run_pair(self.svi.model, self.svi.guide, args, kwargs)
+            finally:
+                hook.remove()
             try:
                 self.is_scaled[key] = subsamples(*traces, num_rows(kwargs or args))
             except NotSeparableError as error:
@@ -151,12 +156,18 @@ def require_divisible(model: Any, guide: Any, loss: Any) -> None:
                 "divided between processes, or in shards: train in one process, with group=None"
             )
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(
-                    f"the module {name!r}, a {type(module).__name__}, depends on the batch as a whole, which "
-                    "is divided between processes, or in shards: use nn.LayerNorm or nn.GroupNorm, or train "
-                    "in one process, with group=None"
-                )
+            _require_by_example(name, module)
+
+
+def _require_by_example(name: str, module: nn.Module) -> None:
+    """Raise if what a module computes for an example depends on others."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        which = f"the module {name!r}, a" if name else "a"
+        raise ValueError(
+            f"{which} {type(module).__name__}, depends on the batch as a whole, which is divided between "
+            "processes, or in shards: use nn.LayerNorm or nn.GroupNorm, or train in one process, with "
+            "group=None"
+        )
 
 
 _WRAPPED = (

@@ -72,7 +72,7 @@ class Checkpoint:
             self._save(folder, streams)
         elif resume:
             content = serialization.read(path, "run", device="cpu")
-            settings = serialization.fitting(path, lambda: content["settings"])
+            settings = serialization.fitting(path, lambda: {"shards": 1, **content["settings"]})
             differing = list(_differences(settings, self.settings))
             if differing:
                 raise serialization.CheckpointError(
@@ -160,9 +160,8 @@ def saved_shards(folder: Path | None) -> int | None:
 def _describe(run: Run) -> dict[str, Any]:
     """Return what two runs must have in common for one to continue the other."""
     settings, schedule = run.settings, run.schedule
-    shards = {} if settings.shards == 1 else {"shards": settings.shards}
     return {
-        **shards,
+        "shards": settings.shards,
         "model": spec(run.pair) or _shapes(run.pair),
         "estimator": label(settings.estimator),
         "optimizer": [type(run.optimizer).__name__, *map(_plain_fields, run.optimizer.param_groups)],

@@ -153,9 +153,16 @@ class Processes:
         """Raise unless a value is the same in all processes.
 
         Raises:
-            ValueError: Names the processes where it differs from that of the first.
+            ValueError: Names the processes where it differs from that of the first, or that compare another.
         """
-        values = self.gather(lambda: value)
+        subjects, values = zip(*self.gather(lambda: (what, value)), strict=True)
+        elsewhere = [rank for rank, subject in enumerate(subjects) if subject != subjects[0]]
+        if elsewhere:
+            raise ValueError(
+                f"the processes are at different calls: {_ranks(elsewhere)} at {subjects[elsewhere[0]]}, "
+                f"rank 0 at {subjects[0]}. All must call fit and evaluate; with group=None one works for "
+                "itself"
+            )
         differing = [rank for rank, other in enumerate(values) if other != values[0]]
         if differing:
             first, other = _different_entries(values[0], values[differing[0]])

@@ -289,7 +289,13 @@ def refusals(processes: Processes) -> dict:
         options = {"epochs": 1} | (options if processes.rank == last else {})
         pv.fit(make_vae(), make_data(), progress=False, **options)
 
+    def other_calls():
+        if processes.is_first:
+            pv.evaluate(make_vae(), make_data(), num_particles=5, progress=False)
+        some_options()
+
     return {
+        "calls": message(other_calls),
         "semi-supervised": message(semi_supervised),
         "bad value": message(lambda: in_streams(2.0)),
         "validation divided": message(validation_divided),

@@ -120,6 +120,20 @@ def test_an_optimiser_may_keep_gradients_as_zeros():
     assert torch.equal(*found)
 
 
+def test_the_default_dtype_may_be_any():
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        vae = make()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            pv.fit(vae, X, epochs=3, shards=2, engine="eager", progress=False)
+        finally:
+            torch.set_default_dtype(before)
+        found.append(weights(vae))
+    assert torch.allclose(*found, rtol=1e-4)
+
+
 def test_steps_may_be_taken_in_parts_and_not():
     found = []
     for engine in ("eager", "traced"):
@@ -141,6 +155,27 @@ def test_instances_may_be_normalised_but_no_batches():
     vae = make(network=nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 4)))
     with pytest.raises(ValueError, match="a BatchNorm1d, depends on the batch as a whole"):
         pv.fit(vae, X, epochs=1, shards=2, progress=False)
+
+
+def test_batch_normalisation_in_a_function_is_refused_too():
+    norm, net = nn.BatchNorm1d(2).double(), nn.Linear(2, 1).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("x", dist.Normal(z[:, None].expand_as(x), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("norm", norm)
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(norm(x))[:, 0], 1.0))
+
+    optimizer = torch.optim.SGD([*norm.parameters(), *net.parameters()], 1e-3)
+    svi = pv.SVI(model, guide, optimizer, Trace_ELBO())
+    with pytest.raises(ValueError, match="a BatchNorm1d, depends on the batch as a whole"):
+        svi.step_in_parts([((X[:5],), {}), ((X[5:],), {})])
+    pyro.clear_param_store()
 
 
 def test_what_compares_draws_of_a_whole_batch_is_refused():
