@@ -8,7 +8,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pyro_vae as pv
+from pyro_vae.data.streams import Stream
 from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
+from pyro_vae.utils.processes import Processes
 
 DATA = torch.randn(45, 4, generator=torch.Generator().manual_seed(1))
 
@@ -279,3 +281,46 @@ def test_what_gives_no_batches_is_refused():
     wrong[41, 2] = torch.inf
     with pytest.raises(ValueError, match=r"x\[5, 2\] = inf lies .* \(in batch 4 of the epoch\)"):
         fit(DataLoader(wrong, batch_size=9), epochs=1)
+
+
+class Two(Processes):
+    """Stands for two processes that do the same."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.size = 2
+
+    def gather(self, function):
+        return [function()] * 2
+
+
+class Halves(torch.utils.data.Sampler):
+    """A user's own sampler of batches, which might divide the data."""
+
+    def __iter__(self):
+        yield from ([0, 1, 2], [3, 4])
+
+    def __len__(self):
+        return 2
+
+
+def test_processes_that_begin_with_the_same_batch_are_warned_of(caplog):
+    Stream(DataLoader(DATA, batch_sampler=Halves()), None, seed=0, processes=Two())
+    assert "processes begin with the same batch" in caplog.text
+    caplog.clear()
+    Stream(DataLoader(DATA, batch_sampler=Halves()), None, seed=0)
+    assert not caplog.records
+
+
+def test_a_loader_of_all_data_is_refused_where_processes_divide_them():
+    sampler = torch.utils.data.SubsetRandomSampler(range(45))
+    for options in ({}, {"shuffle": True}, {"sampler": sampler}, {"sampler": sampler, "batch_size": None}):
+        with pytest.raises(ValueError, match="would give every process the same data"):
+            Stream(DataLoader(DATA, **options), None, seed=0, processes=Two())
+    for sampler in (
+        torch.utils.data.RandomSampler(DATA, replacement=True),
+        torch.utils.data.WeightedRandomSampler(torch.ones(45), 45),
+        torch.utils.data.DistributedSampler(DATA, num_replicas=2, rank=0),
+    ):
+        stream = Stream(DataLoader(DATA, batch_size=9, sampler=sampler), None, seed=0, processes=Two())
+        assert stream.batch_size == 9
