@@ -84,6 +84,13 @@ class BatchParts:
 
     def _add(self, args: tuple, kwargs: dict[str, Any]) -> None:
         svi = self.svi
+        owner = getattr(svi.model, "__self__", None)
+        weights_by_share = getattr(owner, "weights_by_share", None)
+        if weights_by_share is not None and weights_by_share(*args, **kwargs):
+            raise ValueError(
+                f"a {type(owner).__name__} weights labelled examples by their share of a batch, which is "
+                "divided between processes, or in shards: train in one process, with group=None"
+            )
         options = {"fastest": None, "update": self._note}  # a clock would choose differently in each process
         loss = svi.take_step(self._eager, args, kwargs, **options)
         if not isinstance(loss, float) or not math.isfinite(loss):
@@ -150,11 +157,6 @@ def require_divisible(model: Any, guide: Any, loss: Any) -> None:
         )
     owners = [getattr(program, "__self__", program) for program in (model, guide)]
     for owner in owners:
-        if getattr(owner, "classification_weight", 0):
-            raise ValueError(
-                f"a {type(owner).__name__} weights labelled examples by their share of a batch, which is "
-                "divided between processes, or in shards: train in one process, with group=None"
-            )
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
             _require_by_example(name, module)
 

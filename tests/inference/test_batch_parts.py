@@ -214,3 +214,20 @@ def test_data_are_read_with_their_own_precision():
     read = set()
     pv.fit(make().float(), Rows(), epochs=1, shards=2, precision="bf16", progress=False)
     assert read == {torch.float32}
+
+
+def test_labels_that_are_missing_are_refused_and_others_not():
+    vae = pv.SemiSupervisedVAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (2,), context_dim=3),
+        guide=pv.guides.DiagonalNormal((2,), 2, context_dim=3),
+        classifier=pv.networks.MLP(2, 3),
+        num_classes=3,
+    )
+    x = X.float()
+    svi = pv.SVI(vae, torch.optim.SGD(vae.parameters(), 1e-3))
+    y = torch.arange(12) % 3
+    svi.step_in_parts([((x[:5], y[:5]), {}), ((x[5:], y[5:]), {})])
+    y[7:] = -1
+    with pytest.raises(ValueError, match="a SemiSupervisedVAE weights labelled examples by their share"):
+        svi.step_in_parts([((x[:5], y[:5]), {}), ((x[5:], y[5:]), {})])
