@@ -396,6 +396,10 @@ class SemiSupervisedVAE(ConditionalVAE):
             log_q = log_q / weight  # which multiplies the site
         pyro.factor("classification", log_q - log_q.detach())
 
+    def weights_by_share(self, x: Tensor, y: Tensor | None = None, *_: Any, **__: Any) -> bool:
+        """Return whether the loss of an example depends on which others of its batch are labelled."""
+        return bool(self.classification_weight) and not bool(_given(x, y)[0].all())
+
     def q_y(self, x: Tensor) -> dist.Distribution:
         """Return q(y|x), of batch shape (N,)."""
         self._require_events(x)

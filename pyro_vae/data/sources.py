@@ -29,7 +29,12 @@ from torch.utils._pytree import (
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pyro_vae.data.images import BINARIZE_MODES, Images
-from pyro_vae.utils.isolation import isolated_generators, python_noise, restore_python_noise
+from pyro_vae.utils.isolation import (
+    isolated_generators,
+    python_noise,
+    restore_python_noise,
+    without_autocast,
+)
 from pyro_vae.utils.validation import require_floating
 
 __all__ = ["CHECKED_IN_FULL", "Batch", "Source", "arguments", "as_source", "check_arguments", "num_rows"]
@@ -226,6 +231,7 @@ class _DatasetRows(Source):
         first = self.raw(torch.tensor([0])) if len(dataset) else torch.empty(0)
         self.shape = (len(dataset), *_row_shape(first))
 
+    @without_autocast()  # of a step that reads its parts
     def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         noise, seed = python_noise(), generator.initial_seed()
         try:
@@ -397,7 +403,10 @@ def num_rows(batch: Any) -> int:
     """Return the number of examples in a batch."""
     if isinstance(batch, Tensor):
         return len(batch)
-    return len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
+    leaf = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    if leaf is None:
+        raise ValueError("a batch must hold a tensor, whose first dimension counts its examples; got none")
+    return len(leaf)
 
 
 class _Binarised(Source):

@@ -5,16 +5,24 @@ What it draws from torch's, NumPy's and Python's generators in this process is a
 epoch and the number of the batch.
 """
 
+import copy
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
 from pyro_vae.data.balance import Balance
 from pyro_vae.data.sources import mark_missing, num_rows, require_observed
@@ -24,10 +32,11 @@ from pyro_vae.utils.isolation import (
     python_noise,
     restore_python_noise,
     seed_at,
+    without_autocast,
 )
-from pyro_vae.utils.processes import Processes
+from pyro_vae.utils.processes import Processes, checksum
 
-__all__ = ["Stream", "is_stream"]
+__all__ = ["Stream", "has_length", "is_divided", "is_stream"]
 
 logger = logging.getLogger("pyro_vae")
 
@@ -43,6 +52,20 @@ def is_stream(data: Any) -> bool:
     return not rows and not by_position and isinstance(data, Iterable)
 
 
+def has_length(data: Any) -> bool:
+    """Return whether data tell how many batches they have; a DataLoader of a stream does not."""
+    try:
+        len(data)
+    except TypeError:
+        return False
+    return True
+
+
+def is_divided(data: Any) -> bool:
+    """Return whether data are a DataLoader that gives each process a part."""
+    return any(getattr(sampler, "num_replicas", 1) > 1 for sampler in _samplers(data))
+
+
 class Stream:
     """Batches of an iterable.
 
@@ -52,10 +75,13 @@ class Stream:
     on where it was if the iterable has `state_dict` and `load_state_dict`; else it begins again when resumed,
     which a warning says.
 
+    The samplers of a DataLoader are told the number of each pass, as by `set_epoch`. A generator that it was
+    given is seeded for each batch, from its own seed, and restored.
+
     Args:
         data: An iterable of batches, each a tensor, tuple or dict of tensors as a program takes them.
         steps_per_epoch: Batches of an epoch.
-        seed: Of what the iterable draws in this process.
+        seed: Of what the iterable draws; each process draws its own.
         device: Device of the batches.
         dtype: Their floating-point type.
         missing_for: As in `Batches`.
@@ -91,34 +117,51 @@ class Stream:
                 "this DataLoader would give every process the same data: pass its dataset (loader.dataset), "
                 "or give it sampler=torch.utils.data.DistributedSampler(dataset)"
             )
-        if steps_per_epoch is None and not hasattr(data, "__len__"):
+        if steps_per_epoch is None and not has_length(data):
             raise ValueError(
                 "data without a length need steps_per_epoch, the number of batches after which fit "
                 "validates, saves and reports"
             )
         self.data, self.seed, self.device = data, seed, torch.device(device)
         self.dtype = dtype or torch.get_default_dtype()
-        self.is_alone = processes.size == 1
+        self.rank, self.is_alone = processes.rank, processes.size == 1
         self.in_passes = steps_per_epoch is None
-        self.steps = max(processes.gather(lambda: steps_per_epoch or len(data)))
+        self.has_state = not self.in_passes and all(
+            hasattr(data, name) for name in ("state_dict", "load_state_dict")
+        )
         self.marks_missing = missing_for is not None
         if missing_for is not None:
             require_observed(missing_for)
         self.check_batch: Callable[[Any], None] | None = None
         self.iterator: Iterator[Any] | None = None
-        self.restored = False
-        self.first_batch = self._first()
-        self.batch_size = num_rows(self.first_batch)
+        self.passes = 0  # begun, if an epoch is not a pass
+        self.begun = False  # by an epoch, or where a resumed run left it
+
+        def look() -> tuple[int, int]:
+            self.first_batch = self._first()
+            leaves = [leaf for leaf in tree_leaves(self.first_batch) if isinstance(leaf, Tensor)]
+            return steps_per_epoch or len(data), checksum(leaves)
+
+        lengths, sums = zip(*processes.gather(look), strict=True)
+        self.steps, self.batch_size = max(lengths), num_rows(self.first_batch)
+        if len(set(sums)) < len(sums):
+            logger.warning(
+                "processes begin with the same batch: give each its own part of the data, else the gradient "
+                "counts the same examples several times"
+            )
 
     def _first(self) -> Any:
         """Read the first batch, and keep it for the first epoch where it could not be read again."""
+        state = copy.deepcopy(self.data.state_dict()) if self.has_state else None
         with self._noise(0, 0):
-            iterator = iter(self.data)
+            iterator = self._begin(0)
             batch = next(iterator, None)
         if batch is None:
             raise ValueError(f"the {type(self.data).__name__} gives no batch")
-        if iterator is self.data:  # which can be read once
-            self.iterator = _chain(batch, iterator)
+        if self.has_state:
+            self.data.load_state_dict(state)
+        elif not self.in_passes:
+            self.iterator, self.passes = _chain(batch, iterator), 1
         return self._converted(batch)
 
     def __len__(self) -> int:
@@ -151,17 +194,18 @@ class Stream:
         """Yield the batches of an epoch, from the batch `start` on."""
         if self.in_passes:
             self.iterator = None
-        elif (number or start) and self.iterator is None and not self.restored:
+        elif (number or start) and not self.begun:
             logger.warning(
                 "the %s begins again from its start: it has no state_dict that would tell where it was",
                 type(self.data).__name__,
             )
+        self.begun = True
         for step in range(self.steps):
             skipped = step < start
             if skipped and not self.in_passes:
                 continue
             with self._noise(number, step):
-                batch = self._next(may_begin_again=not self.in_passes)
+                batch = self._next(number if self.in_passes else None)
             if skipped:
                 continue
             if batch is None and self.is_alone:
@@ -189,7 +233,7 @@ class Stream:
         self.iterator = None
         for step in range(self.steps):
             with self._noise(0, step):
-                batch = self._next(may_begin_again=False)
+                batch = self._next(0)
             if batch is not None and step % every == first:
                 yield self._checked(self._converted(batch), step)
 
@@ -198,35 +242,52 @@ class Stream:
         return {"stream": type(self.data).__name__, "steps": self.steps}
 
     def state_dict(self) -> Any:
-        """Return the iterable's own state, or None."""
-        return self.data.state_dict() if hasattr(self.data, "state_dict") and not self.in_passes else None
+        """Return the iterable's own state in this process, or None."""
+        return self.data.state_dict() if self.has_state else None
 
     def load_state_dict(self, state: Any) -> None:
         """Restore the iterable's own state."""
-        if state is not None:
+        if state is not None and self.has_state:
             self.data.load_state_dict(state)
-            self.restored = True
+            self.iterator, self.begun = None, True
 
-    def _next(self, *, may_begin_again: bool) -> Any:
-        """Return the next batch; None after the last of a pass, unless it begins again."""
+    @without_autocast()  # of a step that reads its parts
+    def _next(self, number: int | None) -> Any:
+        """Return the next batch of a pass, None after its last; or of endless passes, if it has no number."""
         if self.iterator is None:
-            self.iterator = iter(self.data)
+            self.iterator = self._begin(number)
         batch = next(self.iterator, None)
-        if batch is None and may_begin_again:
-            self.iterator = iter(self.data)
+        if batch is None and number is None:
+            self.iterator = self._begin(None)
             batch = next(self.iterator, None)
             if batch is None:
                 raise ValueError(f"the {type(self.data).__name__} has ended, and gives no batch again")
         return batch
 
+    def _begin(self, number: int | None) -> Iterator[Any]:
+        """Begin a pass, and tell its number to samplers whose order depends on it."""
+        number = self.passes if number is None else number
+        self.passes = number + 1
+        for sampler in _samplers(self.data):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(number)
+        return iter(self.data)
+
     def _noise(self, number: int, step: int) -> "_Noise":
-        return _Noise(seed_at(derived_seed(self.seed, _ORDER, number), step))
+        other = (self.rank,) * (self.rank > 0)
+        seeds = {
+            generator: seed_at(derived_seed(generator.initial_seed(), _ORDER, number), step)
+            for generator in _generators(self.data)
+        }
+        return _Noise(seed_at(derived_seed(self.seed, _ORDER, number, *other), step), seeds)
 
     def _converted(self, batch: Any) -> Any:
         if isinstance(batch, list):
             batch = batch[0] if len(batch) == 1 else tuple(batch)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
-            raise TypeError(f"a batch must be a tensor, or a tuple or dict of tensors; got {batch!r:.100}")
+            hint = ": convert with torch.as_tensor" * isinstance(batch, np.ndarray)
+            got = f"{batch!r:.100}"
+            raise TypeError(f"a batch must be a tensor, or a tuple or dict of tensors; got {got}{hint}")
 
         def convert(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -246,10 +307,10 @@ class Stream:
 
 
 class _Noise:
-    """Seed the generators of the CPU, NumPy and Python in a block, and restore them after it."""
+    """Seed the generators of the CPU, NumPy and Python, and others, in a block; restore them after it."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, others: dict[Generator, int]):
+        self.seed, self.others = seed, others
         self.torch = isolated_generators(torch.device("cpu"), seed)
 
     def __enter__(self) -> None:
@@ -257,8 +318,13 @@ class _Noise:
         self.torch.__enter__()
         random.seed(self.seed)
         np.random.seed(self.seed % 2**32)  # noqa: NPY002 (which a transform may still use)
+        self.states = [generator.get_state() for generator in self.others]
+        for generator, seed in self.others.items():
+            generator.manual_seed(seed)
 
     def __exit__(self, *error: Any) -> None:
+        for generator, state in zip(self.others, self.states, strict=True):
+            generator.set_state(state)
         self.torch.__exit__(*error)
         restore_python_noise(self.before)
 
@@ -268,8 +334,27 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
+def _samplers(data: Any) -> list[Any]:
+    """Return the samplers of a DataLoader."""
+    if not isinstance(data, DataLoader):
+        return []
+    batches = data.batch_sampler
+    found = [data.sampler, batches, getattr(batches, "sampler", None)]
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
+
+def _generators(data: Any) -> list[Generator]:
+    """Return the generators that a DataLoader and its samplers were given."""
+    owners = [data, *_samplers(data)] if isinstance(data, DataLoader) else []
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list(dict.fromkeys(g for g in found if isinstance(g, Generator)))
+
+
 def _gives_all(loader: DataLoader) -> bool:
     """Return whether a loader reads all of a data set that has positions."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    known = isinstance(sampler, torch.utils.data.SequentialSampler | torch.utils.data.RandomSampler)
-    return known and not isinstance(cast(Any, sampler), DistributedSampler)
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        return False  # a user's own, which may divide them
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if type(sampler) is RandomSampler and sampler.replacement:
+        return False
+    return type(sampler) in (SequentialSampler, RandomSampler, SubsetRandomSampler)

@@ -104,7 +104,7 @@ def evaluate(
     require_count("aggregate_size", aggregate_size, minimum=0)
     processes = join(group)
     batches = prepare_data(vae, data, binarize=binarize, seed=seed, missing=missing)
-    _require_alike(vae, batches, processes)
+    _require_alike(vae, batches, processes, num_particles=num_particles, max_plate_nesting=max_plate_nesting)
     total, shown = len(batches) * num_particles, progress and processes.is_first
     with (
         evaluating(vae, batches.device, seed),
@@ -135,12 +135,13 @@ def evaluate(
     return _evaluation(reduced, aggregate, num_particles=num_particles, seed=seed)
 
 
-def _require_alike(pair: Pair, batches: Batches, processes: Processes) -> None:
-    """Raise if processes that share the work have other parameters or data."""
+def _require_alike(pair: Pair, batches: Batches, processes: Processes, **settings: int) -> None:
+    """Raise if processes that share the work have other parameters, data or settings."""
     if processes.size > 1:
+        processes.require_same("settings of evaluate", {**settings, "seed": batches.seed})
         state = pair.state_dict().values() if isinstance(pair, nn.Module) else ()
         processes.require_same("the parameters, by their check sum", checksum(state))
-        processes.require_same("the data", batches.describe())
+        processes.require_same("the data of evaluate", batches.describe())
 
 
 def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str | None:

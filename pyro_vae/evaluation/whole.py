@@ -66,7 +66,7 @@ def evaluate_whole(
     estimator = default_loss(pair.model, pair.guide, *args, **kwargs)
     with poutine.block():
         _, model_trace = run_pair(pair.model, pair.guide, args, kwargs)
-    scale = subsampling_factor(model_trace)
+    scale = subsampling_factor(model_trace, len(batches))
     values = []
     for _ in range(num_particles):
         values.append(-float(estimator.loss(pair.model, pair.guide, *args, **kwargs)) / len(batches) / scale)

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from pyro.infer import Trace_MMD
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +57,7 @@ class BatchParts:
         """Take a step; see `SVI.step_in_parts`."""
         svi, number, counted = self.svi, self.svi.steps, getattr(self.svi.loss, "steps", None)
         self.sum.clear()
+        self._remove_gradients()
         self.sum.stop = stop
         error = None
         try:
@@ -70,12 +73,24 @@ class BatchParts:
         self._require_finite(loss, gradients)
         if svi.clip_norm is not None:
             self.sum.clip(gradients, svi.clip_norm)
-        self.update(gradients, skip=torch.zeros((), device=self.sum.flat.device))
+        self.update(gradients, skip=torch.zeros((), dtype=torch.float32, device=self.sum.flat.device))
         self._count(number + 1, None if counted is None else counted + 1)
         return loss
 
+    def _remove_gradients(self) -> None:
+        """Remove gradients, of which those of the last step are views of the sums."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def _add(self, args: tuple, kwargs: dict[str, Any]) -> None:
         svi = self.svi
+        owner = getattr(svi.model, "__self__", None)
+        weights_by_share = getattr(owner, "weights_by_share", None)
+        if weights_by_share is not None and weights_by_share(*args, **kwargs):
+            raise ValueError(
+                f"a {type(owner).__name__} weights labelled examples by their share of a batch, which is "
+                "divided between processes, or in shards: train in one process, with group=None"
+            )
         options = {"fastest": None, "update": self._note}  # a clock would choose differently in each process
         loss = svi.take_step(self._eager, args, kwargs, **options)
         if not isinstance(loss, float) or not math.isfinite(loss):
@@ -101,10 +116,14 @@ class BatchParts:
         """Return whether a loss is scaled to all data, by plates that subsample."""
         key = tuple(leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         if key not in self.is_scaled:
-            with isolated(self.svi.model, self.svi.guide), torch.no_grad():
-                traces = run_pair(self.svi.model, self.svi.guide, args, kwargs)
+            hook = register_module_forward_pre_hook(lambda module, _: _require_by_example("", module))
             try:
-                self.is_scaled[key] = subsamples(*traces)
+                with isolated(self.svi.model, self.svi.guide), torch.no_grad():
+                    traces = run_pair(self.svi.model, self.svi.guide, args, kwargs)
+            finally:
+                hook.remove()
+            try:
+                self.is_scaled[key] = subsamples(*traces, num_rows(kwargs or args))
             except NotSeparableError as error:
                 raise ValueError(
                     f"this pair cannot be trained on parts of a batch, whose losses are added: {error}"
@@ -131,17 +150,26 @@ def require_divisible(model: Any, guide: Any, loss: Any) -> None:
             "free bits hold on average over a batch, so that a batch cannot be divided between processes, or "
             "in shards: train in one process, with group=None"
         )
+    if isinstance(loss, Trace_MMD):
+        raise ValueError(
+            "Trace_MMD compares the draws of a batch as a whole, which is divided between processes, or in "
+            "shards: train in one process, with group=None"
+        )
     owners = [getattr(program, "__self__", program) for program in (model, guide)]
     for owner in owners:
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
-                raise ValueError(
-                    f"the module {name!r}, a {type(module).__name__}, depends on the batch as a whole, which "
-                    "is divided between processes, or in shards: use nn.LayerNorm or nn.GroupNorm, or train "
-                    "in one process, with group=None"
-                )
-            if isinstance(module, DistributedDataParallel):
-                raise ValueError(_WRAPPED)
+            _require_by_example(name, module)
+
+
+def _require_by_example(name: str, module: nn.Module) -> None:
+    """Raise if what a module computes for an example depends on others."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        which = f"the module {name!r}, a" if name else "a"
+        raise ValueError(
+            f"{which} {type(module).__name__}, depends on the batch as a whole, which is divided between "
+            "processes, or in shards: use nn.LayerNorm or nn.GroupNorm, or train in one process, with "
+            "group=None"
+        )
 
 
 _WRAPPED = (

@@ -233,8 +233,9 @@ class SVI:
         else:
             clip_norm = None if options else self.clip_norm
             settings = (self.model, self.guide, self.loss, self.optimizer, clip_norm)
-            if self._replay is None or self._replayed != (*settings, self.engine):
-                self._replayed = (*settings, self.engine)
+            replayed = (*settings, self.engine, bool(options))
+            if self._replay is None or self._replayed != replayed:
+                self._replayed = replayed
                 usual: dict[str, Any] = {"fastest": self.fastest_products, "watched": self._programs}
                 self._replay = Replay(
                     *settings, engine=self.engine, eager_step=eager_step, **(usual | options)

@@ -121,27 +121,37 @@ def sample_sites(trace: poutine.Trace) -> Sites:
     }
 
 
-def subsampling_factor(model_trace: poutine.Trace) -> float:
-    """Return the number of data that a model speaks for, over those in its batch: 1 without subsampling."""
-    sites = [site for site in sample_sites(model_trace).values() if site["is_observed"]]
-    factors = [
-        math.prod((frame.full_size or frame.size) / frame.size for frame in site["cond_indep_stack"])
-        for site in sites
+def subsampling_factor(model_trace: poutine.Trace, num_rows: int) -> float:
+    """Return the number of data that a model speaks for, over those in its batch, `num_rows`.
+
+    It is 1 unless the plate of the data subsamples: the plate around all sites, if there is one, and else
+    that of the batch's size. A plate of pixels, say, may subsample without speaking for other data.
+    """
+    stacks = [
+        {frame.name: frame for frame in site["cond_indep_stack"]}
+        for site in sample_sites(model_trace).values()
     ]
-    return max(factors, default=1.0)
+    around_all = set.intersection(*map(set, stacks)) if stacks else set()
+    sizes = [
+        (frame.full_size or frame.size, frame.size)
+        for stack in stacks
+        for name, frame in stack.items()
+        if name in around_all or not around_all
+    ]
+    of_batch = [full for full, size in sizes if size == num_rows]
+    return max(of_batch or [full for full, size in sizes if full != size], default=num_rows) / num_rows
 
 
-def subsamples(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> bool:
-    """Return whether the plates of a pair subsample, so that a loss speaks for all data.
+def subsamples(guide_trace: poutine.Trace, model_trace: poutine.Trace, num_rows: int) -> bool:
+    """Return whether the plate of the data subsamples, so that a loss speaks for others than its batch.
 
-    Else it is a sum over the data of its batch.
+    Else it is a sum over the data of its batch, `num_rows`.
 
     Raises:
         NotSeparableError: If it is neither, as a site is shared by the data of a batch.
     """
     model_sites = sample_sites(model_trace)
-    frames = [frame for site in model_sites.values() for frame in site["cond_indep_stack"]]
-    if any(frame.full_size not in (None, frame.size) for frame in frames):
+    if subsampling_factor(model_trace, num_rows) != 1:
         return True
     nesting = plate_nesting(guide_trace, model_trace)
     data_plate(sample_sites(guide_trace), model_sites, max_plate_nesting=nesting, ignore="")

@@ -48,13 +48,19 @@ class Checkpoint:
             yield self
             return
         with contextlib.ExitStack() as stack:
-            begin = partial(self._begin, self.folder, stack, resume=resume)
+            begin = partial(self._begin, self.folder, stack, self._streams(), resume=resume)
             content = self.run.processes.on_first(begin)
             if content is not None:
                 serialization.fitting(self.folder / "last.pt", lambda: self._restore(content))
             yield self
 
-    def _begin(self, folder: Path, stack: contextlib.ExitStack, *, resume: bool) -> dict[str, Any] | None:
+    def _streams(self) -> list[Any]:
+        """Return where the data of each process stand, by rank."""
+        return self.run.processes.gather(self.run.train.state_dict)
+
+    def _begin(
+        self, folder: Path, stack: contextlib.ExitStack, streams: list[Any], *, resume: bool
+    ) -> dict[str, Any] | None:
         """Return what is to be restored, if there is anything; else start a run."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,10 +69,10 @@ class Checkpoint:
         stack.enter_context(_locked(folder))
         path = folder / "last.pt"
         if not path.exists():
-            self._save(folder)
+            self._save(folder, streams)
         elif resume:
             content = serialization.read(path, "run", device="cpu")
-            settings = serialization.fitting(path, lambda: content["settings"])
+            settings = serialization.fitting(path, lambda: {"shards": 1, **content["settings"]})
             differing = list(_differences(settings, self.settings))
             if differing:
                 raise serialization.CheckpointError(
@@ -79,9 +85,9 @@ class Checkpoint:
     def save(self) -> None:
         """Write both files, by the first of several processes."""
         if self.folder is not None:
-            self.run.processes.on_first(partial(self._save, self.folder))
+            self.run.processes.on_first(partial(self._save, self.folder, self._streams()))
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, streams: list[Any]) -> None:
         run = self.run
         run.require_finite_parameters()
         best = folder / "best.pt"
@@ -99,7 +105,7 @@ class Checkpoint:
             "history": [dataclasses.asdict(epoch) for epoch in run.history],
             "done": run.done,
             "seconds": run.seconds,
-            "stream": run.train.state_dict(),
+            "streams": streams,
         }
         serialization.write(folder / "last.pt", "run", content)
 
@@ -115,7 +121,7 @@ class Checkpoint:
         run.total = sum(length * bound for length, bound in run.done)
         run.num_done = sum(length for length, _ in run.done)
         run.seconds = content["seconds"]
-        run.train.load_state_dict(content.get("stream"))
+        run.train.load_state_dict(dict(enumerate(content.get("streams", []))).get(run.processes.rank))
         # what decides how the steps are taken, on which the last bits depend
         run.svi.steps = len(run.history) * run.steps_per_epoch + len(run.done)
         run.svi.fastest_products.update(content["products"])
@@ -154,9 +160,8 @@ def saved_shards(folder: Path | None) -> int | None:
 def _describe(run: Run) -> dict[str, Any]:
     """Return what two runs must have in common for one to continue the other."""
     settings, schedule = run.settings, run.schedule
-    shards = {} if settings.shards == 1 else {"shards": settings.shards}
     return {
-        **shards,
+        "shards": settings.shards,
         "model": spec(run.pair) or _shapes(run.pair),
         "estimator": label(settings.estimator),
         "optimizer": [type(run.optimizer).__name__, *map(_plain_fields, run.optimizer.param_groups)],

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, told_of_missing
-from pyro_vae.data.streams import Stream, is_stream
+from pyro_vae.data.streams import Stream, has_length, is_divided, is_stream
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.inference.observed_values import check_of
 from pyro_vae.inference.svi import default_loss
@@ -225,12 +225,12 @@ def fit(
             "leave it out, and choose epochs"
         )
     with _surroundings(pair, train.device, seed), settings.processes.logging_once():
-        _make_parameters(pair, vae, train, batch_size)
+        settings.processes.gather(lambda: _make_parameters(pair, vae, train, batch_size))
         with evaluation_mode(pair):  # also of the modules that have just been met
             _require_alike(settings, train, held_out)
-            run = Run(pair, train, held_out, _with_estimator(settings, pair, train))
+            run = _begin(pair, train, held_out, settings)
             with Checkpoint(run).begun(resume=resume) as checkpoint:
-                settings.processes.broadcast(pair.state_dict().values())
+                settings.processes.broadcast(run.state_tensors().values())
                 _train(run, checkpoint, epochs, [partial(call, vae) for call in callbacks], progress=progress)
         if patience is not None:
             pair.load_state_dict(run.best_state)
@@ -243,6 +243,27 @@ def _own_pair(pair: Any) -> OwnParameters:
         return pair
     programs = as_programs("fit(pair, data)", pair)
     return Pair(programs.model, programs.guide)
+
+
+def _begin(
+    pair: OwnParameters, train: Batches | Stream, held_out: Batches | Stream | None, settings: Settings
+) -> Run:
+    """Return a run with the default estimator filled in; what one process raises, all raise."""
+    runs: list[Run] = []
+
+    def begin() -> None:
+        estimator = settings.estimator
+        if estimator is None:
+            args, kwargs = arguments(train.peek(2))
+            try:
+                estimator = default_loss(pair.model, pair.guide, *args, **kwargs)
+            except Exception:
+                require_fit(pair.model, pair.guide, *args, **kwargs)  # explains it, if the guide does not fit
+                raise
+        runs.append(Run(pair, train, held_out, dataclasses.replace(settings, estimator=estimator)))
+
+    settings.processes.gather(begin)
+    return runs[0]
 
 
 def _make_parameters(
@@ -263,18 +284,6 @@ def _make_parameters(
             f"the programs make parameters of their own, {', '.join(map(repr, lost))}, which would be lost "
             "after fit: keep them in a pair, as in pair = pyro_vae.Pair(model, guide); fit(pair, ...)"
         )
-
-
-def _with_estimator(settings: Settings, pair: OwnParameters, train: Batches | Stream) -> Settings:
-    """Fill in the default estimator."""
-    if settings.estimator is not None:
-        return settings
-    args, kwargs = arguments(train.peek(2))
-    try:
-        return dataclasses.replace(settings, estimator=default_loss(pair.model, pair.guide, *args, **kwargs))
-    except Exception:
-        require_fit(pair.model, pair.guide, *args, **kwargs)
-        raise
 
 
 def _settings(
@@ -317,6 +326,10 @@ def _settings(
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
+    names = ("seed", "clip_norm", "precision")
+    numbers = {**counts, "kl_warmup": kl_warmup, **{name: others[name] for name in names}}
+    flags = {"resume": resume, "with checkpoint_dir": directory is not None}
+    processes.require_same("settings", numbers | flags)
     if shards is None and resume:
         shards = processes.on_first(partial(saved_shards, directory))
     return Settings(
@@ -412,26 +425,33 @@ def _call(callbacks: Sequence[Callable[[Epoch], bool | None]], run: Run) -> bool
 
     Only the first process calls them. What they change reaches the others.
     """
-    if not callbacks:
-        return False
+    parameters = list(run.pair.parameters())
 
-    def call() -> tuple[bool, list[dict[str, Any]]]:
+    def call() -> tuple[bool, list[dict[str, Any]], list[bool]] | None:
+        if not callbacks:
+            return None
         noise = derived_seed(run.settings.seed, _CALLBACKS, len(run.history))
         with alone(), isolated_generators(run.device, noise):
             wishes = [callback(run.history[-1]) for callback in callbacks]
         groups = run.optimizer.param_groups
-        return any(wishes), [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        return any(wishes), options, [parameter.requires_grad for parameter in parameters]
 
     run.pair.eval()
-    stop, options = run.processes.on_first(call)
-    run.processes.broadcast(run.pair.state_dict().values())
+    called = run.processes.on_first(call)
+    if called is None:
+        return False
+    stop, options, trained = called
+    run.processes.broadcast(run.state_tensors().values())
     for group, values in zip(run.optimizer.param_groups, options, strict=True):
         group.update(values)
+    for parameter, requires_grad in zip(parameters, trained, strict=True):
+        parameter.requires_grad_(requires_grad)
     return stop
 
 
 def _require_alike(settings: Settings, train: Batches | Stream, held_out: Batches | Stream | None) -> None:
-    """Raise if a batch cannot be divided, or the processes have other data or settings."""
+    """Raise if a batch cannot be divided, or the processes have other data."""
     processes = settings.processes
     if settings.shards < processes.size:
         raise ValueError(
@@ -445,8 +465,6 @@ def _require_alike(settings: Settings, train: Batches | Stream, held_out: Batche
             "batches with a share of labelled examples are not cut in shards: use one process, group=None"
         )
     if processes.size > 1:
-        numbers = ("batch_size", "seed", "shards", "clip_norm", "kl_warmup", "precision", "patience")
-        processes.require_same("settings", {name: getattr(settings, name) for name in numbers})
         described = [batches.describe() for batches in (train, held_out) if batches is not None]
         processes.require_same("the data", described)
 
@@ -493,6 +511,15 @@ def _prepare_stream(
             )
     if isinstance(validation, Real) and validation != 0:
         raise ValueError("an iterable has no part to hold out: pass validation data of their own")
+    if steps_per_epoch is not None:
+        require_count("steps_per_epoch", steps_per_epoch)
+    if is_stream(validation) and not has_length(validation):
+        raise ValueError("validation data must have a length, as a tensor or a DataLoader of rows has")
+    if settings.processes.size > 1 and is_divided(validation):
+        raise ValueError(
+            "each process takes its share of the validation batches, so that a DistributedSampler would "
+            "leave data out: give the validation DataLoader none"
+        )
     if hasattr(pair, "arrange"):
         raise TypeError(f"a {type(pair).__name__} arranges its batches: pass data that are taken by position")
     options: dict[str, Any] = _conversions(pair, missing)
@@ -502,7 +529,7 @@ def _prepare_stream(
         held_out = Stream(validation, None, seed=settings.seed + 1, **options)
     elif validation is not None and not isinstance(validation, Real):
         held_out = Batches(validation, seed=settings.seed + 1, **options)
-    _check(pair, train, held_out)
+    settings.processes.gather(lambda: _check(pair, train, held_out))
     return train, held_out
 
 

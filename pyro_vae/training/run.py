@@ -91,7 +91,9 @@ class Run:
                 self.batch_size,
                 len(train),
             )
-        if self.batch_size < settings.shards:
+        # a batch of rows is divided; one of a stream is this process's alone
+        self.divided_by = settings.shards if isinstance(train, Batches) else 1
+        if self.batch_size < self.divided_by:
             raise ValueError(
                 f"batch_size, {self.batch_size}, is that of all {settings.shards} shards together: each "
                 "needs at least one datum"
@@ -150,7 +152,7 @@ class Run:
 
     def _try_batches(self) -> None:
         """Run the pair as training will, on batches, or parts, of each length that the epochs have."""
-        shards, factors = self.settings.shards, dict[int, float]()
+        shards, factors = self.divided_by, dict[int, float]()
         wholes = set(self.train.lengths(min(self.batch_size, len(self.train))))
         for length in sorted(
             {(whole + extra) // shards for whole in wholes for extra in (0, shards - 1)} - {0}
@@ -160,7 +162,7 @@ class Run:
                 with isolated(self.pair.model, self.pair.guide), torch.no_grad():
                     self.pair.train()
                     guide_trace, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
-                factors[length] = subsampling_factor(model_trace)
+                factors[length] = subsampling_factor(model_trace, length)
                 self.nesting = max(1, plate_nesting(guide_trace, model_trace))
             except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -258,6 +260,11 @@ class Run:
             return 1.0 if scale == 1 else scale * known / length
         return self.scales[length]
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers, which are the same in all processes."""
+        state = self.pair.state_dict()
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
     def mean_bound(self) -> float:
         """Return the mean bound of the epoch so far, in nats per datum; cheap enough for every step."""
         return self.total / self.num_done
@@ -275,8 +282,9 @@ class Run:
         """Evaluate, enter the epoch in the history, step the schedule."""
         self.require_finite_parameters()
         epoch = len(self.history) + 1
-        state = checksum(self.pair.state_dict().values())
-        self.processes.require_same(f"the parameters after epoch {epoch}, by their check sum", state)
+        if self.processes.size > 1:
+            sums = {name: checksum([tensor]) for name, tensor in self.state_tensors().items()}
+            self.processes.require_same(f"the parameters after epoch {epoch}, by their check sum", sums)
         train_bound, train_bound_se = self.bound()
         validation_elbo, validation_elbo_se = self._validation_elbo()
         entry = Epoch(
@@ -333,7 +341,7 @@ class Run:
         loss, length = self.svi.evaluate_loss(*args, **kwargs), num_rows(batch)
         with isolated(self.pair.model, self.pair.guide), torch.no_grad():
             _, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
-        return torch.full((length,), -loss / length / subsampling_factor(model_trace))
+        return torch.full((length,), -loss / length / subsampling_factor(model_trace, length))
 
     def _terms(self, args: tuple, kwargs: dict[str, Any]) -> Terms:
         return terms(self.pair.model, self.pair.guide, *args, max_plate_nesting=self.nesting, **kwargs)

@@ -153,14 +153,22 @@ class Processes:
         """Raise unless a value is the same in all processes.
 
         Raises:
-            ValueError: Names the processes where it differs from that of the first.
+            ValueError: Names the processes where it differs from that of the first, or that compare another.
         """
-        values = self.gather(lambda: value)
+        subjects, values = zip(*self.gather(lambda: (what, value)), strict=True)
+        elsewhere = [rank for rank, subject in enumerate(subjects) if subject != subjects[0]]
+        if elsewhere:
+            raise ValueError(
+                f"the processes are at different calls: {_ranks(elsewhere)} at {subjects[elsewhere[0]]}, "
+                f"rank 0 at {subjects[0]}. All must call fit and evaluate; with group=None one works for "
+                "itself"
+            )
         differing = [rank for rank, other in enumerate(values) if other != values[0]]
         if differing:
+            first, other = _different_entries(values[0], values[differing[0]])
             raise ValueError(
-                f"the processes differ in {what}: {_ranks(differing)} {values[differing[0]]!r}, rank 0 has "
-                f"{values[0]!r}. With group=None each process works for itself"
+                f"the processes differ in {what}: {_ranks(differing)} {other!r}, rank 0 has "
+                f"{first!r}. With group=None each process works for itself"
             )
 
     @contextlib.contextmanager
@@ -193,7 +201,8 @@ class Processes:
                 raise
             raise RuntimeError(
                 f"{_ranks(missing)} ended, or did not get here within the group's time limit: see its own "
-                "output for the reason. Where one process calls for itself, pass group=None"
+                "output for the reason. All processes must call fit and evaluate; with group=None one works "
+                "for itself"
             ) from error
 
     def _silent(self, key: str) -> list[int]:
@@ -232,6 +241,14 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         result = zlib.crc32(plain.numpy().data, result)
     return result
+
+
+def _different_entries(a: Any, b: Any) -> tuple[Any, Any]:
+    """Return two values that differ; of two dicts with the same keys, the entries that do."""
+    if not (isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys()):
+        return a, b
+    keys = [key for key in a if a[key] != b[key]]
+    return {key: a[key] for key in keys}, {key: b[key] for key in keys}
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -8,7 +8,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pyro_vae as pv
+from pyro_vae.data.streams import Stream
 from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
+from pyro_vae.utils.processes import Processes
 
 DATA = torch.randn(45, 4, generator=torch.Generator().manual_seed(1))
 
@@ -54,14 +56,24 @@ class Stateful(Numbers):
 
     def __iter__(self):
         while True:
-            self.position += 1
-            yield DATA[((self.position - 1) * 5 + torch.arange(5)) % 45]
+            yield next(self)
+
+    def __next__(self):
+        self.position += 1
+        return DATA[((self.position - 1) * 5 + torch.arange(5)) % 45]
 
     def state_dict(self):
         return {"position": self.position}
 
     def load_state_dict(self, state):
         self.position = state["position"]
+
+
+class Itself(Stateful):
+    """One that is its own iterator."""
+
+    def __iter__(self):
+        return self
 
 
 def fit(data, **options):
@@ -140,8 +152,7 @@ def test_a_stream_without_end_goes_on_from_epoch_to_epoch():
 
     _, history = fit(Watched(), steps_per_epoch=4)
     assert len(history) == 3
-    assert len(seen) == 1 + 12  # the first was looked at before
-    assert torch.equal(torch.stack(seen[1:]), torch.stack(list(itertools.islice(Numbers(), 12))))
+    assert torch.equal(torch.stack(seen), torch.stack(list(itertools.islice(Numbers(), 12))))
 
 
 def test_a_short_stream_begins_again():
@@ -158,19 +169,49 @@ def test_an_iterator_is_read_once():
         fit(iter(Numbers(11)), steps_per_epoch=4)
 
 
-def test_a_stream_with_a_state_resumes_to_the_bit(tmp_path):
-    whole, _ = fit(Stateful(), steps_per_epoch=4)
-    fit(Stateful(), steps_per_epoch=4, epochs=2, checkpoint_dir=tmp_path)
-    resumed, _ = fit(Stateful(), steps_per_epoch=4, checkpoint_dir=tmp_path, resume=True)
+@pytest.mark.parametrize("stream", [Stateful, Itself])
+def test_a_stream_with_a_state_resumes_to_the_bit(tmp_path, stream):
+    whole, _ = fit(stream(), steps_per_epoch=4)
+    assert torch.equal(whole, fit(Numbers(), steps_per_epoch=4)[0])  # and no batch is left out
+    fit(stream(), steps_per_epoch=4, epochs=2, checkpoint_dir=tmp_path)
+    resumed, _ = fit(stream(), steps_per_epoch=4, checkpoint_dir=tmp_path, resume=True)
     assert torch.equal(whole, resumed)
 
 
-def test_one_without_says_that_it_begins_again(tmp_path, caplog):
-    fit(Numbers(), steps_per_epoch=4, epochs=2, checkpoint_dir=tmp_path)
+@pytest.mark.parametrize("stream", [Numbers, lambda: iter(Numbers())])
+def test_one_without_says_that_it_begins_again(tmp_path, caplog, stream):
+    fit(stream(), steps_per_epoch=4, epochs=2, checkpoint_dir=tmp_path)
     assert not caplog.records
-    _, history = fit(Numbers(), steps_per_epoch=4, checkpoint_dir=tmp_path, resume=True)
+    _, history = fit(stream(), steps_per_epoch=4, checkpoint_dir=tmp_path, resume=True)
     assert len(history) == 3
-    assert "Numbers begins again from its start" in caplog.text
+    assert f"{type(stream()).__name__} begins again from its start" in caplog.text
+
+
+def test_a_loader_with_a_generator_of_its_own_resumes_to_the_bit(tmp_path):
+    def loader(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(DATA, batch_size=7, shuffle=True, generator=generator)
+
+    whole, _ = fit(loader(3))
+    one = loader(3)
+    fit(one, epochs=2, checkpoint_dir=tmp_path)
+    resumed, _ = fit(one, checkpoint_dir=tmp_path, resume=True)
+    assert torch.equal(whole, resumed)
+    assert not torch.equal(whole, fit(loader(4))[0])
+    assert torch.equal(one.generator.get_state(), loader(3).generator.get_state())
+
+
+def test_a_sampler_knows_the_number_of_each_pass():
+    class Counted(torch.utils.data.SequentialSampler):
+        def set_epoch(self, number):
+            numbers.append(number)
+
+    numbers = []
+    fit(DataLoader(DATA, batch_size=9, sampler=Counted(DATA)))
+    assert numbers == [0, 0, 1, 2]  # the first batch is looked at before
+    numbers.clear()
+    fit(DataLoader(DATA, batch_size=9, sampler=Counted(DATA)), steps_per_epoch=4)
+    assert numbers == [0, 1, 2]
 
 
 def test_batches_may_have_any_length_and_several_arguments():
@@ -222,6 +263,14 @@ def test_what_an_iterable_cannot_do_is_refused(options, message):
 def test_what_gives_no_batches_is_refused():
     with pytest.raises(ValueError, match="data without a length need steps_per_epoch"):
         fit(Numbers())
+    with pytest.raises(ValueError, match="data without a length need steps_per_epoch"):
+        fit(DataLoader(Numbers(), batch_size=None))
+    with pytest.raises(ValueError, match="validation data must have a length"):
+        fit(Numbers(), steps_per_epoch=3, validation=iter(DATA.split(9)))
+    with pytest.raises(ValueError, match="steps_per_epoch must be at least 1"):
+        fit(Numbers(), steps_per_epoch=0)
+    with pytest.raises(TypeError, match="convert with torch.as_tensor"):
+        fit(iter([DATA.numpy()]), steps_per_epoch=1)
     with pytest.raises(ValueError, match="gives no batch"):
         fit(Numbers(0), steps_per_epoch=3)
     with pytest.raises(TypeError, match="a batch must be a tensor"):
@@ -232,3 +281,46 @@ def test_what_gives_no_batches_is_refused():
     wrong[41, 2] = torch.inf
     with pytest.raises(ValueError, match=r"x\[5, 2\] = inf lies .* \(in batch 4 of the epoch\)"):
         fit(DataLoader(wrong, batch_size=9), epochs=1)
+
+
+class Two(Processes):
+    """Stands for two processes that do the same."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.size = 2
+
+    def gather(self, function):
+        return [function()] * 2
+
+
+class Halves(torch.utils.data.Sampler):
+    """A user's own sampler of batches, which might divide the data."""
+
+    def __iter__(self):
+        yield from ([0, 1, 2], [3, 4])
+
+    def __len__(self):
+        return 2
+
+
+def test_processes_that_begin_with_the_same_batch_are_warned_of(caplog):
+    Stream(DataLoader(DATA, batch_sampler=Halves()), None, seed=0, processes=Two())
+    assert "processes begin with the same batch" in caplog.text
+    caplog.clear()
+    Stream(DataLoader(DATA, batch_sampler=Halves()), None, seed=0)
+    assert not caplog.records
+
+
+def test_a_loader_of_all_data_is_refused_where_processes_divide_them():
+    sampler = torch.utils.data.SubsetRandomSampler(range(45))
+    for options in ({}, {"shuffle": True}, {"sampler": sampler}, {"sampler": sampler, "batch_size": None}):
+        with pytest.raises(ValueError, match="would give every process the same data"):
+            Stream(DataLoader(DATA, **options), None, seed=0, processes=Two())
+    for sampler in (
+        torch.utils.data.RandomSampler(DATA, replacement=True),
+        torch.utils.data.WeightedRandomSampler(torch.ones(45), 45),
+        torch.utils.data.DistributedSampler(DATA, num_replicas=2, rank=0),
+    ):
+        stream = Stream(DataLoader(DATA, batch_size=9, sampler=sampler), None, seed=0, processes=Two())
+        assert stream.batch_size == 9

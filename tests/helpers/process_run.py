@@ -84,6 +84,7 @@ def fits() -> dict:
         "binarized": {"binarize": "dynamic"},
         "one batch": {"batch_size": NUM_DATA},
         "callbacks": {"callbacks": [shrink]},
+        "freezing": {"callbacks": [freeze] if join().is_first else []},
     }
     found = {}
     for name, options in cases.items():
@@ -103,6 +104,11 @@ def shrink(vae, epoch) -> bool:
         for parameter in vae.parameters():
             parameter.mul_(0.99)
     return epoch.epoch == 2
+
+
+def freeze(vae, epoch) -> None:
+    """A callback that ends the training of the guide."""
+    vae.posterior.requires_grad_(False)
 
 
 class FixedNoise(dist.Normal):
@@ -250,6 +256,113 @@ def failures(processes: Processes) -> dict:
     return found
 
 
+def refusals(processes: Processes) -> dict:
+    """Calls that differ between the processes, or that cannot be divided."""
+    last = processes.size - 1
+
+    def semi_supervised():
+        vae = pv.SemiSupervisedVAE(
+            prior=pv.priors.StandardNormal(2),
+            likelihood=pv.likelihoods.Normal(2, (7,), context_dim=3),
+            guide=pv.guides.DiagonalNormal((7,), 2, context_dim=3),
+            classifier=pv.networks.MLP(7, 3),
+            num_classes=3,
+        )
+        y = torch.tensor([0, 1, 2, -1, -1])
+        optimizer = torch.optim.Adam(vae.parameters())
+        pv.SVI(vae, optimizer, group=processes.group).step(make_data()[:5].float(), y)
+
+    def in_streams(value, **options):
+        def stream():
+            while True:
+                x = make_data()[processes.rank : processes.rank + 9].clone()
+                x[2, 3] = value if processes.rank == last else 1.0
+                yield x
+
+        pv.fit(make_vae(), stream(), steps_per_epoch=2, epochs=1, progress=False, **options)
+
+    def validation_divided():
+        sampler = torch.utils.data.DistributedSampler(make_data())
+        in_streams(1.0, validation=torch.utils.data.DataLoader(make_data(), sampler=sampler))
+
+    def some_options(**options):
+        options = {"epochs": 1} | (options if processes.rank == last else {})
+        pv.fit(make_vae(), make_data(), progress=False, **options)
+
+    def other_calls():
+        if processes.is_first:
+            pv.evaluate(make_vae(), make_data(), num_particles=5, progress=False)
+        some_options()
+
+    return {
+        "calls": message(other_calls),
+        "semi-supervised": message(semi_supervised),
+        "bad value": message(lambda: in_streams(2.0)),
+        "validation divided": message(validation_divided),
+        "folder": message(lambda: some_options(checkpoint_dir="not_made")),
+        "epochs": message(lambda: some_options(epochs=2)),
+        "particles": message(
+            lambda: pv.evaluate(make_vae(), make_data(), num_particles=5 + processes.rank, progress=False)
+        ),
+    }
+
+
+class Noise:
+    """A stream of noise, which knows where it is."""
+
+    def __init__(self, rank: int):
+        self.state, self.rank, self.loaded = {"rank": rank, "position": 0}, rank, []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.state["position"] += 1
+        return torch.bernoulli(torch.full((3 + self.rank, 7), 0.5))
+
+    def state_dict(self) -> dict:
+        """Whose it is, and the number of batches read."""
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a state."""
+        self.state = dict(state)
+        self.loaded.append(state)
+
+
+def streams(processes: Processes, folder: Path) -> dict:
+    """Streams of each process's own, and DataLoaders that divide their data."""
+    directory = folder / "streams"
+    options = {"steps_per_epoch": 4, "progress": False, "engine": "eager"}
+    batches = []
+    pv.fit(make_vae(), (batches.append(b) or b for b in Noise(processes.rank)), epochs=1, **options)
+    pv.fit(make_vae(), Noise(processes.rank), epochs=1, checkpoint_dir=directory, **options)
+    resumed = Noise(processes.rank)
+    pv.fit(make_vae(), resumed, epochs=2, checkpoint_dir=directory, resume=True, **options)
+
+    read = []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return NUM_DATA
+
+        def __getitem__(self, position):
+            read.append(position)
+            return make_data()[position]
+
+    rows = Rows()
+    sampler = torch.utils.data.DistributedSampler(rows, drop_last=True)
+    loader = torch.utils.data.DataLoader(rows, batch_size=1, sampler=sampler)
+    history = pv.fit(make_vae(), loader, epochs=2, progress=False)
+    share = len(sampler)
+    return {
+        "first": batches[0],
+        "loaded": resumed.loaded,
+        "read": [read[1 : 1 + share], read[1 + share :]],
+        "bound": history.column("train_bound"),
+    }
+
+
 def graph_on_one(processes: Processes) -> torch.Tensor:
     """A graph that holds in one process only: another takes eager steps."""
     vae = make_vae()
@@ -381,9 +494,10 @@ def results(processes: Processes, folder: Path) -> None:
         "evaluation": evaluation(),
     }
     if processes.size > 1:
-        found["failures"] = failures(processes)
+        found["failures"] = failures(processes) | refusals(processes)
         found["graph on one"] = graph_on_one(processes)
         found["alone"] = alone_size()
+        found["streams"] = streams(processes, folder)
     found["interrupted"] = interrupted(processes, folder)
     torch.save(found, folder / f"{processes.rank}-of-{processes.size}.pt")
 

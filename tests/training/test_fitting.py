@@ -822,3 +822,33 @@ def test_a_notebook_and_a_data_frame_show_the_history():
     assert list(frame.index) == list(range(1, 13))
     assert frame["validation_elbo"].tolist() == history.column("validation_elbo")
     assert len(history.plot(title="run").lines) >= 2
+
+
+def plain_vae(**options):
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (6,)),
+        guide=pv.guides.DiagonalNormal((6,), 2, **options),
+    )
+
+
+def test_a_module_may_have_state_other_than_tensors(tmp_path):
+    class Counted(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            assert state == {"version": 3}
+
+    for epochs in (1, 2):
+        options = {"checkpoint_dir": tmp_path, "resume": True, "progress": False}
+        vae = plain_vae(network=Counted(6, 4))
+        assert len(pv.fit(vae, torch.zeros(7, 6), epochs=epochs, **options)) == epochs
+
+
+def test_another_number_of_shards_is_another_run(tmp_path):
+    options = {"checkpoint_dir": tmp_path, "epochs": 1, "progress": False}
+    pv.fit(plain_vae(), torch.zeros(7, 6), shards=2, **options)
+    for shards in (1, 3):
+        with pytest.raises(serialization.CheckpointError, match=f"shards was 2, is {shards}"):
+            pv.fit(plain_vae(), torch.zeros(7, 6), shards=shards, resume=True, **options)

@@ -97,6 +97,12 @@ def test_an_error_of_one_process_ends_the_step_of_all(several):
         ),
         ("batch norm", "the module 'posterior.network.1', a BatchNorm1d, depends on the batch as a whole"),
         ("free bits", "free bits hold on average over a batch"),
+        ("semi-supervised", "a SemiSupervisedVAE weights labelled examples by their share of a batch"),
+        ("validation divided", "a DistributedSampler would leave data out"),
+        ("folder", "{'with checkpoint_dir': True}, rank 0 has {'with checkpoint_dir': False}"),
+        ("epochs", "{'epochs': 2}, rank 0 has {'epochs': 1}"),
+        ("particles", "the processes differ in settings of evaluate: rank"),
+        ("calls", "at settings, rank 0 at settings of evaluate. All must call fit and evaluate"),
         ("few shards", "shards, 1, must be at least the number of processes"),
         ("small batch", "needs at least one datum"),
     ],
@@ -105,6 +111,32 @@ def test_what_would_train_wrongly_is_refused_by_all(several, name, message):
     for rank in several:
         assert rank["failures"][name].startswith("ValueError: "), name
         assert message in rank["failures"][name]
+
+
+def test_an_error_before_the_first_step_is_raised_in_all(several):
+    last = len(several) - 1
+    for number, rank in enumerate(several):
+        kind = "ValueError: " if number == last else f"RuntimeError: rank {last} raised ValueError: "
+        assert rank["failures"]["bad value"].startswith(f"{kind}x[2, 3] = 2"), number
+
+
+def test_each_process_has_its_own_stream(several):
+    for number, rank in enumerate(several):
+        found = rank["streams"]
+        others = [other["streams"]["first"] for other in several[:number]]
+        assert not any(torch.equal(found["first"][:3], other[:3]) for other in others)
+        start, state = found["loaded"][0], found["loaded"][-1]
+        assert start["position"] == 0
+        assert state == {"rank": number, "position": 4}
+
+
+def test_a_distributed_sampler_divides_the_data_in_a_new_order_each_epoch(several):
+    first, second = zip(*(rank["streams"]["read"] for rank in several), strict=True)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    for epoch in (first, second):
+        seen = [position for share in epoch for position in share]
+        assert len(seen) == len(set(seen)) == 101 // len(several) * len(several)
+    assert all(rank["streams"]["bound"] == several[0]["streams"]["bound"] for rank in several)
 
 
 def test_a_graph_may_hold_in_one_process_alone(several):
