@@ -563,7 +563,9 @@ def _given(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         y = torch.full((len(x),), _MISSING, device=x.device)
     require_tensor("y", y)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        hint = ": y.long()" if y.is_floating_point() else ""
+        hint = ""
+        if y.is_floating_point():
+            hint = ": torch.where(y.isnan(), -1, y).long()" if y.isnan().any() else ": y.long()"
         raise TypeError(f"y must hold integers, classes or {_MISSING} where missing; got {y.dtype}{hint}")
     if y.shape != x.shape[:1]:
         raise ValueError(f"y must have shape ({len(x)},), a class for each example; got {tuple(y.shape)}")

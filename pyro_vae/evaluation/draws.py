@@ -22,6 +22,7 @@ from pyro_vae.data.sources import arguments, num_rows, told_of_missing
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.inference.observed_values import check_of
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
+from pyro_vae.objectives.pair import make_parameters, waits_to_run
 from pyro_vae.objectives.sites import Site
 from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
 from pyro_vae.utils.processes import Processes
@@ -118,6 +119,8 @@ def prepare_data(
         dtype=dtype,
         missing_for=told_of_missing(missing, pair),
     )
+    if waits_to_run(pair):
+        make_parameters(pair, *arguments(batches.peek(len(batches))))  # all: they may be of each example
     batches.check(check_of(pair, batches))
     return batches
 

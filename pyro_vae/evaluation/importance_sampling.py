@@ -145,17 +145,24 @@ def _require_alike(pair: Pair, batches: Batches, processes: Processes, **setting
 
 
 def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str | None:
-    """Return why the terms of a pair cannot be separated by example, or None if they can."""
-    args, kwargs = arguments(batches.peek(2))
-    try:
-        with isolated(pair.model, pair.guide), torch.no_grad():
-            terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
-    except NotSeparableError as error:
-        require_fit(pair.model, pair.guide, *args, **kwargs)
-        return str(error)
-    except Exception:  # said better by the checks that follow
-        return None
-    return None
+    """Return why the terms of a pair cannot be separated by example, or None if they can.
+
+    A pair that fails for two examples may be one of all data together, with parameters for each.
+    """
+    few = min(2, len(batches))
+    for count in (few,) if batches.source.is_large else sorted({few, len(batches)}):
+        args, kwargs = arguments(batches.peek(count))
+        try:
+            with isolated(pair.model, pair.guide), torch.no_grad():
+                terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
+        except NotSeparableError as error:
+            args, kwargs = arguments(batches.peek(len(batches)))  # as `evaluate_whole` runs it
+            require_fit(pair.model, pair.guide, *args, **kwargs)
+            return str(error)
+        except Exception:
+            continue
+        return None if count <= 2 else "the programs run for all examples at once alone"
+    return None  # said better by the checks that follow
 
 
 @dataclass(frozen=True)

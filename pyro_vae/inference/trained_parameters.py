@@ -11,6 +11,7 @@ from pyro_vae.objectives.pair import stored_parameters
 from pyro_vae.objectives.sites import sample_sites
 
 __all__ = [
+    "forgotten_by_model",
     "leaves",
     "untrained_parameters",
     "untrained_problem",
@@ -39,6 +40,25 @@ def leaves(loss: Tensor) -> list[Tensor]:
     return leaves
 
 
+def forgotten_by_model(pair: FittingPair, held: Iterable[Tensor]) -> str | None:
+    """Return a message for a tensor that the model depends on, but that no Pyro statement names, or None.
+
+    It may be left untrained on purpose; but then it should not require a gradient.
+    """
+    registered = parameters(pair.guide_trace, pair.model_trace)
+    known = {id(tensor) for tensor in [*held, *registered]}
+    draws = {id(site["value"]) for site in sample_sites(pair.guide_trace).values()}
+    for name, site in sample_sites(pair.model_trace).items():
+        for leaf in leaves(site["fn"].log_prob(site["value"]).sum()):
+            if id(leaf) not in known | draws:
+                return (
+                    f"the model's site {name!r} depends on a parameter of shape {tuple(leaf.shape)} that no "
+                    "Pyro statement names and the optimiser does not hold: it is neither trained nor saved. "
+                    "Name its module by pyro.module in the model, or freeze it with requires_grad_(False)"
+                )
+    return None
+
+
 def untrained_problem(pair: FittingPair, held: Iterable[Tensor]) -> str | None:
     """Return a message for a parameter that a pair depends on and that is not among the tensors held.
 
@@ -55,7 +75,7 @@ def untrained_problem(pair: FittingPair, held: Iterable[Tensor]) -> str | None:
     for leaf in [leaf for term in terms for leaf in leaves(term)]:
         if id(leaf) not in known:
             what = f"a parameter of shape {tuple(leaf.shape)} without a Pyro statement"
-            fix = "give the module that owns it to the VAE as the guide"
+            fix = "name its module by pyro.module in the guide, or make that module the guide"
             if leaf in registered:
                 what = f"the parameter {registered[leaf]!r} (of pyro.param or pyro.module)"
                 fix = (

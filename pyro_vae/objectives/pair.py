@@ -33,6 +33,7 @@ __all__ = [
     "make_parameters",
     "split_pair",
     "stored_parameters",
+    "waits_to_run",
 ]
 
 
@@ -179,6 +180,8 @@ class OwnParameters(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stored = Stored()
+        self.pending: dict[str, Tensor] | None = None
+        """A loaded state that fits only when the programs have run once, as an autoguide's."""
 
     @abstractmethod
     def model(self, *args: Any, **kwargs: Any) -> Any:
@@ -406,8 +409,13 @@ class Pair(OwnParameters):
                 saved = content["constraints"].get(name, constraint)
                 if saved != constraint:
                     raise ValueError(f"parameter {name!r} was {saved}, is {constraint}")
-            self.load_state_dict(content["state"])
             made = self.stored.tensors
+            try:
+                self.load_state_dict(content["state"])
+            except RuntimeError:
+                if made:
+                    raise
+                self.pending = content["state"]  # of modules that are built when they first run
             self.stored.promised = {n: c for n, c in content["constraints"].items() if n not in made}
             return self
 
@@ -428,12 +436,20 @@ def make_parameters(pair: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             if module not in set(pair.modules()):  # it has no parameter that is trained, but buffers, say
                 pair.stored.named[name] = module
                 pair.stored.add(name, module)
+        if pair.pending is not None:
+            pair.load_state_dict(pair.pending)
+            pair.pending = None
     waiting = pair.stored.waiting if isinstance(pair, OwnParameters) else {}
     if waiting:
         raise ValueError(
             f"the loaded file holds {', '.join(map(repr, waiting))}, which the programs do not name with "
             "these arguments: it is of other programs, or needs other arguments"
         )
+
+
+def waits_to_run(pair: Any) -> bool:
+    """Return whether a pair has loaded values that it takes when its programs run for the first time."""
+    return isinstance(pair, OwnParameters) and bool(pair.stored.waiting or pair.pending is not None)
 
 
 def stored_parameters(*programs: Callable[..., Any]) -> dict[str, Tensor]:

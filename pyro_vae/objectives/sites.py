@@ -46,6 +46,7 @@ __all__ = [
     "same_masks",
     "same_scale",
     "sample_sites",
+    "shared_latent",
     "shared_scale",
     "site_family",
     "subsamples",
@@ -156,6 +157,24 @@ def subsamples(guide_trace: poutine.Trace, model_trace: poutine.Trace, num_rows:
     nesting = plate_nesting(guide_trace, model_trace)
     data_plate(sample_sites(guide_trace), model_sites, max_plate_nesting=nesting, ignore="")
     return False
+
+
+def shared_latent(model_trace: poutine.Trace) -> str | None:
+    """Return the name of a latent site that all data share, whose KL each batch counts in full, or None.
+
+    That is one in none of the plates of the observed sites, if these have plates and are not scaled, as by a
+    plate that subsamples.
+    """
+    sites = sample_sites(model_trace)
+    if any(site["is_observed"] and not same_scale(site["scale"], 1.0) for site in sites.values()):
+        return None
+    of_data = {
+        frame.name for site in sites.values() if site["is_observed"] for frame in site["cond_indep_stack"]
+    }
+    for name, site in latent_sites(sites).items():
+        if of_data and not of_data & {frame.name for frame in site["cond_indep_stack"]}:
+            return name
+    return None
 
 
 def latent_sites(model_sites: Sites) -> Sites:

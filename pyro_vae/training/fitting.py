@@ -219,6 +219,9 @@ def fit(
         )
     elif steps_per_epoch is None:
         train, held_out = _prepare(pair, data, validation, binarize=binarize, seed=seed, missing=missing)
+    elif callable(data) and not hasattr(data, "__len__"):
+        name = getattr(data, "__name__", type(data).__name__)
+        raise TypeError(f"data is the function {name}: pass what it returns, {name}()")
     else:
         raise ValueError(
             "steps_per_epoch is for an iterable of batches; data that are taken by position have passes: "
@@ -254,7 +257,8 @@ def _begin(
     def begin() -> None:
         estimator = settings.estimator
         if estimator is None:
-            args, kwargs = arguments(train.peek(2))
+            given = settings.batch_size or BATCH_SIZE
+            args, kwargs = arguments(train.peek(len(train) if given >= len(train) else 2))
             try:
                 estimator = default_loss(pair.model, pair.guide, *args, **kwargs)
             except Exception:

@@ -29,6 +29,7 @@ from pyro_vae.objectives.sites import (
     NotSeparableError,
     plate_nesting,
     run_pair,
+    shared_latent,
     subsampling_factor,
 )
 from pyro_vae.training.history import Epoch, History
@@ -174,6 +175,16 @@ class Run:
         for whole in wholes:
             length = -(-whole // shards)
             self.scales[whole] = 1.0 if factors[length] == 1 else factors[length] * length / whole
+        shared = shared_latent(model_trace)
+        if shared and self.batch_size < len(self.train):
+            logger.warning(
+                "all data share the latent site %r, but each batch of %d counts its KL in full, as if there "
+                "were no other data: its posterior will be too wide. Write the plate as "
+                'pyro.plate("data", N, subsample_size=len(x)), N data in all, or train with batch_size=%d',
+                shared,
+                self.batch_size,
+                len(self.train),
+            )
 
     def _has_terms(self) -> bool:
         """Return whether the ELBO is a sum over examples that `terms` can separate."""
