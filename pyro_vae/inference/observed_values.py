@@ -15,7 +15,7 @@ from pyro_vae.data.streams import Stream
 from pyro_vae.objectives.guide_problems import validated_support
 from pyro_vae.objectives.sites import Program, outer_family, sample_sites
 from pyro_vae.utils.isolation import isolated
-from pyro_vae.utils.validation import elementwise_support, outside_support, same_support
+from pyro_vae.utils.validation import NonFiniteError, elementwise_support, outside_support, same_support
 
 __all__ = ["ObservedValues", "check_of", "require_observable"]
 
@@ -41,12 +41,16 @@ class ObservedValues:
         }
 
     def check(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for the first value of these arguments outside the support of its site."""
+        """Raise ValueError for the first value of these arguments outside the support of its site.
+
+        It is a NonFiniteError if some are infinite or NaN.
+        """
         leaves = _leaves(args, kwargs)
         for name, (site, family, support) in self.supports.items():
             message = outside_support(name, leaves[name], f"{family} at the site {site!r}", support)
             if message:
-                raise ValueError(message)
+                finite = torch.isfinite(leaves[name]).all()
+                raise ValueError(message) if finite else NonFiniteError(message)
 
 
 def require_observable(model: Program, args: tuple, kwargs: dict[str, Any]) -> None:

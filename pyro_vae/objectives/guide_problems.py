@@ -295,10 +295,8 @@ def value_problem(name: str, site: Site) -> str | None:
         return None  # a factor has none
     family = outer_family(site)
     try:
-        whole = torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape)
+        torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape)
     except RuntimeError:
-        whole = torch.Size()
-    if whole[len(whole) - fn.event_dim :] != fn.event_shape or len(whole) < value.dim():
         return (
             f"the model's site {name!r} observes a value of shape {tuple(value.shape)}, expected one of "
             f"{_shapes(site)}, as its {family} has: reshape the value, or declare event dimensions with "

@@ -353,11 +353,11 @@ def test_invalid_data_get_an_error(bad, error, message):
 
 def test_invalid_settings_get_an_error():
     vae, x = vae_of(), grey(6)
-    with pytest.raises(TypeError, match=r"must be a pyro_vae\.VAE"):
+    with pytest.raises(TypeError, match=r"takes a pyro_vae\.VAE"):
         AnomalyDetector(vae.likelihood)
     with pytest.raises(ValueError, match="score must be one of statistics"):
         AnomalyDetector(vae, score="evidence")
-    for wrong in (0, 0.6, "auto"):
+    for wrong in (0, 0.6, "few"):
         with pytest.raises(ValueError, match="contamination must lie in"):
             AnomalyDetector(vae, contamination=wrong)
     with pytest.raises(ValueError, match="at least 19"):

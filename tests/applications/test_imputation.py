@@ -490,7 +490,7 @@ def test_invalid_data_get_an_error(bad, error, message):
 
 def test_invalid_settings_get_an_error():
     vae, x = binary_vae(), torch.zeros(4, 2, 3)
-    with pytest.raises(TypeError, match=r"must be a pyro_vae\.VAE"):
+    with pytest.raises(TypeError, match=r"takes a pyro_vae\.VAE"):
         impute(vae.likelihood, x)
     with pytest.raises(ValueError, match="method must be one of auto"):
         impute(vae, x, method="mcmc")

@@ -94,9 +94,6 @@ def test_what_has_no_rows_by_position_raises_with_what_works():
             return iter(X)
 
     for data, message in [
-        (DataLoader(TensorDataset(X)), r"DataLoader: pass its dataset \(loader.dataset\)"),
-        (Stream(), "return rows by position .* got Stream"),
-        ((row for row in X), "return rows by position .* got generator"),
         ([[1.0, 2.0]], "got list: convert with torch.as_tensor"),
         ((X, X), "a VAE takes x alone; got 2 arguments, a tuple"),
         (TensorDataset(X, X), "a VAE takes x alone; got 2 arguments, a tuple"),
@@ -104,6 +101,13 @@ def test_what_has_no_rows_by_position_raises_with_what_works():
     ]:
         with pytest.raises(TypeError, match=message):
             pv.fit(make(), data, epochs=1, progress=False)
+    for data, message in [  # which fit takes as batches
+        (DataLoader(TensorDataset(X)), r"DataLoader: pass its dataset \(loader.dataset\)"),
+        (Stream(), "return rows by position .* got Stream"),
+        ((row for row in X), "return rows by position .* got generator"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            pv.evaluate(make(), data, progress=False)
     assert pv.fit(make(), DataLoader(TensorDataset(X)).dataset, epochs=1, progress=False)
 
 
