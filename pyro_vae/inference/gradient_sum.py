@@ -53,7 +53,7 @@ class GradientSum:
             found = sorted(map(str, devices))
             raise ValueError(f"the parameters must be on one device in each process; got {found}")
         self.processes, self.parameters = processes, list(parameters)
-        self.stop, self.rows = False, 0
+        self.stop, self.rows, self.is_clear = False, 0, True
         dtypes = [parameter.dtype for parameter in parameters]
         dtype = max([torch.float32, *dtypes], key=lambda dtype: torch.finfo(dtype).bits)
         sizes = [parameter.numel() for parameter in parameters]
@@ -77,11 +77,18 @@ class GradientSum:
         """
         weight = rows if scaled else 1
         given = [number for number, gradient in enumerate(self.pending) if gradient is not None]
+        replaces = self.is_clear and weight == 1 and len(given) == len(self.sums)  # as most often
+        if self.is_clear:
+            (self.present if replaces else self.flat).zero_()
         if given:
             sums = [self.sums[number] for number in given]
             gradients = [g.to_dense() if g.is_sparse else g for g in self.pending if g is not None]
-            torch._foreach_add_(sums, gradients, alpha=weight)
+            if replaces:
+                torch._foreach_copy_(sums, gradients)
+            else:
+                torch._foreach_add_(sums, gradients, alpha=weight)
             self.present[given] += 1
+        self.is_clear = False
         self.totals[_LOSS] += loss * weight
         self.totals[_WEIGHT] += rows * scaled
         self.totals[_ROWS] += rows
@@ -98,8 +105,9 @@ class GradientSum:
         Raises:
             Exception: The error; or that of another process, as `Processes.gather` raises it.
         """
-        if error is not None:
+        if error is not None or self.is_clear:
             self.flat.zero_()
+        if error is not None:
             self.totals = [0.0, 0.0, 0.0, 1.0, 0.0]
         self.totals[_STOPS] = float(self.stop)
         self.numbers.copy_(torch.tensor(self.totals, dtype=self.flat.dtype))
@@ -120,8 +128,8 @@ class GradientSum:
         return loss, gradients
 
     def clear(self) -> None:
-        """Set all sums to 0, before the first part of a step."""
-        self.flat.zero_()
+        """Begin a step: the first part is not added to what is there."""
+        self.is_clear = True
         self.totals = [0.0] * 5
 
     def clip(self, gradients: Sequence[Tensor | None], largest: float) -> None:
