@@ -4,7 +4,6 @@ What all of them have to know is gathered, or sent by the first. Whatever one of
 is left waiting for another.
 """
 
-import atexit
 import contextlib
 import logging
 import os
@@ -46,7 +45,6 @@ def join(group: Any = "auto") -> "Processes":
             if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
                 return Processes(None)
             dist.init_process_group()
-            atexit.register(dist.destroy_process_group)
         group = dist.group.WORLD
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group, None or 'auto'; got {group!r}")
