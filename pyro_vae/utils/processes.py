@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from pyro_vae.utils.validation import NonFiniteError
 
@@ -44,11 +45,19 @@ def join(group: Any = "auto") -> "Processes":
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
                 return Processes(None)
-            dist.init_process_group()
+            _init_process_group()
         group = dist.group.WORLD
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group, None or 'auto'; got {group!r}")
     return Processes(group)
+
+
+def _init_process_group() -> None:
+    """Make the group of torchrun's environment, apart from what an attempt before a restart has left."""
+    store, rank, size = next(iter(rendezvous("env://")))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # else dead processes would be called
+    dist.init_process_group(store=store, rank=rank, world_size=size)
 
 
 @contextlib.contextmanager
