@@ -1,7 +1,6 @@
 """Check before training that a guide fits a model, and which estimators are valid for the pair."""
 
 import copy
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,6 @@ from pyro_vae.inference.guide_fit import require_fit, run_fitting_pair
 from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
 from pyro_vae.inference.observed_values import require_observable
 from pyro_vae.inference.trained_parameters import (
-    forgotten_by_model,
     leaves,
     untrained_parameters,
     untrained_problem,
@@ -43,8 +41,6 @@ __all__ = [
     "require_fit",
     "untrained_parameters",
 ]
-
-logger = logging.getLogger("pyro_vae")
 
 
 def check_guide(model: Any, *data: Any, max_plate_nesting: int = 1, **kwargs: Any) -> GuideReport:
@@ -136,9 +132,6 @@ def check_training(
         untrained = untrained_problem(pair, [*trained, *data])
         if untrained:
             raise ValueError(untrained)
-        forgotten = forgotten_by_model(pair, [*trained, *data])
-        if forgotten:
-            logger.warning(forgotten)
         for each in tried:
             reason = invalid_reason(each, pair)
             if reason:

@@ -20,8 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.data.streams import Stream
+from pyro_vae.inference.guide_fit import run_fitting_pair
 from pyro_vae.inference.guide_report import GuideError
 from pyro_vae.inference.svi import SVI
+from pyro_vae.inference.trained_parameters import forgotten_by_model
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import Terms, terms
 from pyro_vae.objectives.pair import OwnParameters
@@ -133,6 +135,12 @@ class Run:
         self.pair.eval()
         with self._autocast():
             self.svi.check(*args, **kwargs)
+            tried = copy.copy(inner_estimator(self.svi.loss))  # some keep what they learn from the first pair
+            with isolated(self.pair.model, self.pair.guide):
+                fitting = run_fitting_pair(self.pair.model, self.pair.guide, args, kwargs, tried)
+                forgotten = forgotten_by_model(fitting, [*self.pair.parameters(), *args])
+            if forgotten:
+                logger.warning(forgotten)
             self._try_batches()
         estimator = inner_estimator(self.svi.loss)
         looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
