@@ -135,12 +135,8 @@ class Run:
         self.pair.eval()
         with self._autocast():
             self.svi.check(*args, **kwargs)
-            tried = copy.copy(inner_estimator(self.svi.loss))  # some keep what they learn from the first pair
-            with isolated(self.pair.model, self.pair.guide):
-                fitting = run_fitting_pair(self.pair.model, self.pair.guide, args, kwargs, tried)
-                forgotten = forgotten_by_model(fitting, [*self.pair.parameters(), *args])
-            if forgotten:
-                logger.warning(forgotten)
+            if not hasattr(self.pair, "check_data"):  # a VAE names all its modules
+                self._warn_of_forgotten(args, kwargs)
             self._try_batches()
         estimator = inner_estimator(self.svi.loss)
         looks_for_plates = estimator.vectorize_particles or isinstance(estimator, TraceEnum_ELBO)
@@ -148,6 +144,14 @@ class Run:
             # else found at the first step, by draws that a resumed run would make once more
             with evaluating(self.pair, self.device, 0):
                 estimator._guess_max_plate_nesting(self.pair.model, self.pair.guide, args, kwargs)
+
+    def _warn_of_forgotten(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        tried = copy.copy(inner_estimator(self.svi.loss))  # some keep what they learn from the first pair
+        with isolated(self.pair.model, self.pair.guide):
+            fitting = run_fitting_pair(self.pair.model, self.pair.guide, args, kwargs, tried)
+            forgotten = forgotten_by_model(fitting, [*self.pair.parameters(), *args])
+        if forgotten:
+            logger.warning(forgotten)
 
     def _example(self) -> Any:
         """Return two examples, or all if a batch is all: a guide may have parameters for each."""
