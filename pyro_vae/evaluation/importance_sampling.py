@@ -160,9 +160,9 @@ def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str
             require_fit(pair.model, pair.guide, *args, **kwargs)
             return str(error)
         except Exception:
-            continue
-        return None
-    return None  # said better by the checks that follow
+            continue  # said better by the checks that follow
+        break
+    return None
 
 
 @dataclass(frozen=True)

@@ -221,11 +221,7 @@ def terms(
     data, kwargs = as_arguments(model, data, kwargs)
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
-    if guide_messenger(guide) is not None:
-        raise ValueError(
-            "the guide runs the model itself, as AutoNormalMessenger does, so that their terms cannot be "
-            "separated: pass a guide that is a function, such as AutoNormal, or use Trace_ELBO"
-        )
+    _require_apart(guide)
     particles = particle_plate(num_particles, max_plate_nesting) if num_particles > 1 else nullcontext()
     runs = partial(_run_pair, model, guide, data, kwargs, particles)
     with explaining_calls(model, guide, data, kwargs):
@@ -270,6 +266,15 @@ def terms(
         scale=shared_scale(guide_sites, model_sites, sites.num_data),
         sites=sites,
     )
+
+
+def _require_apart(guide: Program) -> None:
+    """Raise ValueError if a guide runs the model itself."""
+    if guide_messenger(guide) is not None:
+        raise ValueError(
+            "the guide runs the model itself, as AutoNormalMessenger does, so that their terms cannot be "
+            "separated: pass a guide that is a function, such as AutoNormal, or use Trace_ELBO"
+        )
 
 
 def particle_plate(num_particles: int, max_plate_nesting: int) -> pyro.plate:

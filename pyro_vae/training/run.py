@@ -149,7 +149,7 @@ class Run:
         tried = copy.copy(inner_estimator(self.svi.loss))  # some keep what they learn from the first pair
         with isolated(self.pair.model, self.pair.guide):
             fitting = run_fitting_pair(self.pair.model, self.pair.guide, args, kwargs, tried)
-            forgotten = forgotten_by_model(fitting, [*self.pair.parameters(), *args])
+            forgotten = forgotten_by_model(fitting, [*self.pair.parameters(), *args, *kwargs.values()])
         if forgotten:
             logger.warning(forgotten)
 
