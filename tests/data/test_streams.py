@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from training_run import normal_vae
 
 import pyro_vae as pv
 from pyro_vae.data.streams import Stream
@@ -13,15 +14,6 @@ from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
 from pyro_vae.utils.processes import Processes
 
 DATA = torch.randn(45, 4, generator=torch.Generator().manual_seed(1))
-
-
-def normal_vae():
-    torch.manual_seed(1)
-    return pv.VAE(
-        prior=pv.priors.StandardNormal(2),
-        likelihood=pv.likelihoods.Normal(2, (4,), hidden_features=(6,)),
-        guide=pv.guides.DiagonalNormal((4,), 2, hidden_features=(5,)),
-    )
 
 
 class Noisy(Dataset):

@@ -25,6 +25,16 @@ def make_vae() -> pv.VAE:
     )
 
 
+def normal_vae() -> pv.VAE:
+    """A small VAE of data (N, 4)."""
+    torch.manual_seed(1)
+    return pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (4,), hidden_features=(6,)),
+        guide=pv.guides.DiagonalNormal((4,), 2, hidden_features=(5,)),
+    )
+
+
 def make_data() -> torch.Tensor:
     """Grey levels (103, 1, 6, 5); the last batch of an epoch is a smaller one."""
     return torch.rand(103, 1, 6, 5, generator=torch.Generator().manual_seed(9))

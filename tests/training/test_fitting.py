@@ -17,7 +17,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from training_run import make_data, make_vae, train
+from training_run import make_data, make_vae, normal_vae, train
 
 import pyro_vae as pv
 from pyro_vae.utils import serialization
@@ -32,15 +32,6 @@ def state_of(vae):
 def assert_same_state(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def normal_vae():
-    torch.manual_seed(1)
-    return pv.VAE(
-        prior=pv.priors.StandardNormal(2),
-        likelihood=pv.likelihoods.Normal(2, (4,), hidden_features=(6,)),
-        guide=pv.guides.DiagonalNormal((4,), 2, hidden_features=(5,)),
-    )
 
 
 @pytest.fixture(scope="module")
