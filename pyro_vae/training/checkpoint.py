@@ -22,7 +22,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Checkpoint", "saved_shards"]
+__all__ = ["Checkpoint"]
 
 
 class Checkpoint:
@@ -147,14 +147,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def saved_shards(folder: Path | None) -> int | None:
-    """Return the number of shards of the run in a folder; None if there is no run, or none that is whole."""
-    with contextlib.suppress(OSError, LookupError, serialization.CheckpointError):
-        if folder is not None:
-            return serialization.read(folder / "last.pt", "run", device="cpu")["settings"].get("shards", 1)
-    return None
 
 
 def _describe(run: Run) -> dict[str, Any]:

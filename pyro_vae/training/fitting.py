@@ -5,72 +5,37 @@ Reported values are in nats per datum, higher is better; only the loss inside is
 
 import contextlib
 import dataclasses
-import math
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from numbers import Real
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO
-from pyro.optim import PyroOptim
+from pyro.infer import ELBO
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sources import arguments, told_of_missing
-from pyro_vae.data.streams import Stream, has_length, is_divided, is_stream
+from pyro_vae.data.sources import arguments
+from pyro_vae.data.streams import Stream
 from pyro_vae.inference.guide_check import require_fit
-from pyro_vae.inference.observed_values import check_of
 from pyro_vae.inference.svi import default_loss
 from pyro_vae.objectives.pair import OwnParameters, Pair, as_programs, make_parameters
-from pyro_vae.training.checkpoint import Checkpoint, saved_shards
+from pyro_vae.training.callbacks import Callback, call_all
+from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.history import Epoch, History
-from pyro_vae.training.run import BATCH_SIZE, PRECISIONS, Run, Settings
+from pyro_vae.training.run import Run
+from pyro_vae.training.run_data import prepare_data, require_alike
+from pyro_vae.training.settings import BATCH_SIZE, Settings, make_settings, require_callbacks
 from pyro_vae.utils.display import progress_bar
-from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
-from pyro_vae.utils.processes import Processes, alone, join
-from pyro_vae.utils.validation import require_count, require_number
+from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
+from pyro_vae.utils.processes import join
+from pyro_vae.utils.signals import deferred_signals
 from pyro_vae.vae import VAE
 
-__all__ = ["Callback", "TensorBoard", "fit"]
-
-_CALLBACKS = 21  # a stream of random numbers
-
-
-class Callback(Protocol):
-    """Called by `fit` after each epoch; returning True ends the training."""
-
-    def __call__(self, vae: Any, epoch: Epoch) -> bool | None:
-        """Look at the model and at the values of the epoch."""
-
-
-class TensorBoard:
-    """Callback that logs the fields of each `Epoch` for TensorBoard.
-
-    Args:
-        log_dir: The folder that `tensorboard --logdir` reads.
-
-    Raises:
-        ImportError: If the package tensorboard is not installed.
-    """
-
-    def __init__(self, log_dir: str | os.PathLike[str]):
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (slow, and seldom wanted)
-
-        self.writer = SummaryWriter(str(log_dir))
-
-    def __call__(self, vae: Any, epoch: Epoch) -> None:
-        """Log one epoch."""
-        for name, value in dataclasses.asdict(epoch).items():
-            if not math.isnan(value):
-                self.writer.add_scalar(name, value, epoch.epoch)
-        self.writer.flush()
+__all__ = ["fit"]
 
 
 def fit(
@@ -191,10 +156,8 @@ def fit(
         >>> len(history)
         3
     """
-    train: Batches | Stream
-    held_out: Batches | Stream | None
     pair = _own_pair(vae)
-    settings = _settings(
+    settings = make_settings(
         estimator=estimator,
         epochs=epochs,
         batch_size=batch_size,
@@ -212,25 +175,14 @@ def fit(
         shards=shards,
         processes=join(group),
     )
-    _require_callbacks(callbacks)
-    if is_stream(data):
-        train, held_out = _prepare_stream(
-            pair, data, steps_per_epoch, validation, settings, binarize=binarize, missing=missing
-        )
-    elif steps_per_epoch is None:
-        train, held_out = _prepare(pair, data, validation, binarize=binarize, seed=seed, missing=missing)
-    elif callable(data) and not hasattr(data, "__len__"):
-        name = getattr(data, "__name__", type(data).__name__)
-        raise TypeError(f"data is the function {name}: pass what it returns, {name}()")
-    else:
-        raise ValueError(
-            "steps_per_epoch is for an iterable of batches; data that are taken by position have passes: "
-            "leave it out, and choose epochs"
-        )
+    require_callbacks(callbacks)
+    train, held_out = prepare_data(
+        pair, data, validation, settings, steps_per_epoch=steps_per_epoch, binarize=binarize, missing=missing
+    )
     with _surroundings(pair, train.device, seed), settings.processes.logging_once():
         settings.processes.gather(lambda: _make_parameters(pair, vae, train, batch_size))
         with evaluation_mode(pair):  # also of the modules that have just been met
-            _require_alike(settings, train, held_out)
+            require_alike(settings, train, held_out)
             run = _begin(pair, train, held_out, settings)
             with Checkpoint(run).begun(resume=resume) as checkpoint:
                 settings.processes.broadcast(run.state_tensors().values())
@@ -290,90 +242,6 @@ def _make_parameters(
         )
 
 
-def _settings(
-    *,
-    estimator: ELBO | None,
-    epochs: int,
-    batch_size: int | None,
-    learning_rate: float,
-    optimizer: Callable[[list[torch.nn.Parameter]], Optimizer] | None,
-    kl_warmup: float,
-    patience: int | None,
-    checkpoint_dir: str | os.PathLike[str] | None,
-    resume: bool,
-    shards: int | None,
-    processes: Processes,
-    **others: Any,
-) -> Settings:
-    """Check the arguments of `fit`, and fill in defaults."""
-    counts = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "shards": shards}
-    for name, count in counts.items():
-        if count is not None:
-            require_count(name, count)
-    if not isinstance(estimator, ELBO | None):
-        got = f"the class {estimator.__name__} itself" if isinstance(estimator, type) else repr(estimator)
-        raise TypeError(
-            f"estimator must be a pyro.infer.ELBO, such as TraceEnum_ELBO() or pyro_vae.IWAE(5); got {got}"
-        )
-    if isinstance(estimator, ReweightedWakeSleep | TraceTailAdaptive_ELBO):
-        raise ValueError(
-            f"{type(estimator).__name__} gives no bound per datum, which fit would report and validate by: "
-            "use pyro_vae.SVI, which takes its steps"
-        )
-    if others["precision"] not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {others['precision']!r}")
-    for name, number in {"learning_rate": learning_rate, "kl_warmup": kl_warmup}.items():
-        require_number(name, number)
-    if not 0 <= kl_warmup < math.inf:
-        raise ValueError(f"kl_warmup must be a number of epochs, at least 0; got {kl_warmup}")
-    _require_functions(optimizer, others["schedule"])
-    if resume and checkpoint_dir is None:
-        raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
-    directory = None if checkpoint_dir is None else Path(checkpoint_dir)
-    names = ("seed", "clip_norm", "precision")
-    numbers = {**counts, "kl_warmup": kl_warmup, **{name: others[name] for name in names}}
-    flags = {"resume": resume, "with checkpoint_dir": directory is not None}
-    processes.require_same("settings", numbers | flags)
-    if shards is None and resume:
-        shards = processes.on_first(partial(saved_shards, directory))
-    return Settings(
-        estimator=estimator,
-        optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, learning_rate)),
-        batch_size=batch_size,
-        kl_warmup=kl_warmup,
-        patience=patience,
-        directory=directory,
-        shards=shards or processes.size,
-        processes=processes,
-        **others,
-    )
-
-
-def _require_functions(optimizer: Any, schedule: Any) -> None:
-    """Raise unless optimiser and schedule are made by functions, which a resumed run calls again."""
-    if isinstance(optimizer, PyroOptim):
-        raise TypeError(
-            f"optimizer must make a torch optimiser; got {optimizer!r}, one of Pyro's, which go with "
-            "pyro.infer.SVI: pass optimizer=torch.optim.Adam, or leave it out and pass learning_rate"
-        )
-    for name, value, kind, example in (
-        ("optimizer", optimizer, Optimizer, "lambda parameters: torch.optim.AdamW(parameters, 1e-3)"),
-        ("schedule", schedule, LRScheduler, "lambda optimizer: StepLR(optimizer, 10)"),
-    ):
-        if value is not None and (isinstance(value, kind) or not callable(value)):
-            got = f"the object {type(value).__name__}" if isinstance(value, kind) else repr(value)
-            raise TypeError(f"{name} must be a function that makes it, such as {example}; got {got}")
-
-
-def _require_callbacks(callbacks: Any) -> None:
-    """Raise unless callbacks are a sequence of functions."""
-    if callable(callbacks) or not isinstance(callbacks, Sequence):
-        raise TypeError(f"callbacks must be a list of functions, as in callbacks=[f]; got {callbacks!r}")
-    for callback in callbacks:
-        if not callable(callback):
-            raise TypeError(f"a callback must be a function of the pair and the epoch; got {callback!r}")
-
-
 @contextlib.contextmanager
 def _surroundings(pair: OwnParameters, device: torch.device, seed: int) -> Iterator[None]:
     """Train with random numbers of the run's own; restore modes, generators and Pyro's store after it."""
@@ -398,7 +266,7 @@ def _train(
 ) -> None:
     """Take the epochs that remain, and save after each."""
     with (
-        _deferred_signals(may_save=checkpoint.folder is not None) as interrupted,
+        deferred_signals(may_save=checkpoint.folder is not None) as interrupted,
         progress_bar(
             epochs * run.epoch_size,
             initial=run.data_seen(),
@@ -415,166 +283,10 @@ def _train(
                 bar.update(batch_length)
             if not run.interrupted:
                 run.finish_epoch()
-                stop = _call(callbacks, run)
+                stop = call_all(callbacks, run)
             checkpoint.save()  # after the callbacks, which may have changed the learning rate, say
             signals = run.processes.gather(interrupted)
             if signal.SIGTERM in signals:
                 raise SystemExit(128 + signal.SIGTERM)
             if any(signals):
                 raise KeyboardInterrupt(run.how_to_resume())
-
-
-def _call(callbacks: Sequence[Callable[[Epoch], bool | None]], run: Run) -> bool:
-    """Call each in evaluation mode with its own random numbers; return whether one wants to stop.
-
-    Only the first process calls them. What they change reaches the others.
-    """
-    parameters = list(run.pair.parameters())
-
-    def call() -> tuple[bool, list[dict[str, Any]], list[bool]] | None:
-        if not callbacks:
-            return None
-        noise = derived_seed(run.settings.seed, _CALLBACKS, len(run.history))
-        with alone(), isolated_generators(run.device, noise):
-            wishes = [callback(run.history[-1]) for callback in callbacks]
-        groups = run.optimizer.param_groups
-        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        return any(wishes), options, [parameter.requires_grad for parameter in parameters]
-
-    run.pair.eval()
-    called = run.processes.on_first(call)
-    if called is None:
-        return False
-    stop, options, trained = called
-    run.processes.broadcast(run.state_tensors().values())
-    for group, values in zip(run.optimizer.param_groups, options, strict=True):
-        group.update(values)
-    for parameter, requires_grad in zip(parameters, trained, strict=True):
-        parameter.requires_grad_(requires_grad)
-    return stop
-
-
-def _require_alike(settings: Settings, train: Batches | Stream, held_out: Batches | Stream | None) -> None:
-    """Raise if a batch cannot be divided, or the processes have other data."""
-    processes = settings.processes
-    if settings.shards < processes.size:
-        raise ValueError(
-            f"shards, {settings.shards}, must be at least the number of processes, {processes.size}, or some "
-            "would have nothing to do; begin the run with as many as it may have later, as in shards=8"
-        )
-    if settings.shards == 1:
-        return
-    if train.balance is not None:
-        raise ValueError(
-            "batches with a share of labelled examples are not cut in shards: use one process, group=None"
-        )
-    if processes.size > 1:
-        described = [batches.describe() for batches in (train, held_out) if batches is not None]
-        processes.require_same("the data", described)
-
-
-def _prepare(
-    pair: OwnParameters,
-    data: Any,
-    validation: Any,
-    *,
-    binarize: str | None,
-    seed: int,
-    missing: str | None,
-) -> tuple[Batches, Batches | None]:
-    """Check the data and split off, or take, the validation data."""
-    options = {"binarize": binarize} | _conversions(pair, missing)
-    train = Batches(data, seed=seed, **options)
-    held_out = None
-    if isinstance(validation, Real):
-        if validation != 0:
-            train, held_out = train.split(float(validation))
-    elif validation is not None:
-        held_out = Batches(validation, seed=seed + 1, **options)
-    _check(pair, train, held_out)
-    arrange = getattr(pair, "arrange", None)
-    return train if arrange is None else arrange(train), held_out
-
-
-def _prepare_stream(
-    pair: OwnParameters,
-    data: Any,
-    steps_per_epoch: int | None,
-    validation: Any,
-    settings: Settings,
-    *,
-    binarize: str | None,
-    missing: str | None,
-) -> tuple[Stream, Batches | Stream | None]:
-    """Check an iterable of batches, and take the validation data."""
-    given = {"batch_size": settings.batch_size, "binarize": binarize}
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} goes with data that are taken by position; an iterable makes its batches"
-            )
-    if isinstance(validation, Real) and validation != 0:
-        raise ValueError("an iterable has no part to hold out: pass validation data of their own")
-    if steps_per_epoch is not None:
-        require_count("steps_per_epoch", steps_per_epoch)
-    if is_stream(validation) and not has_length(validation):
-        raise ValueError("validation data must have a length, as a tensor or a DataLoader of rows has")
-    if settings.processes.size > 1 and is_divided(validation):
-        raise ValueError(
-            "each process takes its share of the validation batches, so that a DistributedSampler would "
-            "leave data out: give the validation DataLoader none"
-        )
-    if hasattr(pair, "arrange"):
-        raise TypeError(f"a {type(pair).__name__} arranges its batches: pass data that are taken by position")
-    options: dict[str, Any] = _conversions(pair, missing)
-    train = Stream(data, steps_per_epoch, seed=settings.seed, processes=settings.processes, **options)
-    held_out: Batches | Stream | None = None
-    if is_stream(validation):
-        held_out = Stream(validation, None, seed=settings.seed + 1, **options)
-    elif validation is not None and not isinstance(validation, Real):
-        held_out = Batches(validation, seed=settings.seed + 1, **options)
-    settings.processes.gather(lambda: _check(pair, train, held_out))
-    return train, held_out
-
-
-def _conversions(pair: OwnParameters, missing: str | None) -> dict[str, Any]:
-    """Return what batches are converted to."""
-    parameter = next(pair.parameters(), torch.empty(0))
-    told = told_of_missing(missing, pair)
-    return {"device": parameter.device, "dtype": parameter.dtype, "missing_for": told}
-
-
-def _check(pair: OwnParameters, *parts: Batches | Stream | None) -> None:
-    for batches in parts:
-        if batches is not None:
-            batches.check(check_of(pair, batches))
-
-
-@contextlib.contextmanager
-def _deferred_signals(*, may_save: bool) -> Iterator[Callable[[], int]]:
-    """Let the first Ctrl-C be noted, so that a step is never cut in two; the second one interrupts.
-
-    So is SIGTERM, by which clusters end a process, if there is a folder to save the run in. Yields a function
-    that returns the signal that was noted, or 0.
-    """
-    noted: list[int] = []
-
-    def note(signal_number: int, frame: Any) -> None:
-        if noted and signal_number == signal.SIGINT:
-            signal.default_int_handler(signal_number, frame)
-        noted.append(signal_number)
-
-    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
-    if may_save:
-        usual[signal.SIGTERM] = signal.SIG_DFL
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only that one receives signals
-    ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
-    if not in_main_thread:
-        ours = {}
-    for number in ours:
-        signal.signal(number, note)
-    try:
-        yield lambda: noted[0] if noted else 0
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)

@@ -6,16 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, num_rows
@@ -35,37 +33,17 @@ from pyro_vae.objectives.sites import (
     subsampling_factor,
 )
 from pyro_vae.training.history import Epoch, History
+from pyro_vae.training.settings import BATCH_SIZE, Settings
 from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at, seed_generators
-from pyro_vae.utils.processes import Processes, checksum
+from pyro_vae.utils.processes import checksum
 from pyro_vae.utils.validation import NonFiniteError
 
-__all__ = ["BATCH_SIZE", "PRECISIONS", "Run", "Settings"]
+__all__ = ["Run"]
 
-PRECISIONS = ("float32", "bf16")
 
 logger = logging.getLogger("pyro_vae")
 
 _NOISE, _EVALUATION = 20, 22  # streams of random numbers
-BATCH_SIZE = 128  # by default
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a run; see `fit`."""
-
-    estimator: ELBO | None  # None for `default_loss`
-    optimizer: Callable[[list[torch.nn.Parameter]], Optimizer]
-    schedule: Callable[[Optimizer], LRScheduler] | None
-    batch_size: int | None
-    seed: int
-    clip_norm: float | None
-    kl_warmup: float
-    engine: str
-    precision: str
-    patience: int | None
-    directory: Path | None
-    shards: int = 1
-    processes: Processes = field(default_factory=lambda: Processes(None))
 
 
 class Run:
