@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import pyro_vae as pv
 
@@ -82,9 +83,14 @@ def train_m2(x: pv.data.Images | Tensor, labels: Tensor, test: Test, epochs: int
             print(f"  epoch {epoch.epoch}: bound {epoch.train_bound:.2f}, error {wrong:.2%}", flush=True)
 
     rate = 2e-3 if isinstance(x, Tensor) else 1e-3
-    options = {"learning_rate": rate, "callbacks": [report], "progress": False}
-    pv.fit(vae, (x, labels), epochs=epochs, batch_size=200, seed=seed, **options)
+    options = {"schedule": falling(epochs), "callbacks": [report], "progress": False}
+    pv.fit(vae, (x, labels), epochs=epochs, batch_size=200, seed=seed, learning_rate=rate, **options)
     return error(vae.predict_proba, test)
+
+
+def falling(epochs: int) -> Callable[[torch.optim.Optimizer], CosineAnnealingLR]:
+    """Return a schedule that lets the learning rate fall to a hundredth of it."""
+    return lambda optimizer: CosineAnnealingLR(optimizer, epochs, optimizer.param_groups[0]["lr"] / 100)
 
 
 def train_m1(images: pv.data.Images, epochs: int) -> pv.VAE:
@@ -96,8 +102,13 @@ def train_m1(images: pv.data.Images, epochs: int) -> pv.VAE:
         likelihood=pv.likelihoods.Bernoulli(LATENT, IMAGE, **network),
         guide=pv.guides.DiagonalNormal(IMAGE, LATENT, **network),
     )
-    history = pv.fit(vae, images, epochs=epochs, batch_size=100, learning_rate=5e-4, progress=False)
-    print(f"M1: bound {history[-1].train_bound:.2f}", flush=True)
+
+    def report(vae: pv.VAE, epoch: pv.Epoch) -> None:
+        if epoch.epoch % 10 == 0:
+            print(f"  M1, epoch {epoch.epoch}: bound {epoch.train_bound:.2f}", flush=True)
+
+    options = {"schedule": falling(epochs), "callbacks": [report], "progress": False}
+    pv.fit(vae, images, epochs=epochs, batch_size=100, **options)
     return vae.eval()
 
 
@@ -133,7 +144,8 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=100)
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="seeds of the labels")
     parser.add_argument("--epochs", type=int, default=50, help="of M2 on images")
-    parser.add_argument("--epochs-m1", type=int, default=100)
+    parser.add_argument("--epochs-m1", type=int, default=150)
+    parser.add_argument("--m1", type=Path, help="file that M1 is read from, or else saved to")
     parser.add_argument("--epochs-features", type=int, default=100, help="of M2 on the features of M1")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
@@ -143,7 +155,12 @@ def main() -> None:
     held_out = pv.data.load("mnist", split="test", root=options.data_root)
     test = Test(held_out[:], held_out.labels)
     binary = images.binarized("dynamic")
-    m1 = train_m1(binary, options.epochs_m1) if "m1+m2" in options.models else None
+    m1 = None
+    if "m1+m2" in options.models:
+        saved = options.m1 is not None and options.m1.exists()
+        m1 = pv.VAE.load(options.m1).eval() if saved else train_m1(binary, options.epochs_m1)
+        if options.m1 is not None and not saved:
+            m1.save(options.m1)
 
     options.results.mkdir(parents=True, exist_ok=True)
     for model in options.models:

@@ -61,6 +61,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
     resume: bool = False,
     group: Any = "auto",
     shards: int | None = None,
@@ -120,6 +121,7 @@ def fit(
             disturb the training.
         progress: Show a progress bar, in a terminal or a notebook.
         checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there is replaced.
+        checkpoint_every: Save the run also after every so many steps of an epoch, where epochs are long.
         resume: Continue the run in `checkpoint_dir`; begin one where there is none yet. The folder
             serves one run at a time.
         group: The processes of `torch.distributed` that train together: "auto" for all that torchrun has
@@ -171,6 +173,7 @@ def fit(
         precision=precision,
         patience=patience,
         checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every,
         resume=resume,
         shards=shards,
         processes=join(group),
@@ -281,6 +284,8 @@ def _train(
             for batch_length in run.steps(interrupted):
                 bar.set_postfix_str(f"{run.mean_bound():.2f} nats", refresh=False)
                 bar.update(batch_length)
+                if run.is_due():
+                    checkpoint.save()
             if not run.interrupted:
                 run.finish_epoch()
                 stop = call_all(callbacks, run)

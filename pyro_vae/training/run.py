@@ -254,6 +254,11 @@ class Run:
             self.interrupted = self.svi.stopped
             yield self.svi.num_rows, loss
 
+    def is_due(self) -> bool:
+        """Return whether the run is to be saved now, in the middle of an epoch."""
+        every, done = self.settings.checkpoint_every, len(self.done)
+        return every is not None and done % every == 0 and done < self.steps_per_epoch and not self.interrupted
+
     def _scale(self, length: int) -> float:
         """Return the number of data that the loss of a batch speaks for, over its length."""
         if length not in self.scales:  # of a stream, whose batches may have any length

@@ -41,6 +41,7 @@ class Settings:
     precision: str
     patience: int | None
     directory: Path | None
+    checkpoint_every: int | None
     shards: int = 1
     processes: Processes = field(default_factory=lambda: Processes(None))
 
@@ -55,13 +56,20 @@ def make_settings(
     kl_warmup: float,
     patience: int | None,
     checkpoint_dir: str | os.PathLike[str] | None,
+    checkpoint_every: int | None,
     resume: bool,
     shards: int | None,
     processes: Processes,
     **others: Any,
 ) -> Settings:
     """Check the arguments of `fit`, and fill in defaults."""
-    counts = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "shards": shards}
+    counts = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "patience": patience,
+        "checkpoint_every": checkpoint_every,
+        "shards": shards,
+    }
     for name, count in counts.items():
         if count is not None:
             require_count(name, count)
@@ -84,6 +92,8 @@ def make_settings(
     _require_functions(optimizer, others["schedule"])
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
+    if checkpoint_every is not None and checkpoint_dir is None:
+        raise ValueError("checkpoint_every needs checkpoint_dir, the folder that the run is saved in")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     names = ("seed", "clip_norm", "precision")
     numbers = {**counts, "kl_warmup": kl_warmup, **{name: others[name] for name in names}}
@@ -98,6 +108,7 @@ def make_settings(
         kl_warmup=kl_warmup,
         patience=patience,
         directory=directory,
+        checkpoint_every=checkpoint_every,
         shards=shards or processes.size,
         processes=processes,
         **others,

@@ -127,11 +127,11 @@ class FixedNoise(dist.Normal):
         return self.loc + self.scale * self.noise
 
 
-def steps(processes: Processes) -> dict:
+def steps(processes: Processes, engines: tuple[str, ...] = ("eager", "traced")) -> dict:
     """Steps of `SVI` on this process's part of each batch, with given noise."""
     adam, sgd = torch.optim.Adam, torch.optim.SGD
     found = {}
-    for engine in ("eager", "traced"):
+    for engine in engines:
         for optimizer, rate in ((adam, 1e-2), (sgd, 1e-3)):
             for clip_norm in (None, 3.0):
                 svi = partial(pv.SVI, engine=engine, clip_norm=clip_norm, group=processes.group)
@@ -474,6 +474,10 @@ def main() -> None:
             stuck(folder)
         case ["killed", rank, when]:
             killed(join(), folder, int(rank), when)
+        case ["compiled"]:
+            processes = join()
+            found = {"steps": steps(processes, ("compiled",))}
+            torch.save(found, folder / f"{processes.rank}-of-{processes.size}.pt")
         case ["epochs", epochs]:
             vae = make_vae()
             options = {"batch_size": 16, "progress": False, "shards": SHARDS, "validation": 0.2}

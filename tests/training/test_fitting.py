@@ -2,6 +2,7 @@ import contextlib
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,30 @@ def test_a_signal_finishes_the_step_and_the_run_resumes_to_the_bit(
     resumed = train(vae, tmp_path, resume=True)
     assert_same_state(state_of(vae), state)
     assert resumed.column("train_bound") == history.column("train_bound")
+
+
+def test_a_run_is_saved_within_an_epoch_and_resumes_to_the_bit(tmp_path, uninterrupted, monkeypatch):
+    """With 83 data in batches of 16, an epoch has 6 steps: saved after step 4 of each, and at its end."""
+    state, history = uninterrupted
+    folder, saved = tmp_path / "run", []
+    write = serialization.write
+
+    def write_and_copy(path, kind, content):
+        write(path, kind, content)
+        if kind == "run":
+            saved.append((len(content["history"]), len(content["done"])))
+            if saved[-1] == (2, 4):  # as if it were killed later on
+                shutil.copytree(folder, tmp_path / "killed")
+
+    monkeypatch.setattr(serialization, "write", write_and_copy)
+    train(make_vae(), folder, epochs=3, checkpoint_every=4)
+    assert saved == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0)]
+    vae = make_vae()
+    resumed = train(vae, tmp_path / "killed", resume=True)
+    assert_same_state(state_of(vae), state)
+    assert resumed.column("train_bound") == history.column("train_bound")
+    with pytest.raises(ValueError, match="checkpoint_every needs checkpoint_dir"):
+        train(make_vae(), None, checkpoint_every=4)
 
 
 def test_a_folder_serves_one_run_at_a_time(tmp_path):

@@ -17,19 +17,19 @@ def launch(size, folder, *command, restarts=0, check=True):
     return subprocess.run(run, check=check, capture_output=True, text=True, timeout=400)
 
 
+def results(size, folder, *command):
+    launch(size, folder, *command)
+    return [torch.load(folder / f"{rank}-of-{size}.pt", weights_only=False) for rank in range(size)]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    launch(1, folder)
-    return torch.load(folder / "0-of-1.pt", weights_only=False)
+    return results(1, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def several(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("several")
-    launch(request.param, folder)
-    ranks = range(request.param)
-    return [torch.load(folder / f"{rank}-of-{request.param}.pt", weights_only=False) for rank in ranks]
+    return results(request.param, tmp_path_factory.mktemp("several"))
 
 
 def same(a, b):
@@ -55,6 +55,14 @@ def test_a_step_on_parts_is_that_of_the_whole_batch(one, several):
             assert torch.allclose(found, parameters, rtol=tolerance, atol=tolerance), name
             assert torch.allclose(torch.tensor(found_losses), torch.tensor(losses), rtol=tolerance), name
             assert torch.equal(found, several[0]["steps"][name][0]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_compiled_step_on_parts_is_that_of_the_whole_batch(tmp_path, size):
+    test_a_step_on_parts_is_that_of_the_whole_batch(
+        results(1, tmp_path, "compiled")[0], results(size, tmp_path, "compiled")
+    )
 
 
 def test_losses_that_speak_for_all_data_are_averaged(one, several):
