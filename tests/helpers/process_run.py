@@ -434,9 +434,9 @@ def killed(processes: Processes, folder: Path, rank: int, when: str) -> None:
             kill()
         replace(*args)
 
-    def kill_while_writing(content, file) -> None:
-        write(content, file)
-        if folder.joinpath("run", "last.pt").exists() and not marker.exists():
+    def kill_while_writing(content, file, **options) -> None:
+        write(content, file, **options)
+        if isinstance(file, Path) and folder.joinpath("run", "last.pt").exists() and not marker.exists():
             os.truncate(file, 100)
             kill()
 
