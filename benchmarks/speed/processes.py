@@ -2,8 +2,8 @@
 
     uv run torchrun --nproc-per-node 2 benchmarks/speed/processes.py
 
-The three take steps in turn. It also times what a collective must cost at least: one copy of all gradients
-into a buffer, and one all-reduce of it.
+The three take steps in turn. It also times the collective of a step by itself, and what one must cost at
+least: one copy of all gradients into a buffer, and one all-reduce of it.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.inference.gradient_sum import GradientSum
+from pyro_vae.utils.processes import Processes
 
 SHAPE = (784,)
 
@@ -79,10 +81,20 @@ def main() -> None:
         torch._foreach_copy_(list(views), [parameter.detach().flatten() for parameter in parameters])
         dist.all_reduce(flat)
 
+    of_all = GradientSum(Processes(dist.group.WORLD), parameters)
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+
+    def collective() -> None:
+        of_all.clear()
+        of_all.add_gradients(gradients)
+        of_all.add_loss(1.0, rows=options.batch_size, scaled=False)
+        of_all.reduce(None)
+
     ways = {
         "alone": by_svi(None),
         "summed": by_svi(dist.group.WORLD),
         "DDP around the ELBO, eager": by_ddp(),
+        "the collective of a step": collective,
         "one copy and one all-reduce": least,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -3,14 +3,15 @@
 Notation: N examples, S particles z_s ~ q(z|x) per example, importance weights w_s = p(x, z_s) / q(z_s|x).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
+from operator import add
 from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments
@@ -29,8 +30,6 @@ from pyro_vae.utils.processes import Processes, checksum, join
 from pyro_vae.utils.validation import require_count
 
 __all__ = ["evaluate"]
-
-_BLOCK = 256  # chunks joined at a time
 
 
 def evaluate(
@@ -115,13 +114,13 @@ def evaluate(
             options: dict[str, Any] = {"num_particles": num_particles, "seed": seed, "advance": bar.update}
             return evaluate_whole(vae, batches, reason, **options)
 
-        def reduce_own() -> list[_Reduced]:
+        def reduce_own() -> Iterable[_Reduced]:
             own: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "processes": processes}
-            drawn = chunks(vae, batches, num_particles, advance=bar.update, **own)
-            reduced = map(_reduce, drawn)
-            return list(reduced) if processes.size > 1 else list(_in_blocks(reduced))
+            return map(_reduce, chunks(vae, batches, num_particles, advance=bar.update, **own))
 
-        reduced = _joined(processes.interleave(reduce_own))
+        several = processes.size > 1
+        parts = processes.interleave(lambda: list(reduce_own())) if several else reduce_own()
+        reduced = _joined(parts, len(batches))
     aggregate = None
     if aggregate_size:
         part = batches.first(aggregate_size)
@@ -170,8 +169,8 @@ class _Reduced:
     """Estimates for the examples of one chunk."""
 
     per_datum: PerDatum
-    unit_mean_variance: Tensor
-    bounds: dict[int, tuple[Tensor, Tensor]]
+    unit_mean_variance: Tensor  # summed over the examples, (U,)
+    bounds: dict[int, tuple[Tensor, Tensor]]  # by number of particles: sums of bounds, and of squared errors
     unit_names: list[str]
     observed_names: list[str]
     num_observed: int
@@ -208,8 +207,11 @@ def _reduce(chunk: Chunk) -> _Reduced:
                 [mean(part.cpu()) for part in chunk.first_terms.by_site().values()], -1
             ),
         ),
-        unit_mean_variance=latent.mean_variance.cpu().double(),
-        bounds=bound_by_particles(log_weight),
+        unit_mean_variance=latent.mean_variance.cpu().double().sum(0),
+        bounds={
+            size: (bound.sum(), error.square().sum())
+            for size, (bound, error) in bound_by_particles(log_weight).items()
+        },
         unit_names=latent.names,
         observed_names=list(chunk.first_terms.by_site()),
         num_observed=_num_observed(sites),
@@ -246,39 +248,44 @@ def _entropy(sites: PairSites) -> Tensor | None:
     return sites.sum(entropies).mean(0)
 
 
-def _in_blocks(reduced: Iterator[_Reduced]) -> Iterator[_Reduced]:
-    """Join many chunks at a time: a tensor of few examples takes more memory than what it holds."""
-    while block := list(islice(reduced, _BLOCK)):
-        yield _joined(block)
+def _joined(parts: Iterable[_Reduced], total: int) -> _Reduced:
+    """Concatenate the estimates of successive chunks, of `total` examples.
 
-
-def _joined(reduced: list[_Reduced]) -> _Reduced:
-    """Concatenate the estimates of successive chunks."""
-    columns = zip(*(vars(chunk.per_datum).values() for chunk in reduced), strict=True)
-    bounds = {}
-    for size in reduced[0].bounds:
-        values, errors = zip(*(chunk.bounds[size] for chunk in reduced), strict=True)
-        bounds[size] = torch.cat(values), torch.cat(errors)
-    return replace(
-        reduced[0],
-        per_datum=PerDatum(*map(torch.cat, columns)),
-        unit_mean_variance=torch.cat([chunk.unit_mean_variance for chunk in reduced]),
-        bounds=bounds,
-        num_observed=sum(chunk.num_observed for chunk in reduced),
-        is_discrete=all(chunk.is_discrete for chunk in reduced),
-    )
+    Each chunk is written to columns of that length at once: its small tensors, kept between the buffers that
+    the data are read into, would hold several times their memory.
+    """
+    begin, joined = 0, None
+    for part in parts:
+        columns = vars(part.per_datum)
+        if joined is None:
+            whole = {name: column.new_empty(total, *column.shape[1:]) for name, column in columns.items()}
+            joined = replace(part, per_datum=PerDatum(**whole))
+        else:
+            joined = replace(
+                joined,
+                unit_mean_variance=joined.unit_mean_variance + part.unit_mean_variance,
+                bounds=tree_map(add, joined.bounds, part.bounds),
+                num_observed=joined.num_observed + part.num_observed,
+                is_discrete=joined.is_discrete and part.is_discrete,
+            )
+        end = begin + len(part.per_datum.kl)
+        for name, column in columns.items():
+            whole[name][begin:end] = column
+        begin = end
+    assert joined is not None
+    return joined
 
 
 def _evaluation(reduced: _Reduced, aggregate: AggregatePosterior | None, **settings: int) -> Evaluation:
     """Average the estimates."""
     per_datum = reduced.per_datum
     num_data = len(per_datum.log_evidence)
-    noise = reduced.unit_mean_variance.mean(0)
+    noise = reduced.unit_mean_variance / num_data
     return Evaluation(
         per_datum=per_datum,
         convergence={
-            size: Estimate(float(bound.mean()), float(mc_se.square().sum().sqrt()) / num_data)
-            for size, (bound, mc_se) in reduced.bounds.items()
+            size: Estimate(float(bound) / num_data, float(squares.sqrt()) / num_data)
+            for size, (bound, squares) in reduced.bounds.items()
         },
         unit_names=reduced.unit_names,
         observed_names=reduced.observed_names,

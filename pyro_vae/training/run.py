@@ -257,7 +257,9 @@ class Run:
     def is_due(self) -> bool:
         """Return whether the run is to be saved now, in the middle of an epoch."""
         every, done = self.settings.checkpoint_every, len(self.done)
-        return every is not None and done % every == 0 and done < self.steps_per_epoch and not self.interrupted
+        return (
+            every is not None and done % every == 0 and done < self.steps_per_epoch and not self.interrupted
+        )
 
     def _scale(self, length: int) -> float:
         """Return the number of data that the loss of a batch speaks for, over its length."""
