@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_vae.data.balance import Balance
 from pyro_vae.data.images import Images
-from pyro_vae.data.permutations import permutation
+from pyro_vae.data.permutations import Order, hold_out_evenly, permutation, permutation_by_chunks
 from pyro_vae.data.sources import Arguments, Source, as_source, num_rows, without_missing
 from pyro_vae.utils.isolation import derived_seed, seed_at
 
@@ -69,7 +69,7 @@ class Batches:
     def _fill(
         self,
         source: Source,
-        rows_of: Callable[[Tensor], Tensor],
+        rows_of: Order,
         length: int,
         seed: int,
         device: torch.device,
@@ -104,16 +104,20 @@ class Batches:
                 f"a validation fraction of {fraction} of {len(self)} data leaves {count} for validation "
                 f"and {len(self) - count} for training; both need at least 1"
             )
-        order = permutation(len(self), derived_seed(self.seed, _SPLIT))
-        train = self._part(lambda positions: order(positions + count), len(self) - count, 0)
-        return train, self._part(order, count, 1)
+        seed = derived_seed(self.seed, _SPLIT)
+        if self.source.chunks is not None:  # both parts lie as the file does
+            kept, held_out = hold_out_evenly(len(self), count, seed)
+        else:
+            held_out = permutation(len(self), seed)
+            kept = lambda positions: held_out(positions + count)  # noqa: E731
+        return self._part(kept, len(self) - count, 0), self._part(held_out, count, 1)
 
     def first(self, count: int) -> "Batches":
         """Return the first `count` examples, or all if there are fewer, with the same seed."""
         part = object.__new__(Batches)
         return part._fill(self.source, self.rows_of, min(count, len(self)), self.seed, self.device)
 
-    def _part(self, order: Callable[[Tensor], Tensor], length: int, number: int) -> "Batches":
+    def _part(self, order: Order, length: int, number: int) -> "Batches":
         part, seed = object.__new__(Batches), derived_seed(self.seed, _PARTS, number)
         return part._fill(
             self.source, lambda positions: self.rows_of(order(positions)), length, seed, self.device
@@ -194,11 +198,14 @@ class Batches:
             batch = [(shard, next(parts)) for shard in shards]
             yield [(shard, part) for shard, part in batch if part is not None]
 
-    def _order(self, number: int, batch_size: int) -> Callable[[Tensor], Tensor]:
+    def _order(self, number: int, batch_size: int) -> Order:
         """Return the order of the examples in an epoch: theirs, if a batch is all of them."""
         if batch_size >= len(self):
             return lambda positions: positions
-        return permutation(len(self), derived_seed(self.seed, _ORDER, number))
+        seed, chunks = derived_seed(self.seed, _ORDER, number), self.source.chunks
+        if chunks is not None:
+            return permutation_by_chunks(len(self), seed, chunk=chunks.rows, mixed=chunks.mixed)
+        return permutation(len(self), seed)
 
     def _is_balanced(self, batch_size: int) -> bool:
         """Return whether batches have a share of labelled examples: not where one, or all, make a batch."""

@@ -11,6 +11,7 @@ import random
 import warnings
 import zlib
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from numbers import Real
@@ -43,7 +44,8 @@ Batch = Tensor | tuple | dict[str, Any]  # of one argument, of several by positi
 
 CHECKED_IN_FULL = 2**30  # bytes up to which all of a source is checked and fingerprinted
 _BLOCKS = 64  # of a larger one, at fixed places
-_BLOCK_BYTES = 2**24
+_BLOCK_BYTES, _FULL_BLOCK_BYTES = 2**20, 2**24  # of these; of those of a source that is read in full
+_MIXED_BYTES, _LEAST_MIXED = 2**25, 4  # of the chunks of a large file that are mixed, and their least number
 
 
 def as_source(data: Any, *, binarize: str | None, seed: int, dtype: torch.dtype) -> "Source":
@@ -95,7 +97,10 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
             warnings.simplefilter("ignore", UserWarning)  # of memory that may not be written, nor is
             return _TensorRows(torch.from_numpy(data))
     if len(getattr(data, "shape", ())) > 0 and (hasattr(data, "__getitem__") or hasattr(data, "iloc")):
-        return _ArrayRows(data, dtype)
+        rows = _ArrayRows(data, dtype)
+        chunks = getattr(data, "chunks", None)  # of h5py and zarr
+        stored_by = chunks[0] if isinstance(chunks, tuple) and rows.is_large else 1
+        return rows if stored_by == 1 else _ChunkRows(data, dtype, stored_by)
     raise TypeError(
         "data must be a tensor (N, *event_shape), pyro_vae.data.Images, or have a shape and return rows by "
         "position (an array, a memory map, h5py, zarr, a sparse matrix, a data frame), or be a map-style "
@@ -119,6 +124,13 @@ def _is_direct(array: np.ndarray, dtype: torch.dtype) -> bool:
     return array.dtype == expected and array.dtype.isnative and all(step >= 0 for step in array.strides)
 
 
+class Chunks(NamedTuple):
+    """How a large file stores its rows: `rows` of them together; and how many chunks an epoch mixes."""
+
+    rows: int
+    mixed: int
+
+
 class Source(ABC):
     """N examples, from which batches are taken by position."""
 
@@ -136,6 +148,8 @@ class Source(ABC):
     """Whether batches depend on the generator."""
     runs_user_code = False
     """Whether reading must not happen in another thread."""
+    chunks: Chunks | None = None
+    """How rows are stored, where an order must heed it: single rows would each cost a chunk."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -164,7 +178,7 @@ class Source(ABC):
 
         Up to 1 GiB the check sum is of all rows before dynamic binarisation, above that of 64 blocks of them.
         """
-        size = max(1, _BLOCK_BYTES // self.row_bytes)
+        size = max(1, (_BLOCK_BYTES if self.is_large else _FULL_BLOCK_BYTES) // self.row_bytes)
         step = -(-len(self) // _BLOCKS) if self.is_large else size
         checksum = 0
         for start in range(0, len(self), step):
@@ -173,7 +187,8 @@ class Source(ABC):
                 if isinstance(leaf, Tensor):
                     plain = leaf.cpu().contiguous().flatten().view(torch.uint8)
                     checksum = zlib.crc32(plain.numpy().data, checksum)
-        return {"shape": list(self.shape), "binarize": self.binarize, "checksum": checksum}
+        found = {"shape": list(self.shape), "binarize": self.binarize, "checksum": checksum}
+        return found if self.chunks is None else {**found, "chunks": list(self.chunks)}
 
 
 class _ImageRows(Source):
@@ -210,12 +225,44 @@ class _ArrayRows(Source):
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         positions, inverse = np.unique(index.numpy(), return_inverse=True)
-        rows = self.indexer[positions]
+        return self._read(positions)[torch.from_numpy(inverse)]
+
+    def _read(self, rows_read: np.ndarray | slice) -> Tensor:
+        rows = self.indexer[rows_read]
         rows = rows.toarray() if hasattr(rows, "toarray") else np.asarray(rows)
         if rows.dtype.kind not in "bfiu":
             raise TypeError(f"data must be numbers; got {rows.dtype}: select or convert columns")
-        batch = torch.from_numpy(np.array(rows[inverse], dtype=rows.dtype.newbyteorder("=")))
+        batch = torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("=")))
         return batch.to(self.dtype) if batch.is_floating_point() else batch
+
+
+class _ChunkRows(_ArrayRows):
+    """Rows of a large file that stores them in chunks: these are read whole, and the last ones kept."""
+
+    def __init__(self, array: Any, dtype: torch.dtype, rows: int):
+        super().__init__(array, dtype)
+        mixed = max(_LEAST_MIXED, _MIXED_BYTES // (rows * self.row_bytes))
+        self.chunks = self.stored = Chunks(rows, mixed)
+        self.kept: OrderedDict[int, Tensor] = OrderedDict()
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        numbers, offsets = index // self.stored.rows, index % self.stored.rows
+        found = None
+        for number in numbers.unique().tolist():
+            chunk, here = self._chunk(number), numbers == number
+            if found is None:
+                found = chunk.new_empty(len(index), *chunk.shape[1:])
+            found[here] = chunk[offsets[here]]
+        return self._read(slice(0, 0)) if found is None else found
+
+    def _chunk(self, number: int) -> Tensor:
+        if number not in self.kept:
+            begin = number * self.stored.rows
+            self.kept[number] = self._read(slice(begin, begin + self.stored.rows))
+            if len(self.kept) > 3 * self.stored.mixed:  # a part's run of so many rows lies in up to three
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(number)
+        return self.kept[number]
 
 
 class _DatasetRows(Source):
@@ -277,6 +324,8 @@ class _Several(Source):
         self.in_memory = all(source.in_memory for source in sources)
         self.is_random = any(source.is_random for source in sources)
         self.runs_user_code = any(source.runs_user_code for source in sources)
+        stored = [source.chunks for source in sources if source.chunks is not None]
+        self.chunks = max(stored, default=None)
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Any:
         return self._gather(lambda source, where: source.batch(where, generator), index)
@@ -315,6 +364,7 @@ class _Masked(Source):
         self.source, self.shape, self.device = source, source.shape, source.device
         self.itemsize, self.in_memory = source.itemsize, source.in_memory
         self.is_random, self.runs_user_code = source.is_random, source.runs_user_code
+        self.chunks = source.chunks
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Any:
         return mark_missing(self.source.batch(index, generator))
@@ -415,14 +465,14 @@ class _Binarised(Source):
     def __init__(self, source: Source, mode: str, seed: int):
         self.source, self.binarize, self.shape, self.device = source, mode, source.shape, source.device
         self.itemsize, self.in_memory = source.itemsize, source.in_memory
-        self.runs_user_code = source.runs_user_code
+        self.runs_user_code, self.chunks = source.runs_user_code, source.chunks
         self.is_random = mode == "dynamic" or source.is_random
         if mode == "fixed":
             generator = torch.Generator(source.device).manual_seed(seed)
             grey = source.batch(torch.arange(len(source), device=source.device), generator)
             self._require_grey(grey)
             self.source, self.in_memory = _TensorRows(torch.bernoulli(grey, generator=generator)), True
-            self.is_random = self.runs_user_code = False
+            self.is_random, self.runs_user_code, self.chunks = False, False, None
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         batch = self.source.batch(index, generator)

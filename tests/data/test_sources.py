@@ -19,6 +19,7 @@ from pyro_vae.data import sources
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.permutations import permutation
 from pyro_vae.utils.isolation import derived_seed
+from pyro_vae.utils.serialization import CheckpointError
 
 N, D = 37, 5
 X = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
@@ -246,3 +247,49 @@ def test_nothing_is_read_before_it_is_needed(monkeypatch):
 def test_grey_levels_outside_the_unit_interval_raise(mode):
     with pytest.raises(ValueError, match="needs grey levels in"):
         Batches(X, binarize=mode).check(lambda x: None)
+
+
+class Stored:
+    """An array that a file stores in chunks of four rows, and that counts how often each is read."""
+
+    chunks = (4, D)
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype, self.reads = values, values.shape, values.dtype, []
+
+    def __getitem__(self, index):
+        assert isinstance(index, slice), "single rows would each cost a chunk"
+        self.reads.append(index.start // 4)
+        return self.values[index]
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_a_large_file_in_chunks_is_read_by_chunks(monkeypatch):
+    monkeypatch.setattr(sources, "_MIXED_BYTES", 2 * 4 * D * 4)
+    monkeypatch.setattr(sources, "_LEAST_MIXED", 2)
+    file = Stored(X.numpy())
+    batches = Batches(file, seed=2)
+    rows = torch.cat(list(batches.epoch(1, batch_size=6)))
+    assert rows[:, 0].sort().values.equal(X[:, 0].sort().values)
+    assert not rows.equal(X)
+    assert len(file.reads) < 2 * N / 4
+    train, held_out = Batches(file, seed=2).split(0.3)
+    file.reads.clear()
+    parts = [torch.cat(list(train.epoch(1, batch_size=6))), torch.cat(list(held_out.in_order(5)))]
+    assert torch.cat(parts)[:, 0].sort().values.equal(X[:, 0].sort().values)
+    assert len(file.reads) < 5 * N / 4
+    assert torch.cat(list(Batches(file).in_order(7))).equal(X)
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_a_run_on_a_file_in_chunks_resumes_to_the_bit(tmp_path):
+    options = {"batch_size": 8, "validation": 0.2, "progress": False, "checkpoint_dir": tmp_path / "run"}
+    file = h5py.File(tmp_path / "x.h5", "w").create_dataset("x", data=X.numpy(), chunks=(3, D))
+    whole, resumed = make(), make()
+    pv.fit(whole, file, epochs=3, **(options | {"checkpoint_dir": None}))
+    pv.fit(make(), file, epochs=1, **options)
+    pv.fit(resumed, file, epochs=3, resume=True, **options)
+    for name, value in whole.state_dict().items():
+        assert value.equal(resumed.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match="chunks"):
+        pv.fit(make(), X, epochs=3, resume=True, **options)
