@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -199,3 +200,55 @@ def test_messages_name_enumeration_among_the_estimators():
     for call in (lambda: svi(..., 3), lambda: fit(estimator=3)):
         with pytest.raises(TypeError, match="TraceEnum_ELBO"):
             call()
+
+
+def regression(*, declared=True):
+    """A model of x and of a number y, which is drawn where it is not given."""
+    decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def model(x, y=None):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            of_x = dist.Normal(decoder(z), 1.0)
+            pyro.sample("x", of_x.to_event(1) if declared else of_x, obs=x)
+            pyro.sample("y", dist.Normal(z[..., 0], 1.0), obs=y)
+
+    def guide(x, y=None):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    return pv.Pair(model, guide)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda y: fit(regression(), (X, y[:, None])), r"values observed at the site 'y'.*y.squeeze\(-1\)"),
+        (
+            lambda y: fit(regression(declared=False), (X, y)),
+            r"site 'x' has 3 entries at dim -1.*to_event\(1\)",
+        ),
+        (lambda y: fit(regression(), X), r"no site 'y'(.|\n)*called with y=None"),
+        (lambda y: fit(regression(), (X.double(), y)), r"parameter 'encoder.weight' is torch.float32"),
+        (
+            lambda y: fit(regression(), (X, y), validation=(X[:, :2], y)),
+            "not on the validation data: the guide fails",
+        ),
+        (lambda y: fit(validation=X[:5, :2]), r"the validation data: x must have shape \(N, 3\)"),
+        (lambda y: pv.check_guide(regression(), (X, y)), "must be Tensor, not tuple"),
+    ],
+)
+def test_data_of_a_pair_that_do_not_fit_it(call, message):
+    y = torch.arange(12.0)
+    with pytest.raises(ValueError, match=message):
+        call(y)
+    assert len(fit(regression(), (X, y), validation=(X[:5], y[:5]))) == 1
+
+
+def test_estimators_are_compared_on_arrays_as_on_tensors():
+    vae, estimators = make_vae(), [Trace_ELBO(), pv.IWAE(3)]
+    options = {"num_repeats": 10, "num_reference_particles": 5, "progress": False}
+    a, b = (pv.compare_estimators(vae, x, estimators, **options) for x in (X.double().numpy(), X))
+    assert a.to_dataframe()["value"].tolist() == b.to_dataframe()["value"].tolist()

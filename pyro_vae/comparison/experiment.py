@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_vae.comparison.gradient_noise import GradientMoments, ZeroMeanTest
 from pyro_vae.comparison.reference_bounds import Target, target
@@ -127,10 +128,11 @@ def compare_estimators(
     data, estimators = rest
     require_count("num_repeats", num_repeats, minimum=10)
     require_count("num_reference_particles", num_reference_particles, minimum=2)
+    data = tree_map(_as_tensor, data)
     tensors = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor)]
     if not isinstance(data, Tensor | tuple | dict) or not tensors:
         raise TypeError(
-            "data must be one batch, a tensor such as x[:128] or a tuple or dict of them; got "
+            "data must be one batch, a tensor or array such as x[:128] or a tuple or dict of them; got "
             f"{type(data).__name__}"
         )
     device, (args, kwargs) = tensors[0].device, arguments(data)
@@ -174,6 +176,14 @@ class _Candidate:
     moments: dict[str, GradientMoments] = field(default_factory=dict)
     reference_moments: dict[str, GradientMoments] = field(default_factory=dict)
     tests: dict[str, ZeroMeanTest] = field(default_factory=dict)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    """Convert an array as `fit` does: numbers that are no integers to torch's default type."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    tensor = torch.as_tensor(leaf)
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:

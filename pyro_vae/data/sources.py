@@ -68,7 +68,7 @@ def as_source(data: Any, *, binarize: str | None, seed: int, dtype: torch.dtype)
         if binarize is not None:
             raise ValueError(
                 f"binarize={binarize!r} goes with data of one argument: give the images among several as "
-                "pyro_vae.data.from_array(images).binarized(...)"
+                f"images.binarized({binarize!r}), or pyro_vae.data.from_array(array).binarized({binarize!r})"
             )
         return _Several(data, dtype, seed)
     source = _rows(data, dtype)

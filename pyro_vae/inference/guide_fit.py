@@ -11,7 +11,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_vae.inference.guide_report import DistributionReport, GuideError, GuideReport, SiteReport
-from pyro_vae.objectives.calls import explaining_calls
+from pyro_vae.objectives.calls import explaining_calls, left_out
 from pyro_vae.objectives.enumeration import enumerated_sites
 from pyro_vae.objectives.estimators import Estimator
 from pyro_vae.objectives.guide_problems import (
@@ -98,10 +98,13 @@ def run_fitting_pair(
     reports = tuple(_site_reports(model_sites, guide_sites))
     if found:
         found += tuple(non_finite_inputs(guide_trace, data))
+        if any(report.status == "missing" for report in reports):
+            found += tuple(left_out(model, data, kwargs))
         raise GuideError("\n".join(found), GuideReport(reports, found)) from error
     if error is not None:
         error.add_note("The model raised this error when it was run at the guide's draws.")
-        raise error
+        with explaining_calls(model, guide, data, kwargs):
+            raise error
     return FittingPair(model, guide, data, kwargs, guide_trace, model_trace, reports)
 
 

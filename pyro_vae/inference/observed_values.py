@@ -99,8 +99,12 @@ def _supports(
     for name, leaf in _leaves(args, kwargs).items():
         for site_name, site in sample_sites(tracer.trace).items():
             value = site["value"]
-            same = value.data_ptr() == leaf.data_ptr() and value.shape == leaf.shape
-            support = validated_support(site) if same and site["is_observed"] else None
+            is_leaf = (
+                isinstance(value, Tensor)
+                and value.data_ptr() == leaf.data_ptr()
+                and value.shape == leaf.shape
+            )
+            support = validated_support(site) if is_leaf and site["is_observed"] else None
             if support is not None and _is_of_all(support):
                 found[name] = (site_name, outer_family(site), support)
     return found

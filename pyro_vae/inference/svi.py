@@ -303,7 +303,7 @@ class SVI:
         self.optimizer.zero_grad()
         torch.clear_autocast_cache()  # of casts of the parameters before the last step
         try:
-            with naming_step(self.steps + 1):
+            with naming_step(self.steps + 1), explaining_calls(self.model, self.guide, args, kwargs):
                 loss = self._loss_and_gradients(states, *args, **kwargs)
             self._require_trained(num_stored)
             parameters = self.parameters()

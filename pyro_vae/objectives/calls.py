@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["as_arguments", "explaining_calls", "require_arguments"]
+__all__ = ["as_arguments", "explaining_calls", "left_out", "require_arguments"]
 
+_OUTSIDE = r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-\d+), (\d+) vs (\d+)"
+_LOG_PROB = r'at site "(.*)", invalid log_prob shape\s+Expected \[(.*)\], actual \[(.*)\]'
 _COLLISION = r'at plates "(.*)" and "(?:particles|num_particles).*collide at dim=-(\d+)'
 
 
@@ -53,15 +55,10 @@ def explaining_calls(model: Any, guide: Any, data: tuple, kwargs: dict[str, Any]
     try:
         yield
     except ValueError as error:
-        found = re.search(_COLLISION, str(error))
-        if found is None:
+        explanation = _explanation(str(error))
+        if explanation is None:
             raise
-        plate, nesting = found.groups()
-        raise ValueError(
-            f"the plate {plate!r} lies at dim=-{nesting}, where that of the particles would: pass "
-            f"max_plate_nesting={nesting}, to the estimator, as in IWAE(5, max_plate_nesting={nesting}), or "
-            "to evaluate, terms and their like"
-        ) from error
+        raise ValueError(explanation) from error
     except TypeError as error:
         for name, program in {"model": model, "guide": guide}.items():
             signature = _signature(program)
@@ -71,6 +68,47 @@ def explaining_calls(model: Any, guide: Any, data: tuple, kwargs: dict[str, Any]
                     f"the {name} takes {signature}; got {_shown(data, kwargs)}: {problem}{_remedy(data)}"
                 ) from error
         raise
+
+
+def left_out(model: Any, data: tuple, kwargs: dict[str, Any]) -> Iterator[str]:
+    """Say which arguments of a model are None: a site that observes one is latent in this call."""
+    signature = _signature(model)
+    if signature is None or _call_problem(signature, data, kwargs):
+        return
+    bound = signature.bind(*data, **kwargs)
+    bound.apply_defaults()
+    names = [name for name, value in bound.arguments.items() if value is None]
+    if names:
+        yield (
+            f"The model was called with {', '.join(f'{name}=None' for name in names)}: a site that observes "
+            "it is latent in this call, unless it is given"
+        )
+
+
+def _explanation(message: str) -> str | None:
+    """Return what an error of Pyro's about shapes means here, if it is one that is known."""
+    if found := re.search(_COLLISION, message):
+        plate, nesting = found.groups()
+        return (
+            f"the plate {plate!r} lies at dim=-{nesting}, where that of the particles would: pass "
+            f"max_plate_nesting={nesting}, to the estimator, as in IWAE(5, max_plate_nesting={nesting}), or "
+            "to evaluate, terms and their like"
+        )
+    if found := re.search(_OUTSIDE, message):
+        plate, site, dim, size, length = found.groups()
+        return (
+            f"the model's site {site!r} has {length} entries at dim {dim} of its batch shape, expected "
+            f"{size}, one per example in the plate {plate!r}: declare the dimensions of an example as event "
+            "dimensions, as in dist.Normal(loc, scale).to_event(1)"
+        )
+    if found := re.search(_LOG_PROB, message):
+        site, expected, actual = found.groups()
+        return (
+            f"the values observed at the site {site!r} have another shape than its distribution: their "
+            f"log-density has shape ({actual}), expected ({expected}). Give values of the distribution's "
+            "shape, as in y.squeeze(-1) for a column, or declare its dimensions by .to_event(1)"
+        )
+    return None
 
 
 def _signature(program: Any) -> inspect.Signature | None:

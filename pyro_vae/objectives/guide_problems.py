@@ -79,7 +79,8 @@ def explain_failure(error: Exception, trace: poutine.Trace, waiting: list[str], 
     shapes = ", ".join(f"{tuple(x.shape)} ({x.dtype}, {x.device})" for x in tensors)
     given = f", given data of shape {shapes}," if tensors else ""
     message = f"the guide fails{before}{given} with {type(error).__name__}: {error}"
-    for parameter, name in parameters(trace).items():
+    for parameter, stored in parameters(trace).items():
+        name = stored.replace("$$$", ".")  # as pyro.module stores it
         for x in tensors:
             if x.device != parameter.device:
                 return (

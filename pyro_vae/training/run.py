@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.data.streams import Stream
-from pyro_vae.inference.guide_fit import run_fitting_pair
+from pyro_vae.inference.guide_fit import require_fit, run_fitting_pair
 from pyro_vae.inference.guide_report import GuideError
 from pyro_vae.inference.svi import SVI
 from pyro_vae.inference.trained_parameters import forgotten_by_model
@@ -100,6 +100,7 @@ class Run:
         self._check_fit()
         self.separable = held_out is not None and self._has_terms()
         self.validation_size = 1024 if self.separable else self.batch_size
+        self._check_held_out()
         self.history = History()
         self.done: list[tuple[int, float]] = []  # length and bound of each batch of the current epoch
         self.total, self.num_done = 0.0, 0  # of the bounds of their examples; these
@@ -122,6 +123,18 @@ class Run:
             # else found at the first step, by draws that a resumed run would make once more
             with evaluating(self.pair, self.device, 0):
                 estimator._guess_max_plate_nesting(self.pair.model, self.pair.guide, args, kwargs)
+
+    def _check_held_out(self) -> None:
+        """Check the pair on the first batch that validates it; a VAE has checked them all."""
+        if self.held_out is None or hasattr(self.pair, "check_data"):
+            return
+        args, kwargs = arguments(self.held_out.peek(self.validation_size))
+        try:
+            require_fit(self.pair.model, self.pair.guide, *args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the pair runs on the training data, but not on the validation data: {error}"
+            ) from error
 
     def _warn_of_forgotten(self, args: tuple, kwargs: dict[str, Any]) -> None:
         tried = copy.copy(inner_estimator(self.svi.loss))  # some keep what they learn from the first pair

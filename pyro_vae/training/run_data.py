@@ -112,10 +112,13 @@ def _conversions(pair: OwnParameters, missing: str | None) -> dict[str, Any]:
     return {"device": parameter.device, "dtype": parameter.dtype, "missing_for": told}
 
 
-def _check(pair: OwnParameters, *parts: Batches | Stream | None) -> None:
-    for batches in parts:
-        if batches is not None:
-            batches.check(check_of(pair, batches))
+def _check(pair: OwnParameters, train: Batches | Stream, held_out: Batches | Stream | None) -> None:
+    train.check(check_of(pair, train))
+    if held_out is not None:
+        try:
+            held_out.check(check_of(pair, held_out))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the validation data: {error}") from error
 
 
 def require_alike(settings: Settings, train: Batches | Stream, held_out: Batches | Stream | None) -> None:
