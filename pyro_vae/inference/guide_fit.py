@@ -98,7 +98,7 @@ def run_fitting_pair(
     reports = tuple(_site_reports(model_sites, guide_sites))
     if found:
         found += tuple(non_finite_inputs(guide_trace, data))
-        if any(report.status == "missing" for report in reports):
+        if {"missing"} == {report.status for report in reports} - {"match"}:
             found += tuple(left_out(model, data, kwargs))
         raise GuideError("\n".join(found), GuideReport(reports, found)) from error
     if error is not None:

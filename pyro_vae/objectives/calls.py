@@ -77,7 +77,7 @@ def left_out(model: Any, data: tuple, kwargs: dict[str, Any]) -> Iterator[str]:
         return
     bound = signature.bind(*data, **kwargs)
     bound.apply_defaults()
-    names = [name for name, value in bound.arguments.items() if value is None]
+    names = [name for name, value in bound.arguments.items() if value is None and name != "observed"]
     if names:
         yield (
             f"The model was called with {', '.join(f'{name}=None' for name in names)}: a site that observes "
