@@ -34,6 +34,7 @@ from pyro_vae.objectives.pair import Programs, split_pair
 from pyro_vae.objectives.sites import Program, run_pair
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
+from pyro_vae.utils.processes import Processes, join
 from pyro_vae.utils.validation import NonFiniteError, require_count
 
 __all__ = ["compare_estimators", "peak_memory"]
@@ -54,6 +55,7 @@ def compare_estimators(
     seed: int = 0,
     max_plate_nesting: int = 1,
     progress: bool = True,
+    group: Any = "auto",
 ) -> Comparison:
     r"""Compare estimators by repeated steps on one batch, at the same parameters.
 
@@ -92,6 +94,8 @@ def compare_estimators(
         seed: Non-negative integer from which every random number is derived.
         max_plate_nesting: Number of plate dimensions of the pair; see `terms`.
         progress: Show a progress bar, in a terminal or a notebook.
+        group: The processes of `torch.distributed` that share the repeats, those of one target by one of
+            them, as in `evaluate`; the first one takes the times. None for this process alone.
 
     Raises:
         TypeError: If the model or guide is not callable, an estimator is not a `pyro.infer.ELBO`, `data` is
@@ -140,28 +144,36 @@ def compare_estimators(
         _Candidate(name, estimator, target(estimator, max_plate_nesting=max_plate_nesting))
         for name, estimator in _named(estimators).items()
     ]
+    processes = join(group)
+    processes.require_same(
+        "settings of compare_estimators", {"estimators": [c.name for c in candidates], "seed": seed}
+    )
     with _isolated(model, guide, device, derived_seed(seed, _NOISE)) as restore:
         step = _Step(model, guide, data, max_plate_nesting=max_plate_nesting)
         restore(step.parameters)
         for candidate in candidates:
             if isinstance(_innermost(candidate.estimator), TraceMeanField_ELBO):
                 check_mean_field(model, guide, *args, **kwargs)
-        known = _reference(step, reference, num_reference_particles, derived_seed(seed, _REFERENCE), progress)
-        with progress_bar(num_repeats * len(candidates), shown=progress, unit=" steps") as bar:
-            for group in _group_by_target(candidates):
-                for repeat in range(num_repeats):
-                    _repeat(step, group, derived_seed(seed, _NOISE, repeat), num_repeats)
-                    bar.update(len(group))
-        seconds = _seconds(step, candidates)
-        return summarise(
-            [_measure(step, candidate, seconds[candidate.name]) for candidate in candidates],
-            known,
-            num_data=len(tensors[0]),
-            num_repeats=num_repeats,
-            seed=seed,
-            dtype=str(step.dtype).removeprefix("torch."),
-            device=str(device),
+        options: dict[str, Any] = {"progress": progress and processes.is_first}
+        known = _reference(
+            step, reference, num_reference_particles, derived_seed(seed, _REFERENCE), group=group, **options
         )
+        seeds = [derived_seed(seed, _NOISE, repeat) for repeat in range(num_repeats)]
+        _repeat_all(step, candidates, seeds, processes, **options)
+
+        def result() -> Comparison:
+            seconds = _seconds(step, candidates)
+            return summarise(
+                [_measure(step, candidate, seconds[candidate.name]) for candidate in candidates],
+                known,
+                num_data=len(tensors[0]),
+                num_repeats=num_repeats,
+                seed=seed,
+                dtype=str(step.dtype).removeprefix("torch."),
+                device=str(device),
+            )
+
+        return processes.on_first(result)
 
 
 @dataclass
@@ -176,6 +188,31 @@ class _Candidate:
     moments: dict[str, GradientMoments] = field(default_factory=dict)
     reference_moments: dict[str, GradientMoments] = field(default_factory=dict)
     tests: dict[str, ZeroMeanTest] = field(default_factory=dict)
+
+    def measured(self) -> dict[str, Any]:
+        """Return what was measured, by field."""
+        kept = ("name", "estimator", "target")
+        return {name: value for name, value in vars(self).items() if name not in kept}
+
+
+def _repeat_all(
+    step: "_Step", candidates: list[_Candidate], seeds: list[int], processes: Processes, *, progress: bool
+) -> None:
+    """Measure all candidates, those of one target in one of the processes."""
+
+    def repeat_own() -> dict[str, dict[str, Any]]:
+        own = _group_by_target(candidates)[processes.rank :: processes.size]
+        total = len(seeds) * sum(map(len, own))
+        with progress_bar(total, shown=progress, unit=" steps") as bar:
+            for group in own:
+                for seed in seeds:
+                    _repeat(step, group, seed, len(seeds))
+                    bar.update(len(group))
+        return {candidate.name: candidate.measured() for group in own for candidate in group}
+
+    of_all = {name: fields for part in processes.gather(repeat_own) for name, fields in part.items()}
+    for candidate in candidates:
+        vars(candidate).update(of_all[candidate.name])
 
 
 def _as_tensor(leaf: Any) -> Any:
@@ -351,7 +388,9 @@ def _measure(step: _Step, candidate: _Candidate, seconds: float) -> Measured:
     )
 
 
-def _reference(step: _Step, exact: Tensor | None, num_particles: int, seed: int, progress: bool) -> Reference:
+def _reference(
+    step: _Step, exact: Tensor | None, num_particles: int, seed: int, *, progress: bool, group: Any
+) -> Reference:
     """Return the mean log p(x) of the batch, exact or estimated by importance sampling."""
     if exact is not None:
         if exact.shape != step.weight.shape:
@@ -370,6 +409,7 @@ def _reference(step: _Step, exact: Tensor | None, num_particles: int, seed: int,
         aggregate_size=0,
         max_plate_nesting=step.max_plate_nesting,
         progress=progress,
+        group=group,
     )
     return Reference(
         f"log p(x), estimated by L_{num_particles} of the guide",

@@ -175,7 +175,12 @@ def evaluation() -> dict:
     """Columns of `evaluate`."""
     vae, x = make_vae(), make_data().repeat(40, 1)
     report = pv.evaluate(vae, x, num_particles=20, seed=4, progress=False)
+    estimators = [Trace_ELBO(), TraceMeanField_ELBO(), pv.IWAE(3), pv.IWAE(5), pv.DReG(5)]
+    compared = pv.compare_estimators(
+        vae, x[:11], estimators, num_repeats=10, num_reference_particles=20, progress=False
+    )
     return {
+        "compared": torch.tensor(compared.to_dataframe()[["value", "bias_t", "snr_guide"]].to_numpy()),
         "log_evidence": report.per_datum.log_evidence,
         "kl": report.per_datum.kl,
         "pareto_k": report.per_datum.pareto_k,

@@ -73,7 +73,7 @@ def test_losses_that_speak_for_all_data_are_averaged(one, several):
 
 def test_an_evaluation_does_not_depend_on_the_number_of_processes(one, several):
     for rank in several:
-        for name in ("log_evidence", "kl", "pareto_k"):
+        for name in ("log_evidence", "kl", "pareto_k", "compared"):
             assert torch.equal(rank["evaluation"][name].nan_to_num(), one["evaluation"][name].nan_to_num())
         assert rank["evaluation"]["text"] == one["evaluation"]["text"]
         assert rank["alone"] == 1
