@@ -49,7 +49,7 @@ def test_fit_and_evaluate_name_argument_row_and_site(index, value):
     for estimator in (None, Trace_ELBO(), pv.IWAE(2)):
         with pytest.raises(ValueError, match=message):
             pv.fit(pair(), (X, y), estimator=estimator, batch_size=4, **QUIET)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.replace("^", "^the validation data: ")):
         pv.fit(pair(), (X, Y), validation=(X, y), epochs=10**6, **QUIET)
     with pytest.raises(ValueError, match=message.replace(r"\[1\]", r"\['y'\]")):
         pv.evaluate(pair(), {"x": X, "y": y}, **QUIET)
