@@ -257,6 +257,7 @@ def test_results_do_not_depend_on_global_generators_or_change_them():
     assert not np.array_equal(small(random_state=1).fit(X).transform(X), first.transform(X))
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_results():
     X = load_wine().data
     models = [VAETransformer(2, max_epochs=4, random_state=seed) for seed in (0, 1, 0)]

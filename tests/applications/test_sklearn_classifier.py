@@ -81,6 +81,7 @@ def test_warm_start_keeps_the_classes():
         model.fit(X, y + 1)
 
 
+@pytest.mark.slow  # as test_grid_search_by_log_likelihood_without_labels does for VAETransformer
 def test_a_search_in_two_processes():
     X, y = blobs(60)
     pipe = make_pipeline(StandardScaler(), small(max_epochs=10))

@@ -123,6 +123,7 @@ def test_a_trained_vae_and_copies():
         own.fit(X)
 
 
+@pytest.mark.slow  # as test_grid_search_by_log_likelihood_without_labels does for VAETransformer
 def test_a_search_in_two_processes():
     X, y = load_wine(return_X_y=True)
     X, y = X[::3], y[::3]
