@@ -66,7 +66,7 @@ def flow(features, latent):
 
 
 CHECKED = [kind(**SMALL) for kind in (*ESTIMATORS, VAEImputer)]
-CHECKED += [VAEClassifier(hidden_layer_sizes=(8,), learning_rate=0.05, max_epochs=20)]
+CHECKED += [VAEClassifier(hidden_layer_sizes=(8,), learning_rate=0.1, max_epochs=10)]
 # scikit-learn exempts its own semi-supervised estimators from labels of -1 and 1 by their names
 MISSING_LABELS = {"check_classifiers_classes": "labels of -1 are missing"}
 

@@ -245,7 +245,7 @@ def by_recurrence(z, x, lengths):
         (rounded_down, "traced"),
         (of_positive_elements, "compiled"),
         (of_elements_of_a_matrix, "traced"),
-        (of_elements_of_a_matrix, "compiled"),
+        pytest.param(of_elements_of_a_matrix, "compiled", marks=pytest.mark.slow),
         (of_a_part, "traced"),
         (by_recurrence, "traced"),
     ],

@@ -83,14 +83,14 @@ def fits() -> dict:
         "validation": {"validation": 0.3, "patience": 2},
         "binarized": {"binarize": "dynamic"},
         "one batch": {"batch_size": NUM_DATA},
-        "callbacks": {"callbacks": [shrink]},
+        "callbacks": {"callbacks": [shrink], "epochs": 3},
         "freezing": {"callbacks": [freeze] if join().is_first else []},
     }
     found = {}
     for name, options in cases.items():
         vae = make_vae()
         data = make_data() * 0.8 if name == "binarized" else make_data()
-        defaults = {"batch_size": 32, "epochs": 3, "progress": False, "shards": SHARDS, "engine": "eager"}
+        defaults = {"batch_size": 32, "epochs": 2, "progress": False, "shards": SHARDS, "engine": "eager"}
         history = pv.fit(vae, data, **(defaults | options))
         found[name] = parameters(vae), history.column("train_bound"), history.column("validation_elbo")
     return found
@@ -173,7 +173,7 @@ def scaled(processes: Processes) -> tuple:
 
 def evaluation() -> dict:
     """Columns of `evaluate`."""
-    vae, x = make_vae(), make_data().repeat(40, 1)
+    vae, x = make_vae(), make_data().repeat(17, 1)  # five chunks, the last a smaller one
     report = pv.evaluate(vae, x, num_particles=20, seed=4, progress=False)
     estimators = [Trace_ELBO(), TraceMeanField_ELBO(), pv.IWAE(3), pv.IWAE(5), pv.DReG(5)]
     compared = pv.compare_estimators(

@@ -59,6 +59,7 @@ def train(vae: pv.VAE, folder: Path | None, *, epochs: int = 12, **options) -> p
 if __name__ == "__main__":
     torch.set_num_threads(1)
     vae = make_vae()
+    torch.optim.Adam(vae.parameters())  # imports, for seconds in which a kill would show nothing
     print("ready", flush=True)
     train(vae, Path(sys.argv[1]), resume=True)
     vae.save(Path(sys.argv[1]) / "final.pt")

@@ -207,9 +207,9 @@ def never_killed(tmp_path_factory):
     return run_with_kills(tmp_path_factory.mktemp("never_killed"), 0, random.Random(0))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_bit(tmp_path, never_killed, kills):
-    assert_same_state(run_with_kills(tmp_path, kills, random.Random(kills)), never_killed)
+    assert_same_state(run_with_kills(tmp_path, kills, random.Random(kills + 1)), never_killed)
 
 
 def test_history_reports_the_elbo_per_datum():
