@@ -90,7 +90,7 @@ def fits() -> dict:
     for name, options in cases.items():
         vae = make_vae()
         data = make_data() * 0.8 if name == "binarized" else make_data()
-        defaults = {"batch_size": 32, "epochs": 2, "progress": False, "shards": SHARDS, "engine": "eager"}
+        defaults = {"batch_size": 48, "epochs": 2, "progress": False, "shards": SHARDS, "engine": "eager"}
         history = pv.fit(vae, data, **(defaults | options))
         found[name] = parameters(vae), history.column("train_bound"), history.column("validation_elbo")
     return found
