@@ -7,7 +7,7 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core, so each computes on one thread, set before torch
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # as containers set it: each process would compile torch again
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # else each process compiles torch anew, for seconds
     sys.dont_write_bytecode = False
     sys.pycache_prefix = str(Path(__file__).parent / ".pytest_cache" / "bytecode")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
