@@ -32,6 +32,7 @@ from pyro_vae.applications.sklearn import (
     VAETransformer,
     log_evidence,
 )
+from pyro_vae.applications.sklearn import estimator as estimator_module
 
 SMALL = {"max_epochs": 3, "hidden_layer_sizes": (8,), "num_particles": 5}
 ESTIMATORS = [VAETransformer, VAEOutlierDetector]
@@ -71,6 +72,15 @@ CHECKED += [VAEClassifier(hidden_layer_sizes=(8,), learning_rate=0.1, max_epochs
 MISSING_LABELS = {"check_classifiers_classes": "labels of -1 are missing"}
 
 
+@pytest.fixture
+def _eager(monkeypatch):
+    """Train without a graph, which takes the same steps, and longer to record than a check's few steps."""
+    monkeypatch.setattr(
+        estimator_module, "fit", lambda *data, **options: pv.fit(*data, **options | {"engine": "eager"})
+    )
+
+
+@pytest.mark.usefixtures("_eager")
 @parametrize_with_checks(
     CHECKED,
     expected_failed_checks=lambda kind: MISSING_LABELS if isinstance(kind, VAEClassifier) else {},
