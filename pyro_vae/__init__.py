@@ -28,7 +28,7 @@ from pyro_vae.evaluation import (
 from pyro_vae.inference import SVI, GuideError, GuideReport, check_guide, check_mean_field
 from pyro_vae.objectives import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, KLWeighted, Pair, Renyi, Terms, terms
 from pyro_vae.training import Epoch, History, TensorBoard, fit
-from pyro_vae.utils.serialization import CheckpointError
+from pyro_vae.utils.serialization import CheckpointError, imported_on_demand
 from pyro_vae.utils.validation import NonFiniteError
 from pyro_vae.vae import VAE
 
@@ -74,6 +74,8 @@ __all__ = [
     "terms",
     "to_inference_data",
 ]
+
+imported_on_demand("pyro_vae.applications.linear_start", "pyro_vae.applications.units")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ arguments; `spec` describes a module by nested plain values, from which `rebuild
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "CheckpointError",
     "fitting",
+    "imported_on_demand",
     "read",
     "rebuild",
     "rebuildable",
@@ -42,6 +44,7 @@ _VERSIONS = {"run": 2}  # of the formats of files; 1 of all others
 _Result = TypeVar("_Result")
 _Class = TypeVar("_Class", bound=type[nn.Module])
 _CLASSES: dict[str, type[nn.Module]] = {}
+_ON_DEMAND: dict[str, str] = {}  # module of a marked class, by its last name
 
 
 @contextlib.contextmanager
@@ -244,6 +247,14 @@ def rebuildable(cls: _Class) -> _Class:
     return cls
 
 
+def imported_on_demand(*modules: str) -> None:
+    """Name modules with `rebuildable` classes that are imported when a file names one of these classes.
+
+    Only these are: what a file says never decides what else is imported.
+    """
+    _ON_DEMAND.update({module.rpartition(".")[2]: module for module in modules})
+
+
 def spec(module: nn.Module) -> dict[str, Any] | None:
     """Describe a module by nested plain values; return None if one of its submodules is not `rebuildable`.
 
@@ -344,6 +355,9 @@ def _build(description: Any, built: list[nn.Module]) -> nn.Module:
             raise ValueError(f"part {number!r} is used again, but only {len(built)} parts stand before it")
         return built[number]
     name, arguments = description["class"], description["arguments"]
+    module_name = str(name).partition(".")[0]
+    if name not in _CLASSES and module_name in _ON_DEMAND:
+        importlib.import_module(_ON_DEMAND[module_name])
     if name not in _CLASSES:
         raise ValueError(f"{name!r} is not a class that can be rebuilt; known: {', '.join(sorted(_CLASSES))}")
     try:

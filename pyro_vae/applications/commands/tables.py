@@ -1,0 +1,253 @@
+"""Tables in files: .csv, .tsv and .parquet, read as columns of numbers, written back with holes filled."""
+
+import csv
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_vae.utils.serialization import replacing
+
+__all__ = ["ARRAYS", "TABLES", "Table", "read_table", "require_writable", "write_columns"]
+
+TABLES = (".csv", ".tsv", ".parquet")
+ARRAYS = (".npy", ".npz")
+_MISSING = {"", "?", "n/a", "na", "nan", "none", "null"}  # in any case
+
+
+class Table(ABC):
+    """Columns of a file by position, some of them numbers.
+
+    Attributes:
+        path: The file.
+        names: Of all columns, or None for a file without a header.
+    """
+
+    path: Path
+    names: list[str] | None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @property
+    @abstractmethod
+    def num_columns(self) -> int:
+        """Number of columns."""
+
+    @abstractmethod
+    def numbers(self, column: int) -> NDArray:
+        """Return a column, float64 (N,), NaN where missing.
+
+        Raises:
+            ValueError: If a value is not a number; the message names the place.
+        """
+
+    @abstractmethod
+    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
+        """Write the table with values (N, len(columns)) where those columns have holes, the rest as it is."""
+
+    def label(self, column: int) -> str:
+        """Return how messages call a column."""
+        return f"column {column + 1}" if self.names is None else f"column {self.names[column]!r}"
+
+    def place(self, row: int, column: int) -> str:
+        """Return how messages call a value."""
+        return f"row {row + 1}, {self.label(column)} of {self.path}"
+
+    def select(self, wanted: Sequence[str] | None, drop: Sequence[str]) -> list[int]:
+        """Return the positions of columns by name, or of all but some; an unnamed first one is an index.
+
+        Raises:
+            ValueError: If a name is not there, or stands twice.
+        """
+        if self.names is None:
+            if drop:
+                raise ValueError(f"{self.path} has no header, so that no column is called {drop[0]!r}")
+            return list(range(self.num_columns))
+        twice = next((name for name in self.names if name and self.names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{self.path} has two columns {twice!r}: rename one")
+        for name in [*(wanted or ()), *drop]:
+            if name not in self.names:
+                raise ValueError(f"{self.path} has no column {name!r}; it has {', '.join(self.names)}")
+        if wanted is not None:
+            return [self.names.index(name) for name in wanted]
+        first = int(self.names[0] == "")
+        return [c for c, name in enumerate(self.names) if c >= first and name not in drop]
+
+
+class _Csv(Table):
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                first = file.readline()
+                self.line_end = "\r\n" if first.endswith("\r\n") else "\n"
+                self.delimiter = max(",;\t", key=first.count)
+                file.seek(0)
+                lines = [row for row in csv.reader(file, delimiter=self.delimiter) if row]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is not a text table in UTF-8: {error}") from error
+        if not lines:
+            raise ValueError(f"{path} is empty")
+        self.names = [name.strip() for name in lines[0]] if _is_header(lines[0]) else None
+        self.first_line = lines[:1] if self.names is not None else []
+        self.rows = lines[len(self.first_line) :]
+        if not self.rows:
+            raise ValueError(f"{path} has a header and no rows")
+        width = len(lines[0])
+        for number, row in enumerate(self.rows, 1):
+            if len(row) != width:
+                raise ValueError(f"row {number} of {path} has {len(row)} values; the first line has {width}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.rows[0])
+
+    def numbers(self, column: int) -> NDArray:
+        found = np.empty(len(self.rows))
+        for number, row in enumerate(self.rows):
+            text = row[column].strip()
+            try:
+                found[number] = np.nan if text.lower() in _MISSING else float(text)
+            except ValueError:
+                raise ValueError(
+                    f"{self.place(number, column)} is {text!r}, which is not a number: leave the column out, "
+                    f"or write its values as numbers{self._remedy(column)}"
+                ) from None
+        return found
+
+    def _remedy(self, column: int) -> str:
+        return "" if self.names is None else f" (--drop {self.names[column]!r} leaves it out)"
+
+    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
+        rows = [list(row) for row in self.rows]
+        for place, column in enumerate(columns):
+            for number in np.flatnonzero(np.isnan(self.numbers(column))):
+                rows[number][column] = repr(float(values[number, place]))
+        delimiter = "\t" if path.suffix == ".tsv" else self.delimiter
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=delimiter, lineterminator=self.line_end).writerows(
+                [*self.first_line, *rows]
+            )
+
+
+def _is_header(row: list[str]) -> bool:
+    """Return whether a first line holds names: words, or the numbers 0, 1, 2, … of an array's columns."""
+    if row == [str(column) for column in range(len(row))] and len(row) > 1:
+        return True
+    return not all(_is_number(text) for text in row)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.strip() != "" and text.strip().lower() in _MISSING
+    return True
+
+
+class _Parquet(Table):
+    def __init__(self, path: Path):
+        pandas = _pandas(path)
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        try:
+            self.frame = pandas.read_parquet(path, engine="pyarrow")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a .parquet file: {error}") from error
+        self.names = [str(name) for name in self.frame.columns]
+        if len(self.frame) == 0:
+            raise ValueError(f"{path} has no rows")
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def num_columns(self) -> int:
+        return self.frame.shape[1]
+
+    def numbers(self, column: int) -> NDArray:
+        series = self.frame.iloc[:, column]
+        assert self.names is not None
+        if series.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{self.label(column)} of {self.path} holds {series.dtype}, not numbers: write its values as "
+                f"numbers, or leave it out (--drop {self.names[column]!r})"
+            )
+        return series.to_numpy(dtype=np.float64, na_value=np.nan)
+
+    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
+        frame = self.frame.copy()
+        for place, column in enumerate(columns):
+            series = frame.iloc[:, column]
+            if (holes := series.isna()).any():
+                fractional = series if series.dtype.kind == "f" else series.astype("Float64")
+                filling = values[:, place].astype(np.float32 if series.dtype.itemsize == 4 else np.float64)
+                frame.isetitem(column, fractional.mask(holes, filling))
+        with replacing(path) as partial:
+            frame.to_parquet(partial, engine="pyarrow")
+
+
+def read_table(path: Path) -> Table:
+    """Read a .csv, .tsv or .parquet file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, empty or ragged.
+        ImportError: If a .parquet file needs a package.
+    """
+    if path.suffix == ".parquet":
+        return _Parquet(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return _Csv(path)
+
+
+def _pandas(path: Path) -> Any:
+    try:
+        importlib.import_module("pyarrow")
+        return importlib.import_module("pandas")
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: files of .parquet are read and written by pandas and pyarrow, which are missing: "
+            "pip install pandas pyarrow"
+        ) from error
+
+
+def require_writable(path: Path, suffixes: Sequence[str]) -> None:
+    """Raise, before anything is computed, if a file cannot be written where and as its name says."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path} must end in {' or '.join(suffixes)}, which says how it is written")
+    if path.suffix == ".parquet":
+        _pandas(path)
+
+
+def write_columns(path: Path, columns: Mapping[str, NDArray]) -> None:
+    """Write columns of equal length: named in .csv, .tsv and .parquet, as an array (N, D) in .npy."""
+    with replacing(path) as partial:
+        if path.suffix == ".parquet":
+            _pandas(path).DataFrame(columns).to_parquet(partial, engine="pyarrow")
+        elif path.suffix == ".npy":
+            with partial.open("wb") as file:
+                np.save(file, np.stack(list(columns.values()), 1))
+        else:
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(
+                    file, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n"
+                )
+                writer.writerow(columns)
+                writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
