@@ -26,6 +26,7 @@ __all__ = ["LinearPlusMLP", "NoisyNormal", "factor_analysis_vae", "fit_factor_an
 
 _ROWS = 5000  # of the data, at most, that the start is computed from
 _ITERATIONS = 50  # of expectation maximisation
+_OVERSAMPLES, _POWERS = 10, 7  # of the random projection that finds principal components
 
 
 @rebuildable
@@ -176,15 +177,13 @@ def fit_factor_analysis(
         >>> loadings.shape, noise.shape
         ((4, 2), (4,))
     """
-    from sklearn.utils.extmath import randomized_svd  # noqa: PLC0415 (an extra)
-
     y = y.astype(np.float64)
     count, features = y.shape
     variance, least = y.var(0), (2 * floor) ** 2
     rank = min(latent_dim, count, features)
-    _, singular, directions = randomized_svd(y, rank, random_state=0)
+    singular, directions = _leading(y, rank)
     rest = max(0.0, variance.sum() - (singular**2).sum() / count) / max(1, features - rank)
-    loadings = directions.T * np.sqrt(np.maximum(singular**2 / count - rest, 0.0))
+    loadings = directions * np.sqrt(np.maximum(singular**2 / count - rest, 0.0))
 
     def noise_of(explained: NDArray) -> NDArray:
         each = variance - explained
@@ -200,6 +199,16 @@ def fit_factor_analysis(
         noise = noise_of((loadings * cross).sum(1))
     loadings = _rotated(loadings, noise)
     return np.pad(loadings, ((0, 0), (0, latent_dim - rank))), noise
+
+
+def _leading(y: NDArray, rank: int) -> tuple[NDArray, NDArray]:
+    """Return the largest singular values of y (N, D), (rank,), and their directions, (D, rank)."""
+    with torch.random.fork_rng(devices=[]):  # the method is a random projection
+        torch.manual_seed(0)
+        _, singular, directions = torch.svd_lowrank(
+            torch.from_numpy(y), q=min(rank + _OVERSAMPLES, *y.shape), niter=_POWERS
+        )
+    return singular[:rank].numpy(), directions[:, :rank].numpy()
 
 
 def _posterior(loadings: NDArray, noise: NDArray) -> tuple[NDArray, NDArray]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vae import guides, likelihoods, objectives, priors
 from pyro_vae.applications.commands.data import Data
-from pyro_vae.applications.linear_start import NoisyNormal
+from pyro_vae.applications.linear_start import NoisyNormal, factor_analysis_vae
 from pyro_vae.applications.units import StandardisedGuide, StandardisedLikelihood
 from pyro_vae.data import Images
 from pyro_vae.vae import VAE
@@ -149,6 +149,8 @@ def build_vae(data: Data, x: Tensor | Images, choice: Choice, args: argparse.Nam
     guide: nn.Module = inner
     if has_units:
         offset, scale = _units(data)
+        if name == "normal" and _starts_linear(data, args):
+            return _linear_start(data, args, offset, scale)
         guide = StandardisedGuide(inner, offset, scale)
         if name in REAL:
             likelihood = StandardisedLikelihood(likelihood, offset, scale)  # type: ignore[arg-type]
@@ -157,6 +159,32 @@ def build_vae(data: Data, x: Tensor | Images, choice: Choice, args: argparse.Nam
         x = _standardised(x, guide)
     vae = VAE(prior=_prior(args.prior, K, inner, x), likelihood=likelihood, guide=guide)
     return vae.double() if has_units else vae
+
+
+def _starts_linear(data: Data, args: argparse.Namespace) -> bool:
+    """Return whether factor analysis of a table is a start: the parts are its own, and nothing is missing."""
+    ordinary = (args.prior, args.guide, args.missing) == ("standard", "diagonal", None)
+    return ordinary and len(data.values.shape) == 2
+
+
+def _linear_start(data: Data, args: argparse.Namespace, offset: list[float], scale: list[float]) -> VAE:
+    """Return a VAE in the units of the data that starts as their factor analysis."""
+    vae = factor_analysis_vae(
+        (np.asarray(data.values, dtype=np.float64) - offset) / scale,
+        args.latent_dim,
+        hidden_features=tuple(args.hidden),
+        activation="relu",
+        floor=_FLOOR,
+        dtype=torch.float64,
+        seed=args.seed,
+    )
+    likelihood: Any = vae.likelihood
+    posterior: Any = vae.posterior
+    return VAE(
+        prior=vae.prior,
+        likelihood=StandardisedLikelihood(likelihood, offset, scale),
+        guide=StandardisedGuide(posterior, offset, scale),
+    ).double()
 
 
 def _units(data: Data) -> tuple[list[float], list[float]]:
