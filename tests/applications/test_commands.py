@@ -113,6 +113,17 @@ def test_evaluate_embed_and_columns_by_name(folder, tmp_path, capsys):
     np.testing.assert_array_equal(z, expected.detach().numpy())
 
 
+def test_validation_data_are_taken_by_column_and_a_vamp_prior_in_units(folder, tmp_path):
+    shuffled = [[row[3], "b", row[1], row[0], row[2]] for row in values()[:9].tolist()]
+    write(tmp_path / "y.csv", ["year", "note", "mass", "height", "age"], shuffled)
+    out = ["--out", tmp_path / "vae.pt", "--json", tmp_path / "t.json", "--prior", "vamp"]
+    options = ["--drop", "kind", "--validation", tmp_path / "y.csv", *QUICK]
+    assert run("train", folder / "x.csv", *out, *options) == 0
+    history = json.loads((tmp_path / "t.json").read_text())["history"]["validation_elbo"]
+    assert all(elbo > -100 for elbo in history)  # years as heights would be hopeless
+    assert pv.VAE.load(tmp_path / "vae.pt").prior.pseudo_inputs.abs().max() < 5
+
+
 def test_anomalies(folder, tmp_path, capsys):
     odd = values(30)
     odd[7, 0] += 30

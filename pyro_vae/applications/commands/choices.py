@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_vae import guides, likelihoods, objectives, priors
 from pyro_vae.applications.commands.data import Data
@@ -133,9 +133,9 @@ def build_estimator(name: str, particles: int | None, *, missing: bool) -> ELBO 
     return None
 
 
-def build_vae(data: Data, x: Tensor | Images, choice: Choice, args: argparse.Namespace) -> VAE:
+def build_vae(data: Data, choice: Choice, args: argparse.Namespace) -> VAE:
     """Build a VAE of float64 for tables that are standardised, else of float32, with random weights."""
-    event_shape, K, hidden = tuple(x.shape[1:]), args.latent_dim, tuple(args.hidden)
+    event_shape, K, hidden = tuple(data.values.shape[1:]), args.latent_dim, tuple(args.hidden)
     name, is_missing = choice.likelihood, args.missing is not None
     has_units = name in COUNTS or (name in REAL and not data.grey)
     options: dict[str, Any] = {"hidden_features": hidden[::-1]}
@@ -156,8 +156,9 @@ def build_vae(data: Data, x: Tensor | Images, choice: Choice, args: argparse.Nam
             likelihood = StandardisedLikelihood(likelihood, offset, scale)  # type: ignore[arg-type]
         else:
             _start_at_mean(likelihood, offset)
-        x = _standardised(x, guide)
-    vae = VAE(prior=_prior(args.prior, K, inner, x), likelihood=likelihood, guide=guide)
+    make = PRIORS[args.prior]
+    prior = _vamp_prior(inner, guide, data) if make is None else make(K)
+    vae = VAE(prior=prior, likelihood=likelihood, guide=guide)
     return vae.double() if has_units else vae
 
 
@@ -204,11 +205,6 @@ def _units(data: Data) -> tuple[list[float], list[float]]:
     return offset.tolist(), np.where(constant, 1.0, scale).tolist()
 
 
-def _standardised(x: Tensor | Images, guide: StandardisedGuide) -> Tensor:
-    assert isinstance(x, Tensor)
-    return ((x - guide.offset) / guide.scale).float()
-
-
 @torch.no_grad()
 def _start_at_mean(likelihood: nn.Module, mean: list[float]) -> None:
     """Set the last bias of a likelihood of counts, so that its rates start at the means of the data."""
@@ -217,11 +213,16 @@ def _start_at_mean(likelihood: nn.Module, mean: list[float]) -> None:
     last.bias.copy_(rate + torch.log(-torch.expm1(-rate)))  # the inverse of softplus
 
 
-def _prior(name: str, latent_dim: int, guide: guides.Guide, x: Tensor | Images) -> nn.Module:
-    make = PRIORS[name]
-    if make is not None:
-        return make(latent_dim)
-    count = min(_PSEUDO_INPUTS, len(x))
-    prior = priors.VampPrior(guide, num_components=count)
-    prior.set_pseudo_inputs(x[torch.randperm(len(x))[:count]].nan_to_num(0.0).float())
+def _vamp_prior(inner: guides.Guide, guide: nn.Module, data: Data) -> nn.Module:
+    """Return the prior of a guide at some of the data, in the units that the inner guide sees."""
+    count = min(_PSEUDO_INPUTS, len(data.values))
+    rows = torch.randperm(len(data.values))[:count]
+    if isinstance(data.values, Images):
+        x = data.values[rows]
+    else:
+        x = torch.as_tensor(np.asarray(data.values[rows.numpy()]))
+    if isinstance(guide, StandardisedGuide):
+        x = (x - guide.offset) / guide.scale
+    prior = priors.VampPrior(inner, num_components=count)
+    prior.set_pseudo_inputs(x.nan_to_num(0.0).float())
     return prior

@@ -56,9 +56,14 @@ class Data:
 
 
 def read_data(
-    name: str, args: argparse.Namespace, *, split: str | None = None, model: Model | None = None
+    name: str,
+    args: argparse.Namespace,
+    *,
+    split: str | None = None,
+    model: Model | None = None,
+    columns: list[str] | None = None,
 ) -> Data:
-    """Read data by path or name: the columns of a model by their names, or all but --drop.
+    """Read data by path or name: the columns of a model, or others by their names, or all but --drop.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -67,7 +72,8 @@ def read_data(
     """
     suffix = Path(name).suffix.lower()
     if suffix in TABLES:
-        return _of_table(read_table(Path(name)), name, args, model)
+        known = columns if model is None else model.kind.columns
+        return _of_table(read_table(Path(name)), name, known, args.drop)
     if args.drop:
         raise ValueError(f"--drop is for tables with named columns; {name} is not one")
     if suffix in ARRAYS:
@@ -83,9 +89,8 @@ def _are_counts(args: argparse.Namespace, model: Model | None) -> bool:
     return getattr(args, "likelihood", None) in ("poisson", "negative-binomial")
 
 
-def _of_table(table: Table, name: str, args: argparse.Namespace, model: Model | None) -> Data:
-    wanted = model.kind.columns if model is not None and table.names is not None else None
-    positions = table.select(wanted, args.drop)
+def _of_table(table: Table, name: str, columns: list[str] | None, drop: list[str]) -> Data:
+    positions = table.select(None if table.names is None else columns, drop)
     if not positions:
         raise ValueError(f"{name} has no columns left")
     values = np.stack([table.numbers(column) for column in positions], 1)

@@ -72,7 +72,7 @@ class Table(ABC):
         twice = next((name for name in self.names if name and self.names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"{self.path} has two columns {twice!r}: rename one")
-        for name in [*(wanted or ()), *drop]:
+        for name in drop if wanted is None else wanted:
             if name not in self.names:
                 raise ValueError(f"{self.path} has no column {name!r}; it has {', '.join(self.names)}")
         if wanted is not None:
@@ -206,7 +206,7 @@ def read_table(path: Path) -> Table:
         ValueError: If it is damaged, empty or ragged.
         ImportError: If a .parquet file needs a package.
     """
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _Parquet(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

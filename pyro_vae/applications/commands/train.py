@@ -1,6 +1,7 @@
 """`pyro-vae train`: choose a VAE for data, train it, and write it to a file."""
 
 import argparse
+import math
 import time
 from typing import Any
 
@@ -39,11 +40,11 @@ def train(args: argparse.Namespace) -> None:
     if args.missing is None:
         require_complete(data, "pass --missing nan to train on what is there, or correct it")
     choice = choose(data, args.likelihood, args.binarize)
-    validation = _validation(args, len(data.values))
+    validation = _validation(args, data)
     _fill_in_defaults(args, data, validation)
     estimator = build_estimator(args.estimator, args.particles, missing=args.missing is not None)
     with isolated_generators(torch.device("cpu"), derived_seed(args.seed, _BUILD)):
-        vae = build_vae(data, numbers(data, torch.float64), choice, args).to(args.device)
+        vae = build_vae(data, choice, args).to(args.device)
     dtype = next(vae.parameters()).dtype
     _describe(data, choice, args)
     started = time.perf_counter()
@@ -69,14 +70,14 @@ def train(args: argparse.Namespace) -> None:
     write_json(args.json, _results(args, data, choice, history, time.perf_counter() - started))
 
 
-def _validation(args: argparse.Namespace, num_rows: int) -> float | Data:
+def _validation(args: argparse.Namespace, train_data: Data) -> float | Data:
     """Return the fraction to hold out, or the data at a path."""
     if args.validation is None:
-        return _HELD_OUT if num_rows >= _FEW else 0.0
+        return _HELD_OUT if len(train_data.values) >= _FEW else 0.0
     try:
         fraction = float(args.validation)
     except ValueError:
-        data = read_data(args.validation, args)
+        data = read_data(args.validation, args, columns=train_data.columns)
         if args.missing is None:
             require_complete(data, "pass --missing nan, or correct it")
         return data
@@ -91,10 +92,10 @@ def _fill_in_defaults(args: argparse.Namespace, data: Data, validation: float | 
     num_rows, size = data.values.shape[:2]
     if args.latent_dim is None:
         args.latent_dim = min(_LATENT_DIM_OF_TABLE, max(1, size // 2)) if is_table else _LATENT_DIM
-    held_out = int(validation * num_rows) if isinstance(validation, float) else 0
+    held_out = math.ceil(validation * num_rows) if isinstance(validation, float) else 0
     if args.batch_size is None:
         fitting = num_rows // _STEPS if is_table else _BATCH
-        args.batch_size = min(_BATCH, max(_LEAST_BATCH, fitting), num_rows - held_out)
+        args.batch_size = max(1, min(_BATCH, max(_LEAST_BATCH, fitting), num_rows - held_out))
     if args.patience is None:
         # the bound that is trained where values are missing is not the ELBO that would be watched
         args.patience = 0 if args.missing is not None or validation == 0.0 else _PATIENCE
