@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _FLOOR = 0.01  # smallest standard deviation of the noise, in units of the spread
-_OVERDISPERSED = 2  # variance over mean, above which counts are no Poisson
+_OVERDISPERSED = 2  # variance over mean of counts, above which the negative binomial is chosen
 _PSEUDO_INPUTS = 100
 _MISSING_PARTICLES = 20  # draws of z in the bound, where values are missing
 

@@ -107,7 +107,8 @@ def _describe(data: Data, choice: Choice, args: argparse.Namespace) -> None:
     what = "images" if isinstance(x, Images) else "rows"
     binarised = "" if choice.binarize is None else f", binarised ({choice.binarize})"
     note(f"{data.name}: {len(x):,} {what} of {size}")
-    note(f"likelihood {choice.likelihood}{binarised}: {choice.reason} (--likelihood chooses another)")
+    remedy = " (--likelihood chooses another)" if args.likelihood == "auto" else ""
+    note(f"likelihood {choice.likelihood}{binarised}: {choice.reason}{remedy}")
     note(
         f"prior {args.prior}, guide {args.guide}, {args.latent_dim} latent dimensions, hidden layers "
         f"{' '.join(map(str, args.hidden))}"
