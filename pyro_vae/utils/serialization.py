@@ -319,6 +319,11 @@ class _BoundedAllocation(TorchDispatchMode):
         self.largest = max([4 * size for size in sizes] + [2**20])  # of one tensor, in bytes
         self.left = 64 * sum(sizes) + 2**26  # of all, temporary ones too
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: the first use of a mode that the compiler skips imports it, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         size = self._size(function, args, kwargs or {})
         self.left -= size
