@@ -13,6 +13,7 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
 import math
 import os
 import zipfile
@@ -342,9 +343,12 @@ class _BoundedAllocation(TorchDispatchMode):
         for name in ("n", "m"):  # eye
             asked *= given[name] if isinstance(given.get(name), int) else 1
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        try:
-            read = math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
-        except RuntimeError:  # a product of matrices, a concatenation
+        # by hand, because torch.broadcast_shapes imports sympy, which takes seconds
+        shapes = (reversed(tensor.shape) for tensor in tensors)
+        sizes = [set(lengths) - {1} for lengths in itertools.zip_longest(*shapes, fillvalue=1)]
+        if all(len(lengths) <= 1 for lengths in sizes):
+            read = math.prod(length for lengths in sizes for length in lengths)
+        else:  # a product of matrices, a concatenation
             read = sum(tensor.numel() for tensor in tensors)
         return 8 * max(asked * (read if "repeats" in given else 1), read if tensors else 1)
 
