@@ -216,7 +216,7 @@ def _repeat_all(
 
 
 def _as_tensor(leaf: Any) -> Any:
-    """Convert an array as `fit` does: numbers that are no integers to torch's default type."""
+    """Convert an array as `fit` does: numbers other than integers to torch's default type."""
     if not isinstance(leaf, np.ndarray):
         return leaf
     tensor = torch.as_tensor(leaf)
