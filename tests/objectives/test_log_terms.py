@@ -848,7 +848,11 @@ def unplated_dimension_model(x):
         (Flat.model, no_guide, "guide has no site 'z', expected one of"),
         (Flat.model, guide_with_another_site, "guide draws 'extra', which the model does not"),
         (Flat.model, guide_with_the_data, "guide draws 'x', which the model observes"),
-        (Flat.model, guide_of_other_event_dim, "event_dims disagree at site 'z'|plate.'data'. at site x"),
+        (
+            Flat.model,
+            guide_of_other_event_dim,
+            "event_dims disagree at site 'z'|site 'x' has 5 entries at dim -1",
+        ),
         (grey_model, Flat.guide, "model's site 'x': x(.|\n)*support of Bernoulli, 0 or 1"),
         (scaled_prior_model, Flat.guide, "guide's site 'z' is scaled by 1.0 and the model's site 'z' by 0.5"),
         (
