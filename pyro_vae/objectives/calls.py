@@ -99,8 +99,8 @@ def _explanation(message: str) -> str | None:
         return (
             f"the model's site {site!r} has {length} entries at dim {dim} of its batch shape, expected "
             f"{size}, one per example in the plate {plate!r}: declare the dimensions of an example as event "
-            "dimensions, as in dist.Normal(loc, scale).to_event(1), at this site, or in the guide if its draws "
-            "are of another shape than the model's"
+            "dimensions, as in dist.Normal(loc, scale).to_event(1), at this site, or in the guide if its "
+            "draws are of another shape than the model's"
         )
     if found := re.search(_LOG_PROB, message):
         site, expected, actual = found.groups()
