@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=100)
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="seeds of the labels")
     parser.add_argument("--epochs", type=int, default=50, help="of M2 on images")
-    parser.add_argument("--epochs-m1", type=int, default=150)
+    parser.add_argument("--epochs-m1", type=int, default=120)
     parser.add_argument("--m1", type=Path, help="file that M1 is read from, or else saved to")
-    parser.add_argument("--epochs-features", type=int, default=100, help="of M2 on the features of M1")
+    parser.add_argument("--epochs-features", type=int, default=60, help="of M2 on the features of M1")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
 
