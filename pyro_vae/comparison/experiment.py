@@ -120,25 +120,10 @@ def compare_estimators(
         >>> dict(found["snr"].sizes), found["snr"].attrs["units"]
         ({'estimator': 2, 'parameters': 2}, '1')
     """
-    given = [value for value in (guide, data, estimators) if value is not None]
-    call = "compare_estimators(pair, x, estimators) or compare_estimators(model, guide, x, estimators)"
-    model, guide, rest = split_pair(call, model, *given)
-    if len(rest) != 2:
-        found = "no estimators" if len(rest) == 1 else f"{len(rest)} arguments"
-        raise TypeError(
-            f"expected a batch and a list of estimators, such as [Trace_ELBO(), pyro_vae.IWAE(5)], after the "
-            f"pair; got {found}: call {call}"
-        )
-    data, estimators = rest
+    model, guide, data, estimators = _arguments(model, guide, data, estimators)
     require_count("num_repeats", num_repeats, minimum=10)
     require_count("num_reference_particles", num_reference_particles, minimum=2)
-    data = tree_map(_as_tensor, data)
     tensors = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor)]
-    if not isinstance(data, Tensor | tuple | dict) or not tensors:
-        raise TypeError(
-            "data must be one batch, a tensor or array such as x[:128] or a tuple or dict of them; got "
-            f"{type(data).__name__}"
-        )
     device, (args, kwargs) = tensors[0].device, arguments(data)
     candidates = [
         _Candidate(name, estimator, target(estimator, max_plate_nesting=max_plate_nesting))
@@ -146,7 +131,8 @@ def compare_estimators(
     ]
     processes = join(group)
     processes.require_same(
-        "settings of compare_estimators", {"estimators": [c.name for c in candidates], "seed": seed}
+        "settings of compare_estimators",
+        {"estimators": [c.name for c in candidates], "num_repeats": num_repeats, "seed": seed},
     )
     with _isolated(model, guide, device, derived_seed(seed, _NOISE)) as restore:
         step = _Step(model, guide, data, max_plate_nesting=max_plate_nesting)
@@ -193,6 +179,26 @@ class _Candidate:
         """Return what was measured, by field."""
         kept = ("name", "estimator", "target")
         return {name: value for name, value in vars(self).items() if name not in kept}
+
+
+def _arguments(model: Any, *others: Any) -> tuple[Program, Program, Any, Any]:
+    """Return model, guide, batch and estimators from those that were given; raise as `compare_estimators`."""
+    call = "compare_estimators(pair, x, estimators) or compare_estimators(model, guide, x, estimators)"
+    model, guide, rest = split_pair(call, model, *(value for value in others if value is not None))
+    if len(rest) != 2:
+        found = "no estimators" if len(rest) == 1 else f"{len(rest)} arguments"
+        raise TypeError(
+            f"expected a batch and a list of estimators, such as [Trace_ELBO(), pyro_vae.IWAE(5)], after the "
+            f"pair; got {found}: call {call}"
+        )
+    data, estimators = tree_map(_as_tensor, rest[0]), rest[1]
+    is_batch = isinstance(data, Tensor | tuple | dict)
+    if not is_batch or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(data)):
+        raise TypeError(
+            "data must be one batch, a tensor or array such as x[:128] or a tuple or dict of them; got "
+            f"{type(data).__name__}"
+        )
+    return model, guide, data, estimators
 
 
 def _repeat_all(

@@ -40,7 +40,6 @@ from pyro_vae.utils.validation import NonFiniteError
 
 __all__ = ["Run"]
 
-
 logger = logging.getLogger("pyro_vae")
 
 _NOISE, _EVALUATION = 20, 22  # streams of random numbers
@@ -66,19 +65,9 @@ class Run:
             raise TypeError(f"optimizer must return a torch optimiser; got {type(self.optimizer).__name__}")
         self.schedule = settings.schedule(self.optimizer) if settings.schedule else None
         self.batch_size = settings.batch_size or train.usual_batch(BATCH_SIZE)
-        if self.batch_size > len(train):
-            logger.warning(
-                "batch_size %d exceeds the %d examples: each step uses all of them",
-                self.batch_size,
-                len(train),
-            )
         # a batch of rows is divided; one of a stream is this process's alone
         self.divided_by = settings.shards if isinstance(train, Batches) else 1
-        if self.batch_size < self.divided_by:
-            raise ValueError(
-                f"batch_size, {self.batch_size}, is that of all {settings.shards} shards together: each "
-                "needs at least one datum"
-            )
+        self._check_batch_size()
         lengths = train.lengths(self.batch_size)
         self.steps_per_epoch, self.epoch_size = len(lengths), sum(lengths)
         assert settings.estimator is not None
@@ -107,6 +96,19 @@ class Run:
         self.seconds = 0.0
         self.best_state: dict[str, Tensor] = {}
         self.interrupted = False
+
+    def _check_batch_size(self) -> None:
+        if self.batch_size > len(self.train):
+            logger.warning(
+                "batch_size %d exceeds the %d examples: each step uses all of them",
+                self.batch_size,
+                len(self.train),
+            )
+        if self.batch_size < self.divided_by:
+            raise ValueError(
+                f"batch_size, {self.batch_size}, is that of all {self.divided_by} shards together: each "
+                "needs at least one datum"
+            )
 
     def _check_fit(self) -> None:
         """Check the pair on two examples, before an existing run in the folder is overwritten."""
