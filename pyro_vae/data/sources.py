@@ -98,9 +98,9 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
             return _TensorRows(torch.from_numpy(data))
     if len(getattr(data, "shape", ())) > 0 and (hasattr(data, "__getitem__") or hasattr(data, "iloc")):
         rows = _ArrayRows(data, dtype)
-        chunks = getattr(data, "chunks", None)  # of h5py and zarr
-        stored_by = chunks[0] if isinstance(chunks, tuple) and rows.is_large else 1
-        return rows if stored_by == 1 else _ChunkRows(data, dtype, stored_by)
+        chunks = getattr(data, "chunks", None)  # of h5py and zarr; dask has a tuple for each dimension
+        stored_by = chunks[0] if isinstance(chunks, tuple) and isinstance(chunks[0], int) else 1
+        return _ChunkRows(data, dtype, stored_by) if rows.is_large and stored_by > 1 else rows
     raise TypeError(
         "data must be a tensor (N, *event_shape), pyro_vae.data.Images, or have a shape and return rows by "
         "position (an array, a memory map, h5py, zarr, a sparse matrix, a data frame), or be a map-style "
@@ -237,10 +237,14 @@ class _ArrayRows(Source):
 
 
 class _ChunkRows(_ArrayRows):
-    """Rows of a large file that stores them in chunks: these are read whole, and the last ones kept."""
+    """Rows of a large file that stores them in chunks: these are read whole, and the last ones kept.
+
+    A chunk too large to mix is read in pieces, which keeps memory small.
+    """
 
     def __init__(self, array: Any, dtype: torch.dtype, rows: int):
         super().__init__(array, dtype)
+        rows = min(rows, max(1, _MIXED_BYTES // (_LEAST_MIXED * self.row_bytes)))
         mixed = max(_LEAST_MIXED, _MIXED_BYTES // (rows * self.row_bytes))
         self.chunks = self.stored = Chunks(rows, mixed)
         self.kept: OrderedDict[int, Tensor] = OrderedDict()

@@ -294,3 +294,21 @@ def test_a_run_on_a_file_in_chunks_resumes_to_the_bit(tmp_path):
         assert value.equal(resumed.state_dict()[name]), name
     with pytest.raises(CheckpointError, match="chunks"):
         pv.fit(make(), X, epochs=3, resume=True, **options)
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_chunks_that_are_not_numbers_of_rows_or_too_large_to_mix(monkeypatch):
+    class Lazy(Stored):
+        """An array whose `chunks` are a tuple for each dimension, as dask's."""
+
+        chunks = ((4,) * 9 + (1,), (D,))
+
+    assert Batches(Lazy(X.numpy())).source.chunks is None
+    monkeypatch.setattr(sources, "_MIXED_BYTES", 4 * 6 * D * 4)  # four runs of six rows
+
+    class OneChunk(Stored):
+        chunks = (N, D)
+
+    batches = Batches(OneChunk(X.numpy()))
+    assert batches.source.chunks == (6, 4)
+    assert torch.cat(list(batches.in_order(5))).equal(X)
