@@ -24,9 +24,10 @@ class _Units(nn.Module):
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, event_shape: tuple[int, ...], offset: Sequence[float], scale: Sequence[float]):
+    def __init__(self, part: Guide | Likelihood, offset: Sequence[float], scale: Sequence[float]):
         super().__init__()
-        self.event_shape = event_shape
+        self.event_shape, self.latent_dim = part.event_shape, part.latent_dim
+        event_shape = self.event_shape
         for name, values in (("offset", offset), ("scale", scale)):
             given = torch.tensor(values, dtype=torch.float64)
             if given.shape != (1,) and given.numel() != torch.Size(event_shape).numel():
@@ -63,9 +64,8 @@ class StandardisedGuide(_Units):
     mask_input = True  # `VAE` passes where x is observed
 
     def __init__(self, guide: Guide, offset: Sequence[float], scale: Sequence[float]):
-        super().__init__(guide.event_shape, offset, scale)
+        super().__init__(guide, offset, scale)
         self.guide = guide
-        self.latent_dim = guide.latent_dim
 
     def forward(
         self, x: Tensor, y: Tensor | None = None, observed: Tensor | None = None
@@ -99,9 +99,8 @@ class StandardisedLikelihood(_Units):
     """
 
     def __init__(self, likelihood: Likelihood, offset: Sequence[float], scale: Sequence[float]):
-        super().__init__(likelihood.event_shape, offset, scale)
+        super().__init__(likelihood, offset, scale)
         self.likelihood = likelihood
-        self.latent_dim = likelihood.latent_dim
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> dist.Distribution:
         """Return p(x|z), of batch shape (*,) and event shape `event_shape`."""

@@ -291,6 +291,8 @@ def test_invalid_data_are_one_sentence_and_leave_no_file(folder, tmp_path, capsy
     write(tmp_path / "other.csv", NAMES[:2], values()[:, :2].tolist())
     (tmp_path / "wide.csv").write_text("1,2\n3,4\n")
     np.savez(tmp_path / "two.npz", a=np.ones((3, 2)), b=np.ones((3, 2)))
+    whole = (tmp_path / "two.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     np.save(tmp_path / "objects.npy", np.array([{}, []], object), allow_pickle=True)
     before = sorted(tmp_path.iterdir())
     cases = {
@@ -304,6 +306,7 @@ def test_invalid_data_are_one_sentence_and_leave_no_file(folder, tmp_path, capsy
         "two columns 'a'": ["train", tmp_path / "twice.csv", *train],
         "column 'b' of": ["train", tmp_path / "infinite.csv", *train],
         "--array NAME": ["train", tmp_path / "two.npz", *train],
+        "cut.npz is not a .npz file of numbers": ["train", tmp_path / "cut.npz", *train],
         "objects.npy is not a .npy file of numbers": ["train", tmp_path / "objects.npy", *train],
         "there is no folder": ["train", *table, "--out", tmp_path / "no" / "v.pt"],
         "--resume continues": ["train", *table, "--resume", *train],

@@ -9,6 +9,7 @@ import numpy as np
 from pyro_vae.applications.codec import Codec
 from pyro_vae.applications.codec.data import row_size
 from pyro_vae.applications.codec.file import FileReader
+from pyro_vae.applications.commands.data import open_arrays
 from pyro_vae.applications.commands.tables import require_writable
 from pyro_vae.utils import serialization
 from pyro_vae.utils.display import aligned, progress_bar
@@ -46,11 +47,7 @@ def compress(args: argparse.Namespace) -> None:
 
 def _array(path: Path) -> np.ndarray:
     """Return the array of a .npy file, mapped into memory."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (EOFError, ValueError) as error:
-        reason = str(error) or "it is empty"
-        raise ValueError(f"{path} is not a .npy file of numbers: {reason}") from error
+    array = open_arrays(path)
     if not isinstance(array, np.ndarray):
         raise ValueError(
             f"{path} holds the arrays {', '.join(array.files)}: save one of them to a file, by "

@@ -2,6 +2,9 @@
 
 import argparse
 import math
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,16 @@ from pyro_vae.applications.commands.tables import ARRAYS, TABLES, Table, read_ta
 from pyro_vae.data import Images, from_array, load
 from pyro_vae.utils.serialization import replacing
 
-__all__ = ["Data", "fill", "for_model", "load_array", "numbers", "read_data", "require_complete"]
+__all__ = [
+    "Data",
+    "fill",
+    "for_model",
+    "load_array",
+    "numbers",
+    "open_arrays",
+    "read_data",
+    "require_complete",
+]
 
 _ARRAYS_OF_IMAGES = ("x", "images", "train", "x_train", "data")  # names of arrays in .npz files
 
@@ -111,26 +123,40 @@ def load_array(path: Path, wanted: str = "") -> tuple[str, NDArray]:
     Raises:
         ValueError: If the file holds no array of numbers, or several and none is named.
     """
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            key, array = "", found
-        else:
-            with found:
-                key = _key(path, found.files, wanted)
-                array = found[key]
-    except (EOFError, ValueError, KeyError) as error:
-        if isinstance(error, _AmbiguousError):
-            raise
-        reason = str(error) or "it is empty"
-        raise ValueError(f"{path} is not a {path.suffix} file of numbers: {reason}") from error
+    found = open_arrays(path)
+    if isinstance(found, np.ndarray):
+        key, array = "", found
+    else:
+        with found:
+            key = _key(path, found.files, wanted)
+            array = _reading(path, lambda: found[key])
     if array.dtype.kind not in "biuf" or array.ndim == 0 or 0 in array.shape:
         raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; expected numbers, (N, ...)")
     return key, array
 
 
-class _AmbiguousError(ValueError):
-    pass
+def open_arrays(path: Path) -> Any:
+    """Return the array of a .npy file, mapped into memory, or NumPy's reader of a .npz file.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+
+    def read() -> Any:
+        with path.open("rb") as file:
+            if file.read(2) == b"PK" and not zipfile.is_zipfile(file):
+                raise ValueError("it is cut short")  # NumPy would leave it open
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    return _reading(path, read)
+
+
+def _reading(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error) or "it is empty"
+        raise ValueError(f"{path} is not a {path.suffix} file of numbers: {reason}") from error
 
 
 def _key(path: Path, names: list[str], wanted: str) -> str:
@@ -140,7 +166,7 @@ def _key(path: Path, names: list[str], wanted: str) -> str:
     if not wanted and (len(names) == 1 or known):
         return (known or names)[0]
     said = f"no array {wanted!r}, but " if wanted else ""
-    raise _AmbiguousError(f"{path} holds {said}the arrays {', '.join(names)}: choose one by --array NAME")
+    raise ValueError(f"{path} holds {said}the arrays {', '.join(names)}: choose one by --array NAME")
 
 
 def _of_array(name: str, array: NDArray, key: str, *, counts: bool) -> Data:

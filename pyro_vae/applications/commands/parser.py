@@ -84,7 +84,6 @@ def _add_train(commands: Any) -> None:
     _add_training_options(sub.add_argument_group("training"))
     _add_missing(sub)
     _add_json(sub)
-    _add_data_options(sub)
     _add_common(sub)
 
 
@@ -162,7 +161,6 @@ def _add_evaluate(commands: Any) -> None:
     _add_binarize(sub)
     _add_missing(sub)
     _add_json(sub)
-    _add_data_options(sub)
     _add_common(sub)
 
 
@@ -178,7 +176,6 @@ def _add_embed(commands: Any) -> None:
     sub.add_argument("out", type=Path, metavar="OUT", help="a .npy, .csv, .tsv or .parquet file")
     _add_model(sub)
     _add_missing(sub)
-    _add_data_options(sub)
     _add_common(sub)
 
 
@@ -210,7 +207,6 @@ def _add_anomalies(commands: Any) -> None:
     sub.add_argument("--score", choices=SCORES, default="statistics", help=_DEFAULT)
     _add_particles(sub, 50)
     _add_json(sub)
-    _add_data_options(sub)
     _add_common(sub)
 
 
@@ -228,7 +224,6 @@ def _add_impute(commands: Any) -> None:
     _add_model(sub)
     _add_particles(sub, 1000)
     sub.add_argument("--method", choices=METHODS, default="auto", help=_DEFAULT)
-    _add_data_options(sub)
     _add_common(sub)
 
 
@@ -309,6 +304,7 @@ def _add_data_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_common(sub: argparse.ArgumentParser) -> None:
+    _add_data_options(sub)
     sub.add_argument("--seed", type=_whole, default=0, help=_DEFAULT)
     sub.add_argument("--device", type=_device, default="cpu", help=f"cpu, cuda, cuda:1 {_DEFAULT}")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")

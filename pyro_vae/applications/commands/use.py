@@ -1,6 +1,7 @@
 """`pyro-vae evaluate`, `embed`, `anomalies` and `impute`: what a trained VAE says of data."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,7 @@ def fill_in(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If the data do not go with the model, or are of a kind without holes.
     """
-    suffix = args.data[args.data.rfind(".") :].lower()
+    suffix = Path(args.data).suffix.lower()
     if suffix not in (*ARRAYS, *TABLES):
         raise ValueError(f"impute takes {', '.join((*ARRAYS, *TABLES))}, NaN where missing; got {args.data}")
     require_writable(args.out, (suffix,))
