@@ -166,12 +166,14 @@ class SVI:
         self._is_told = False  # that its steps move nothing
         self._replay: Replay | None = None
         self._replayed: tuple = ()
+        self._followed: tuple = ()  # a pair, and that pair as it runs in a step
         self.processes = join(group)
         self._parts: BatchParts | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the graphs: a copy records its own."""
-        return {**vars(self), "_replay": None, "_replayed": (), "_checked": (), "_parts": None}
+        graphs = {"_replay": None, "_replayed": (), "_followed": (), "_parts": None}
+        return {**vars(self), **graphs, "_checked": ()}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step and return the loss as defined by the estimator.
@@ -379,7 +381,10 @@ class SVI:
         """Return the pair as it runs in a step; functions and sleep phases have runs of their own."""
         if isinstance(self.loss, FunctionLoss | ReweightedWakeSleep):
             return self.model, self.guide
-        return with_same_sites(self.model, self.guide, sums_out=sums_out(self.loss))
+        pair = (self.model, self.guide, self.loss)
+        if not self._followed or self._followed[0] != pair:  # kept, as Pyro's Jit classes compile by identity
+            self._followed = (pair, with_same_sites(self.model, self.guide, sums_out=sums_out(self.loss)))
+        return self._followed[1]
 
     def _warn_if_nothing_moves(self) -> None:
         if not self._is_told and all(parameter.grad is None for parameter in self.parameters()):
