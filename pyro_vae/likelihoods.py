@@ -8,16 +8,16 @@ of another type and ValueError for a number out of range, naming the argument.
 
 import math
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Literal, Unpack
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyro_vae import distributions
-from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_in_context, check_input, positive
+from pyro_vae.networks import RAW_ONE, NetworkOptions, apply_in_context, check_input, decoder, positive
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_event_and_latent, require_module
+from pyro_vae.utils.validation import require_count, require_event_and_latent
 
 __all__ = [
     "Bernoulli",
@@ -43,9 +43,10 @@ class Likelihood(nn.Module):
         event_shape: Shape of one example.
         hidden_features: Widths of the hidden layers of the default network, an `MLP`.
         activation: Activation of the default network.
-        network: A module in place of the default, from (N, K) to num_parameters * prod(event_shape)
-            numbers per example, in any shape; the parameters vary slowest, so that a convolutional
-            network returns (N, num_parameters * channels, height, width). With a context from (N, K + C).
+        network: "conv", a `ConvDecoder` of images; or a module from (N, K) to
+            num_parameters * prod(event_shape) numbers per example, in any shape; the parameters vary
+            slowest, so that a convolutional network returns (N, num_parameters * channels, height, width).
+            With a context from (N, K + C).
         context_dim: C, the size of a further input y, for p(x|z, y); see `networks.as_context`.
     """
 
@@ -58,7 +59,7 @@ class Likelihood(nn.Module):
         *,
         hidden_features: Sequence[int] = (400,),
         activation: str = "relu",
-        network: nn.Module | None = None,
+        network: nn.Module | Literal["conv"] | None = None,
         context_dim: int = 0,
     ):
         super().__init__()
@@ -68,13 +69,14 @@ class Likelihood(nn.Module):
             f"{type(self).__name__}(latent_dim, event_shape)", event_shape=event_shape, latent_dim=latent_dim
         )
         self.latent_dim = latent_dim
-        if network is None:
-            size = self.num_parameters * math.prod(self.event_shape)
-            network = MLP(
-                latent_dim + context_dim, size, hidden_features=hidden_features, activation=activation
-            )
-        require_module("network", network)
-        self.network = network
+        self.network = decoder(
+            network,
+            latent_dim + context_dim,
+            self.event_shape,
+            num_parameters=self.num_parameters,
+            hidden_features=hidden_features,
+            activation=activation,
+        )
 
     def outputs(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
         """Apply the network: z (*, K) to `num_parameters` tensors of shape (*, *event_shape).
