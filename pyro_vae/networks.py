@@ -198,7 +198,7 @@ def encoder(
 
     Raises:
         TypeError: If `network` is neither a module, nor None, nor a string.
-        ValueError: If it is another string, or "conv" for data that are no images or with a context.
+        ValueError: If it is another string, or "conv" for data other than images, or with a context.
     """
     if network is None:
         return MLP(math.prod(event_shape) + context_dim, out_features, **options)

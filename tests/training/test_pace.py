@@ -28,7 +28,8 @@ def test_it_is_said_once(caplog):
     [
         [0.01] * 30 + [20.0] + [0.01] * 40,  # a step that compiles
         [0.06] * 40 + [0.01] * 40,  # faster, once compiled
-        [0.01] * 40 + [0.04] * 40,
+        [0.01] * 40 + [0.04] * 200,
+        ([0.01] * 20 + [0.06] * 20) * 8,  # for a moment, again and again
         [0.06] * 40,
     ],
 )
