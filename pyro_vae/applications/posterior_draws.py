@@ -237,7 +237,6 @@ class _Moments:
         std = (self.spread - self.mean.square()).clamp(min=0.0).sqrt().to(observed.y)
         if observed.corruption is None:
             mean = torch.where(observed.missing, mean, observed.y)
-            std = torch.where(observed.missing, std, 0.0)
         return Restored(mean, std, draws, **diagnostics)
 
 

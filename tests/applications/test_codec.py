@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import struct
 import subprocess
 import sys
@@ -240,8 +241,8 @@ def test_foreign_files_and_versions_are_refused():
     for foreign in (b"", b"x", b"\x89PNG\r\n\x1a\n" + bytes(90), blob.replace(b"\r\n", b"\n")):
         with pytest.raises(NotACodecFileError):
             codec.decompress(foreign)
-    with pytest.raises(UnsupportedVersionError, match="version 2"):
-        codec.decompress(blob[:8] + b"\x02" + blob[9:])
+    with pytest.raises(UnsupportedVersionError, match="version 3"):
+        codec.decompress(blob[:8] + b"\x03" + blob[9:])
 
 
 def seal(content):
@@ -380,6 +381,25 @@ def test_long_runs_take_more_of_the_seed(monkeypatch):
     encoded = bits_back.encode(model, symbols, lanes=1, particles=1)
     monkeypatch.undo()
     assert (bits_back.decode(model, 3000, encoded.lanes, encoded.raw, particles=1) == symbols).all()
+
+
+def test_draws_do_not_depend_on_the_example_before():
+    """A posterior a little wider than the prior is drawn from as it is; it does not run away, row by row."""
+    vae = make(guide=nn.Sequential(nn.Flatten(), nn.Linear(10, 2 * K)), network=nn.Linear(K, 10))
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.zero_()
+        vae.posterior.network[1].bias[K:] = math.log(math.expm1(1.1))  # q = N(0, 1.1²)
+    rows = 3000
+    codec = Codec(vae, lanes=1)
+    symbols = draws(vae, rows).flatten(1).numpy().astype(np.uint8)
+    encoded = bits_back.encode(codec.model, symbols, lanes=1, particles=1)
+    u = codec.model.lattice.points[encoded.latents] / 4096
+    assert not len(encoded.raw)
+    assert abs(u.mean(0)).max() < 5 * 1.1 / rows**0.5
+    assert abs(u.var(0) - 1.21).max() < 5 * 1.21 * (2 / rows) ** 0.5
+    for lag in (1, 2):
+        assert abs((u[lag:] * u[:-lag]).mean(0)).max() < 5 * 1.21 / rows**0.5
 
 
 def golden():

@@ -134,6 +134,13 @@ def test_conditioning_on_a_linear_map_given_z():
         torch.testing.assert_close(mean[s, n].flatten(), expected, rtol=1e-10, atol=1e-10)
         expected = (prior - gain @ seen @ prior).diagonal()
         torch.testing.assert_close(variance[s, n].flatten(), expected, rtol=1e-10, atol=1e-10)
+    loc[:] = loc[3, 2].clone()  # so that all (4, 5) are alike but for y, and for what is missing
+    many = torch.distributions.Normal(loc[:1].expand(4000, 5, 2, 3), 0.7)
+    found = condition(many, y, missing, LinearMap(A, 0.9), event_dim=2)
+    mean, variance = found.moments()
+    x = found.sample()
+    within(x.mean(0), mean[0], (variance[0] / 4000).sqrt())
+    within(x.var(0), variance[0], variance[0] * (2 / 4000) ** 0.5)
 
 
 def test_the_identity_is_a_linear_map():
@@ -437,6 +444,11 @@ def test_auto_runs_chains_where_the_weights_have_a_heavy_tail():
     same = ~found.from_chains
     assert torch.equal(found.effective_sample_size[same], alone.effective_sample_size[same])
     assert (found.effective_sample_size != alone.effective_sample_size)[found.from_chains].all()
+    for name in ("mean", "std"):
+        given = getattr(found, name) == getattr(alone, name)
+        assert given[same].all()
+    assert torch.equal(found.draws[:, same], alone.draws[:, same])
+    assert (found.draws != alone.draws)[:, found.from_chains][:, x[found.from_chains].isnan()].all()
 
 
 def test_quantiles_interpolate_the_draws():

@@ -4,6 +4,10 @@ To encode x: pop z by q(z|x), push x by p(x|z), push z by p(z). The stack grows 
 −log p(x|z) − log p(z) + log q(z|x), on average the negative ELBO. To decode, in mirror order: pop z, pop x,
 push z.
 
+A pop reads mostly the bits of the last push, those of z of the example before. Were z_k drawn from them as
+they are, a q(z_k|x) a little wider than p(z_k) would carry z_k away, example by example, to where no image
+is. So the top of the stack is stirred before each draw, by XOR with public random bits: then it is a draw.
+
 With S particles, z_1 … z_S are popped, and one of them by the weights w_s = p(x, z_s)/q(z_s|x); the others
 are pushed back. The stack grows by −log (1/S) Σ_s w_s, on average the importance-weighted bound.
 
@@ -101,19 +105,20 @@ class _Run:
         for start in range(0, len(symbols), len(stacks)):
             rows = symbols[start : start + len(stacks)]
             posterior = self.model.posterior_tables(rows)
-            z = np.stack([self._draw(stack, q) for stack, q in zip(stacks, posterior, strict=False)])
+            lanes = enumerate(zip(stacks, posterior, strict=False), start)
+            z = np.stack([self._draw(row, stack, q) for row, (stack, q) in lanes])
             tables = self._likelihoods(z)
             log_weights = self._log_weights(rows, z, posterior, tables)
             for i, (row, stack) in enumerate(zip(rows, stacks, strict=False)):
                 cost = -_bits(_log_mean_exp(log_weights[i]))
                 if cost > self.raw_bits + _POSITION_BITS:
-                    self._undraw(stack, z[i], posterior[i])
+                    self._undraw(start + i, stack, posterior[i], z[i])
                     stack.push(row, self.raw_table)
                     raw.append(start + i)
                     bits[start + i] = self.raw_bits
                     continue
                 chosen = self._choose(stack, log_weights[i])
-                self._undraw(stack, z[i], posterior[i], besides=chosen)
+                self._undraw(start + i, stack, posterior[i], z[i], besides=chosen)
                 stack.push(row, tables[i, chosen])
                 stack.push(z[i, chosen], self.model.prior_tables)
                 self._push_choice(stack, chosen, self.choice)
@@ -135,40 +140,54 @@ class _Run:
             symbols = np.zeros((count, self.model.size), symbol_type(self.model.tables.levels))
             for i in range(count):
                 symbols[i] = stacks[i].pop(tables[i] if i in modelled else self.raw_table)
-            self._return_bits(stacks, symbols, z, chosen, modelled)
+            self._return_bits(stacks, symbols, z, chosen, {i: start + i for i in modelled})
             yield symbols
 
     def _return_bits(
-        self, stacks: list[Stack], symbols: np.ndarray, z: np.ndarray, chosen: np.ndarray, modelled: list[int]
+        self,
+        stacks: list[Stack],
+        symbols: np.ndarray,
+        z: np.ndarray,
+        chosen: np.ndarray,
+        modelled: dict[int, int],
     ) -> None:
-        """Push the draws of z back, after x is known."""
+        """Push the draws of z back, after x is known; `modelled` are the rows, by stack."""
         posterior = self.model.posterior_tables(symbols)
-        for i in modelled:
-            self._draw(stacks[i], posterior[i], z[i], besides=chosen[i])
+        for i, row in modelled.items():
+            self._draw(row, stacks[i], posterior[i], z[i], besides=chosen[i])
         if self.particles > 1 and modelled:
             log_weights = self._log_weights(symbols, z, posterior, self._likelihoods(z))
             for i in modelled:
                 self._push_choice(stacks[i], chosen[i], _choice_table(log_weights[i]))
-        for i in modelled:
-            self._undraw(stacks[i], z[i], posterior[i])
+        for i, row in modelled.items():
+            self._undraw(row, stacks[i], posterior[i], z[i])
 
     def _draw(
-        self, stack: Stack, q: Integers, z: np.ndarray | None = None, *, besides: int | None = None
+        self, row: int, stack: Stack, q: Integers, z: np.ndarray | None = None, *, besides: int | None = None
     ) -> np.ndarray:
-        """Pop lattice positions (S, K) by q, except of one particle, which z holds."""
+        """Pop lattice positions (S, K) of a row by q, except of one particle, which z holds."""
         if z is None:
-            stack.require(self.particles * self.model.latent_dim + 1)
+            stack.require((self.particles + 1) * self.model.latent_dim + 1)
             z = np.zeros((self.particles, self.model.latent_dim), np.int32)
         for s in range(self.particles):
             if s != besides:
+                stack.stir(row * self.particles + s, self._bits_of_z)
                 z[s] = stack.pop(q)
         return z
 
-    def _undraw(self, stack: Stack, z: np.ndarray, q: Integers, *, besides: int | None = None) -> None:
-        """Push lattice positions (S, K) by q, except of one particle; the mirror of `_draw`."""
+    def _undraw(
+        self, row: int, stack: Stack, q: Integers, z: np.ndarray, *, besides: int | None = None
+    ) -> None:
+        """Push lattice positions (S, K) of a row by q, except of one particle; the mirror of `_draw`."""
         for s in reversed(range(self.particles)):
             if s != besides:
                 stack.push(z[s], q)
+                stack.stir(row * self.particles + s, self._bits_of_z)
+
+    @property
+    def _bits_of_z(self) -> int:
+        """Number of bits that a draw of z reads at most, but for rare values."""
+        return self.model.latent_dim * self.model.lattice.bits
 
     def _likelihoods(self, z: np.ndarray) -> Integers:
         """Return tables of p(x|z), (N, S, D, ...), for z (N, S, K)."""

@@ -75,15 +75,28 @@ class Stack:
 
     def pop(self, tables: Integers) -> np.ndarray:
         """Pop symbols (D,), by counts of 0 (D,) or by excess counts (D, L)."""
-        if self._coder.num_words() <= 2:
-            raise CorruptFileError("more symbols are asked for than were stored: the file is damaged")
+        self._require_words()
         with _ordinary_errors():
             return self._coder.decode(*_model(tables))
+
+    def _require_words(self) -> None:
+        if self._coder.num_words() <= 2:
+            raise CorruptFileError("more symbols are asked for than were stored: the file is damaged")
 
     def push(self, symbols: np.ndarray, tables: Integers) -> None:
         """Push symbols (D,), by counts of 0 (D,) or by excess counts (D, L)."""
         with _ordinary_errors():
             self._coder.encode_reverse(np.ascontiguousarray(symbols, dtype=np.int32), *_model(tables))
+
+    def stir(self, number: int, bits: int) -> None:
+        """XOR the top bits, rounded up to 16, with public random ones of this number; its own inverse."""
+        self._require_words()
+        count = -(-bits // 16)
+        stream = hashlib.shake_256(b"pyro_vae codec, draw %d" % number).digest(2 * count)
+        model = _constriction().model.Uniform(1 << 16)
+        with _ordinary_errors():
+            top = self._coder.decode(model, count) ^ np.frombuffer(stream, "<u2").astype(np.int32)
+            self._coder.encode_reverse(top, model)
 
 
 def _model(tables: Integers) -> tuple[Any, np.ndarray]:
@@ -140,9 +153,12 @@ def _require_known_answer(stream: Any) -> None:
         (model.Bernoulli(perfect=False), 1 - (np.array([c]) - 0.5) / (TOTAL - 2), c, 1)
         for c in (1, 77, 10_000_019, TOTAL - 1)
     ]
+    sixteen = model.Uniform(1 << 16)
     for family, parameters, bound, symbol in cases:  # the quantiles bound − 1 and bound are of two symbols
         found = [coder(np.array([q, 5], np.uint32)).decode(family, parameters)[0] for q in (bound - 1, bound)]
-        if found != [symbol - 1, symbol]:
+        if found != [symbol - 1, symbol] or coder(np.array([bound, 5], np.uint32)).decode(sixteen, 1)[0] != (
+            bound >> 8
+        ):
             raise CodecError(
                 "this version of constriction rounds probabilities in another way than 0.4 and 0.5, with "
                 'which files are written: pip install "constriction>=0.4,<0.6"'

@@ -23,7 +23,7 @@ from pyro_vae.applications.codec.errors import (
 __all__ = ["DTYPES", "LARGEST_CHUNK", "MAGIC", "VERSION", "Chunk", "FileReader", "FileWriter", "Header"]
 
 MAGIC = b"\x89PVZ\r\n\x1a\n"  # as PNG's: transfers that change line ends or drop the eighth bit show
-VERSION = 1
+VERSION = 2  # 1 did not stir the bits that z is drawn from
 LARGEST_CHUNK = 1 << 16  # rows
 DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "float64")
 _DIGESTS = ("structure", "weights", "settings")
