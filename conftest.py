@@ -15,4 +15,5 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # else each process compile
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+collect_ignore = ["docs/site"]  # needs the group "docs"
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).pytest()

@@ -1,0 +1,39 @@
+"""Links of a rendered site that lead nowhere: files that are missing, anchors that a file lacks."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+class _Page(HTMLParser):
+    """The links and anchors of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Collect what a tag links or names."""
+        for name, value in attrs:
+            if name in ("href", "src") and value is not None:
+                self.links.append(value)
+            elif name in ("id", "name") and value:
+                self.anchors.add(value)
+
+
+def broken(site: Path) -> list[str]:
+    """Return a line for each link within the site whose file or anchor is missing."""
+    pages = {path.resolve(): _Page(path.read_text()) for path in site.rglob("*.html")}
+    lines = []
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            anchor = unquote(url.fragment)
+            if not target.exists() or (anchor and target in pages and anchor not in pages[target].anchors):
+                lines.append(f"{path.relative_to(site.resolve())}: {link} leads nowhere")
+    return lines

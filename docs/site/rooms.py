@@ -1,0 +1,97 @@
+"""The reference: a page for each room, an entry for each of its public names."""
+
+import importlib
+import inspect
+import re
+from functools import cache
+
+ERRORS = "errors"  # what is public and in none of the rooms
+ROOMS = {
+    "VAE": ["vae", "conditional"],
+    "Parts of a VAE": ["priors", "likelihoods", "guides", "networks"],
+    "Train": ["training", "inference", "data"],
+    "Bounds": ["objectives", "comparison", "closed_form"],
+    "Evaluate and draw": ["evaluation", "plots"],
+    "Use": ["applications", "applications.corruptions", "applications.sklearn", "applications.units"],
+    "Errors": [ERRORS],
+}
+
+
+@cache
+def public_names() -> dict[str, str]:
+    """Return the room of every public name, by the shortest path that users type, such as "pyro_vae.fit"."""
+    package = importlib.import_module("pyro_vae")
+    names: dict[str, str] = {}
+    for room in _rooms():
+        module = package if room == ERRORS else importlib.import_module(f"pyro_vae.{room}")
+        for name in module.__all__:
+            path = f"pyro_vae.{name}" if name in package.__all__ else f"pyro_vae.{room}.{name}"
+            if not inspect.ismodule(getattr(module, name)):
+                names.setdefault(path, room)
+    return names
+
+
+def reference_of(code: str) -> str | None:
+    """Return the entry that code such as `pv.fit(...)`, `VAE.model` or `guides` names, if there is one."""
+    match = re.match(r"(?:pv\.|pyro_vae\.)?([A-Za-z_.]+)(?:\(.*)?$", code, re.DOTALL)
+    path = f"pyro_vae.{match[1]}" if match else ""
+    owner, _, name = path.rpartition(".")
+    names = public_names()
+    if path in names or path.removeprefix("pyro_vae.") in names.values():
+        return path
+    return path if owner in names and not name.startswith("_") else None
+
+
+def public_path(path: str) -> str:
+    """Return the path in the reference of a name, or of a method, that is given by another path."""
+    names = public_names()
+    parts = path.split(".")
+    if any(".".join(parts[:end]) in names for end in range(len(parts) + 1)):
+        return path
+    known = {name.rpartition(".")[2]: name for name in names}
+    start = next(i for i, part in enumerate(parts) if part in known)
+    return ".".join([known[parts[start]], *parts[start + 1 :]])
+
+
+def directive(path: str) -> str:
+    """Return the directive of Sphinx that shows what a public name stands for."""
+    module, _, name = path.rpartition(".")
+    value = getattr(importlib.import_module(module), name)
+    if inspect.isclass(value):
+        return "autoexception" if issubclass(value, BaseException) else "autoclass"
+    return "autofunction" if callable(value) else "autodata"
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each page of the reference, in reStructuredText, by file name."""
+    entries: dict[str, list[str]] = {room: [] for room in _rooms()}
+    for path, room in public_names().items():
+        entries[room].append(path)
+    return {"index.rst": _contents(entries), **{f"{r}.rst": _page(r, e) for r, e in entries.items()}}
+
+
+def _rooms() -> list[str]:
+    return [room for rooms in ROOMS.values() for room in rooms]
+
+
+def _contents(entries: dict[str, list[str]]) -> str:
+    lines = [_title("Reference"), ".. automodule:: pyro_vae\n   :no-members:\n"]
+    for part, rooms in ROOMS.items():
+        lines += [_title(part, "-"), ".. list-table::\n   :widths: 20 80\n"]
+        for room in rooms:
+            names = ", ".join(f":py:obj:`~{path}`" for path in entries[room])
+            lines += [f"   * - :doc:`{room}`\n     - {names}"]
+        lines += ["", ".. toctree::\n   :hidden:\n", *(f"   {room}" for room in rooms), ""]
+    return "\n".join(lines)
+
+
+def _page(room: str, paths: list[str]) -> str:
+    lines = [_title(room), "" if room == ERRORS else f".. automodule:: pyro_vae.{room}\n   :no-members:\n"]
+    for path in paths:
+        lines += [_title(path.rpartition(".")[2], "-"), f".. {directive(path)}:: {path}"]
+        lines += ["   :members:"] * (directive(path) == "autoclass") + [""]
+    return "\n".join(lines)
+
+
+def _title(text: str, line: str = "=") -> str:
+    return f"{text}\n{line * len(text)}\n"

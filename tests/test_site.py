@@ -1,0 +1,62 @@
+"""The documentation site: an entry for every public name, docstrings as meant, links that lead somewhere."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyro_vae
+
+SITE = Path(pyro_vae.__file__).parents[1] / "docs" / "site"
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.syspath_prepend(str(SITE))
+    yield __import__
+    for name in ("rooms", "docstrings", "links"):
+        sys.modules.pop(name, None)
+
+
+def test_the_reference_has_every_public_name(site):
+    rooms = site("rooms")
+    text = "\n".join(rooms.pages().values())
+    for name in pyro_vae.__all__:
+        assert f":: pyro_vae.{name}\n" in text, name
+    for room in (pyro_vae.likelihoods, pyro_vae.data, pyro_vae.plots, pyro_vae.applications):
+        for name in room.__all__:
+            assert f":: {room.__name__}.{name}\n" in text, name
+
+
+def test_code_leads_to_the_entry_that_it_names(site):
+    rooms = site("rooms")
+    assert rooms.reference_of("pv.fit(vae, x)") == rooms.reference_of("fit") == "pyro_vae.fit"
+    assert rooms.reference_of("VAE.model") == "pyro_vae.VAE.model"
+    assert rooms.reference_of("guides") == "pyro_vae.guides"
+    assert rooms.reference_of("x") is rooms.reference_of("fit it") is None
+    assert rooms.public_path("pyro_vae.Estimator.loss") == "pyro_vae.objectives.Estimator.loss"
+    assert rooms.public_path("pyro_vae.VAE.model") == "pyro_vae.VAE.model"
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Return `x`s of (*, K), |v| < 1.", r"Return ``x``\ s of (\*, K), \|v\| < 1."),
+        ("Sum.\n\n    z ~ p(z)\n\nEnd.", "Sum.\n\n::\n\n    z ~ p(z)\n\nEnd."),
+        ("Sum.\n\n.. math:: p(x|z)\n\nof |x|", "Sum.\n\n.. math:: p(x|z)\n\nof \\|x\\|"),
+        ("Args:\n    num: S.\n    *x: `y`", "Args:\n    num: \\S.\n    \\*x: ``y``"),
+        ("Source: A. B (2000),\n    C.", "Source:\n    \\A. B (2000),\n    \\C."),
+        (">>> f(*x) | `y`\n3 | 4", ">>> f(*x) | `y`\n3 | 4"),
+    ],
+)
+def test_docstrings_are_read_as_they_are_meant(site, docstring, expected):
+    assert "\n".join(site("docstrings").to_rst(docstring.split("\n"))) == expected
+
+
+def test_links_to_missing_files_and_anchors_are_found(site, tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#here">x</a> <a href="b.html#there">x</a> <a href="#no">x</a>'
+    )
+    (tmp_path / "b.html").write_text('<p id="here"><img src="c.png"><a href="https://pyro.ai">x</a></p>')
+    broken = site("links").broken(tmp_path)
+    assert {line.split()[1] for line in broken} == {"b.html#there", "#no", "c.png"}
