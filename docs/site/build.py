@@ -19,8 +19,21 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
 SOURCE, SITE = BUILD / "site-source", BUILD / "site"
 PAGES = {  # the side bar
-    "Use": """
+    "Start": """
+        docs/start
+        docs/data
+        docs/choosing
+        docs/judging
+        docs/troubleshooting
+    """,
+    "Go on": """
+        docs/own-guide
+        docs/own-model
+        docs/estimators
+        docs/migration
         docs/gallery
+    """,
+    "Use": """
         docs/anomalies
         docs/missing
         docs/scikit-learn

@@ -2,7 +2,7 @@
 
 import re
 
-SOURCES = re.compile(r"^Source:(.*(?:\n.+)*)", re.MULTILINE)
+SOURCES = re.compile(r"^Sources?:(.*(?:\n.+)*)", re.MULTILINE)
 SPAN = re.compile(r"(?P<ticks>`+)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)", re.DOTALL)
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Source|Example|Examples|Note|Notes):$")
 
