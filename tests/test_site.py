@@ -30,10 +30,20 @@ def test_the_reference_has_every_public_name(site):
 
 def test_code_leads_to_the_entry_that_it_names(site):
     rooms = site("rooms")
-    assert rooms.reference_of("pv.fit(vae, x)") == rooms.reference_of("fit") == "pyro_vae.fit"
-    assert rooms.reference_of("VAE.model") == "pyro_vae.VAE.model"
-    assert rooms.reference_of("guides") == "pyro_vae.guides"
-    assert rooms.reference_of("x") is rooms.reference_of("fit it") is None
+    for code, page, entry in [
+        ("pv.fit(vae, x)", "docs/anomalies", "pyro_vae.fit"),
+        ("fit", "docs/scale", "pyro_vae.fit"),
+        ("fit", "docs/anomalies", None),
+        ("VAE.model", "reference/vae", "pyro_vae.VAE.model"),
+        ("guides", "index", "pyro_vae.guides"),
+        ("StudentT", "docs/choosing", "pyro_vae.likelihoods.StudentT"),
+        ("Normal", "docs/choosing", None),  # of likelihoods, or of corruptions
+        ("SVI(model, guide)", "docs/migration", None),
+        ("log_evidence", "reference/evaluation", None),
+        ("data", "reference/training", None),
+        ("fit it", "docs/scale", None),
+    ]:
+        assert rooms.reference_of(code, page) == entry, code
     assert rooms.public_path("pyro_vae.Estimator.loss") == "pyro_vae.objectives.Estimator.loss"
     assert rooms.public_path("pyro_vae.VAE.model") == "pyro_vae.VAE.model"
 
@@ -53,10 +63,13 @@ def test_docstrings_are_read_as_they_are_meant(site, docstring, expected):
     assert "\n".join(site("docstrings").to_rst(docstring.split("\n"))) == expected
 
 
-def test_links_to_missing_files_and_anchors_are_found(site, tmp_path):
-    (tmp_path / "a.html").write_text(
-        '<a href="b.html#here">x</a> <a href="b.html#there">x</a> <a href="#no">x</a>'
-    )
+def test_links_that_lead_nowhere_and_remote_parts_are_found(site, tmp_path):
+    links = '<a href="b.html#here">x</a> <a href="b.html#there">x</a> <a href="#no">x</a>'
+    (tmp_path / "a.html").write_text(links + '<script src="https://a.b/c.js"></script>')
     (tmp_path / "b.html").write_text('<p id="here"><img src="c.png"><a href="https://pyro.ai">x</a></p>')
-    broken = site("links").broken(tmp_path)
-    assert {line.split()[1] for line in broken} == {"b.html#there", "#no", "c.png"}
+    assert {line.split()[1] for line in site("links").problems(tmp_path)} == {
+        "b.html#there",
+        "#no",
+        "c.png",
+        "https://a.b/c.js",
+    }

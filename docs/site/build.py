@@ -115,9 +115,9 @@ def main() -> int:
     folders = ["-c", str(Path(__file__).parent), "-d", str(BUILD / "doctrees"), str(SOURCE), str(SITE)]
     if status := build_main(["--fail-on-warning", "--quiet", "--fresh-env", *folders]):
         return status
-    broken = links.broken(SITE)
-    print("\n".join(broken) or SITE / "index.html")
-    return bool(broken)
+    problems = links.problems(SITE)
+    print("\n".join(problems) or SITE / "index.html")
+    return bool(problems)
 
 
 if __name__ == "__main__":

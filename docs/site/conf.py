@@ -45,7 +45,7 @@ def read_docstring(*event) -> None:
 def link_names(app, doctree) -> None:
     """Link code such as `pv.fit(...)`, `VAE.model` or `guides` to that entry of the reference."""
     for code in list(doctree.findall(nodes.literal)):
-        target = rooms.reference_of(code.astext())
+        target = rooms.reference_of(code.astext(), app.env.docname)
         if target and not isinstance(code.parent, nodes.title | nodes.reference | pending_xref):
             link = pending_xref("", refdomain="py", reftype="obj", reftarget=target, refdoc=app.env.docname)
             code.replace_self(link)

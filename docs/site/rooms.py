@@ -6,6 +6,13 @@ import re
 from functools import cache
 
 ERRORS = "errors"  # what is public and in none of the rooms
+ELSEWHERE = {  # names that are not ours on pages that match
+    "data": "",  # an argument
+    "vae": "",
+    "fit": "anomalies|scikit-learn|applications",  # a method of estimators
+    "SVI": "index|docs/",  # Pyro's
+    "VAE": "docs/",
+}
 ROOMS = {
     "VAE": ["vae", "conditional"],
     "Parts of a VAE": ["priors", "likelihoods", "guides", "networks"],
@@ -31,15 +38,19 @@ def public_names() -> dict[str, str]:
     return names
 
 
-def reference_of(code: str) -> str | None:
-    """Return the entry that code such as `pv.fit(...)`, `VAE.model` or `guides` names, if there is one."""
-    match = re.match(r"(?:pv\.|pyro_vae\.)?([A-Za-z_.]+)(?:\(.*)?$", code, re.DOTALL)
-    path = f"pyro_vae.{match[1]}" if match else ""
+def reference_of(code: str, page: str) -> str | None:
+    """Return the entry that code on a page names, such as `pv.fit(...)`, `VAE.model` or `guides`, or None."""
+    match = re.match(r"(pv\.|pyro_vae\.)?([A-Za-z_.]+)(?:\(.*)?$", code, re.DOTALL)
+    if match is None or (not match[1] and re.search(ELSEWHERE.get(match[2], "$^"), page)):
+        return None
+    names, path = public_names(), f"pyro_vae.{match[2]}"
     owner, _, name = path.rpartition(".")
-    names = public_names()
-    if path in names or path.removeprefix("pyro_vae.") in names.values():
+    if path in names or match[2] in names.values():
         return path
-    return path if owner in names and not name.startswith("_") else None
+    if owner in names:
+        return None if name.startswith("_") else path
+    same = [other for other in names if other.rpartition(".")[2] == match[2] and name[0].isupper()]
+    return same[0] if len(same) == 1 and not match[1] else None
 
 
 def public_path(path: str) -> str:
