@@ -29,7 +29,7 @@ class _Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """Return a line for each link within the site whose file or anchor is missing, and for each remote part."""
+    """Return a line for each link within the site that leads nowhere, and for each remote part."""
     pages = {path.resolve(): _Page(path.read_text()) for path in site.rglob("*.html")}
     lines = []
     for path, page in pages.items():

@@ -62,8 +62,8 @@ class Codec:
         ImportError: If constriction is not installed: `pip install "pyro_vae[codec]"`.
 
     Source:
-        J. Townsend, T. Bird, D. Barber (2019), Practical lossless compression with latent variables using bits
-        back coding, arXiv:1901.04866.
+        J. Townsend, T. Bird, D. Barber (2019), Practical lossless compression with latent variables using
+        bits back coding, arXiv:1901.04866.
 
     Example:
         >>> import pyro_vae as pv
