@@ -1,6 +1,7 @@
 """The documentation site: an entry for every public name, docstrings as meant, links that lead somewhere."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ SITE = Path(pyro_vae.__file__).parents[1] / "docs" / "site"
 @pytest.fixture
 def site(monkeypatch):
     monkeypatch.syspath_prepend(str(SITE))
-    yield __import__
+    yield import_module
     for name in ("rooms", "docstrings", "links"):
         sys.modules.pop(name, None)
 

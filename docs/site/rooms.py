@@ -6,6 +6,14 @@ import re
 from functools import cache
 
 ERRORS = "errors"  # what is public and in none of the rooms
+RETURNED = {  # what public names return, and nobody imports
+    "pyro_vae.evaluation.result.PerDatum": "evaluation",
+    "pyro_vae.evaluation.whole.WholeEvaluation": "evaluation",
+    "pyro_vae.evaluation.annealed_importance.AnnealedEvidence": "evaluation",
+    "pyro_vae.evaluation.importance_weights.WeightSummary": "evaluation",
+    "pyro_vae.evaluation.latents.AggregatePosterior": "evaluation",
+    "pyro_vae.utils.display.Estimate": "evaluation",
+}
 ELSEWHERE = {  # names that are not ours on pages that match
     "data": "",  # an argument
     "vae": "",
@@ -15,7 +23,7 @@ ELSEWHERE = {  # names that are not ours on pages that match
 }
 ROOMS = {
     "VAE": ["vae", "conditional"],
-    "Parts of a VAE": ["priors", "likelihoods", "guides", "networks"],
+    "Parts of a VAE": ["priors", "likelihoods", "guides", "networks", "distributions"],
     "Train": ["training", "inference", "data"],
     "Bounds": ["objectives", "comparison", "closed_form"],
     "Evaluate and draw": ["evaluation", "plots"],
@@ -35,7 +43,7 @@ def public_names() -> dict[str, str]:
             path = f"pyro_vae.{name}" if name in package.__all__ else f"pyro_vae.{room}.{name}"
             if not inspect.ismodule(getattr(module, name)):
                 names.setdefault(path, room)
-    return names
+    return names | RETURNED
 
 
 def reference_of(code: str, page: str) -> str | None:
@@ -49,8 +57,10 @@ def reference_of(code: str, page: str) -> str | None:
         return path
     if owner in names:
         return None if name.startswith("_") else path
-    same = [other for other in names if other.rpartition(".")[2] == match[2] and name[0].isupper()]
-    return same[0] if len(same) == 1 and not match[1] else None
+    if match[1] or not name[0].isupper():
+        return None
+    same = [other for other in names if other.rpartition(".")[2] == name and names[other] != "distributions"]
+    return same[0] if len(same) == 1 else None
 
 
 def public_path(path: str) -> str:
