@@ -29,6 +29,11 @@ def test_the_reference_has_every_public_name(site):
             assert f":: {room.__name__}.{name}\n" in text, name
 
 
+def test_every_page_is_in_the_side_bar():
+    listed = (SITE / "build.py").read_text().split()
+    assert not [page.stem for page in SITE.parent.glob("*.md") if f"docs/{page.stem}" not in listed]
+
+
 def test_code_leads_to_the_entry_that_it_names(site):
     rooms = site("rooms")
     for code, page, entry in [
