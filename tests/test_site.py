@@ -62,6 +62,12 @@ def test_code_leads_to_the_entry_that_it_names(site):
         ("Sum.\n\n.. math:: p(x|z)\n\nof |x|", "Sum.\n\n.. math:: p(x|z)\n\nof \\|x\\|"),
         ("Args:\n    num: S.\n    *x: `y`", "Args:\n    num: \\S.\n    \\*x: ``y``"),
         ("Source: A. B (2000),\n    C.", "Source:\n    \\A. B (2000),\n    \\C."),
+        (
+            "Source:\n    A. B et al.\n    (2000), C, arXiv:1312.6114.\n    D. E (2001).",
+            "Source:\n    \\A. B et al.\n    (2000), C, `arXiv:1312.6114 <https://arxiv.org/abs/1312.6114>`__.\n\n"
+            "    \\D. E (2001).",
+        ),
+        ("With :math:`x_{*}` and `y`", "With :math:`x_{*}` and ``y``"),
         (">>> f(*x) | `y`\n3 | 4", ">>> f(*x) | `y`\n3 | 4"),
     ],
 )

@@ -16,7 +16,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
-highlight_language = "none"
+highlight_language = "text"  # of blocks without a language
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

@@ -1,9 +1,11 @@
 """Docstrings as reStructuredText: single backticks are code, indented paragraphs are blocks of code."""
 
 import re
+from textwrap import indent
 
 SOURCES = re.compile(r"^Sources?:(.*(?:\n.+)*)", re.MULTILINE)
-SPAN = re.compile(r"(?P<ticks>`+)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)", re.DOTALL)
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+SPAN = re.compile(r"(?P<role>:math:)?(?P<ticks>`+)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)", re.DOTALL)
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Source|Example|Examples|Note|Notes):$")
 
 
@@ -18,9 +20,9 @@ def to_rst(lines: list[str]) -> list[str]:
 
 def _sources(section: re.Match) -> str:
     """Return the section "Source" with a paragraph for each source, whose lines stand below each other."""
-    lines = [line.strip() for line in section[1].strip().split("\n")]
-    text = "\n".join(lines)
-    return "Source:\n" + "\n".join(f"    {line}" for line in re.sub(r"(?<=\.)\n", "\n\n", text).split("\n"))
+    lines = "\n".join(line.strip() for line in section[1].strip().split("\n"))
+    apart = re.sub(r"(?<=[^l]\.)\n(?=[A-Z]\. )", "\n\n", lines)  # after a full stop, but for that of "et al."
+    return "Source:\n" + indent(apart, "    ")
 
 
 def _with_code_marked(lines: list[str]) -> list[str]:
@@ -42,14 +44,14 @@ def _blocks(lines: list[str]) -> list[tuple[bool, list[str]]]:
     opened: int | None = None  # the indentation of the line that opened a verbatim block
     in_doctest = False
     for line in lines:
-        indent = len(line) - len(line.lstrip())
+        depth = len(line) - len(line.lstrip())
         text = line.strip()
         in_doctest = text.startswith(">>>") or (in_doctest and bool(text))
-        if opened is not None and text and indent <= opened:
+        if opened is not None and text and depth <= opened:
             opened = None
         opens = opened is None and (text.startswith("..") or text == "::") and not text.startswith("...")
         if opens:
-            opened = indent
+            opened = depth
         verbatim = in_doctest or opened is not None
         if blocks and blocks[-1][0] == verbatim:
             blocks[-1][1].append(line)
@@ -66,11 +68,13 @@ def _prose(text: str) -> str:
         before, after = text[span.start() - 1 : span.start()], text[span.end() : span.end() + 1]
         space_before = r"\ " if before and not re.match(r"[\s'\"(\[{<\-/:]", before) else ""
         space_after = r"\ " if after and not re.match(r"[\s'\")\]}>\-/:.,;!?]", after) else ""
-        parts.append(f"{space_before}``{span['code']}``{space_after}")
+        code = span[0] if span["role"] else f"``{span['code']}``"
+        parts.append(f"{space_before}{code}{space_after}")
         position = span.end()
     return "".join([*parts, _plain(text[position:])])
 
 
 def _plain(text: str) -> str:
     text = re.sub(r"(?m)(^\s*|: )(?=[A-Za-z]\.(\s|$))", r"\1" + r"\\", text)  # "S." starts no list
-    return re.sub(r"[*|]|(?<=\w)_(?!\w)", lambda sign: "\\" + sign[0], text)
+    text = re.sub(r"[*|]|(?<=\w)_(?!\w)", lambda sign: "\\" + sign[0], text)
+    return ARXIV.sub(r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text)
