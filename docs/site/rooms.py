@@ -18,6 +18,7 @@ ELSEWHERE = {  # names that are not ours on pages that match
     "data": "",  # an argument
     "vae": "",
     "fit": "anomalies|scikit-learn|applications",  # a method of estimators
+    "evaluate": "command-line",  # a command
     "SVI": "index|docs/",  # Pyro's
     "VAE": "docs/",
 }
