@@ -12,7 +12,12 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # else each process compile
     sys.pycache_prefix = str(Path(__file__).parent / ".pytest_cache" / "bytecode")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).pytest()
+collect_ignore = ["docs/site"]  # needs the group "docs"
+# a block that begins with >>> is a doctest, such as an error with its message, broken into lines
+parser = PythonCodeBlockParser(doctest_optionflags=ELLIPSIS | NORMALIZE_WHITESPACE)
+pytest_collect_file = Sybil(parsers=[parser], patterns=["*.md"]).pytest()

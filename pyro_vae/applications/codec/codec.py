@@ -61,9 +61,9 @@ class Codec:
         UnsupportedModelError: If the VAE has other parts, or weights that are not finite or too large.
         ImportError: If constriction is not installed: `pip install "pyro_vae[codec]"`.
 
-    Source: Townsend, Bird and Barber, 2019, Practical lossless compression with latent variables using bits
-        back
-    coding, arXiv:1901.04866.
+    Source:
+        J. Townsend, T. Bird, D. Barber (2019), Practical lossless compression with latent variables using
+        bits back coding, arXiv:1901.04866.
 
     Example:
         >>> import pyro_vae as pv
