@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyro_vae.applications.anomaly import AnomalyDetector
     from pyro_vae.applications.codec import Codec, CodecError
     from pyro_vae.applications.denoising import denoise
+    from pyro_vae.applications.exporting import export
     from pyro_vae.applications.imputation import Pooled, impute, pool
     from pyro_vae.applications.posterior_draws import Restored
     from pyro_vae.applications.scores import anomaly_scores
@@ -28,6 +29,7 @@ __all__ = [
     "batch_typicality",
     "corruptions",
     "denoise",
+    "export",
     "impute",
     "pool",
 ]
@@ -43,6 +45,7 @@ _FILES = {
     "batch_typicality": "typicality",
     "corruptions": "corruptions",
     "denoise": "denoising",
+    "export": "exporting",
     "impute": "imputation",
     "pool": "imputation",
     "sklearn": "sklearn",

@@ -153,12 +153,10 @@ def _require_known_answer(stream: Any) -> None:
         (model.Bernoulli(perfect=False), 1 - (np.array([c]) - 0.5) / (TOTAL - 2), c, 1)
         for c in (1, 77, 10_000_019, TOTAL - 1)
     ]
-    sixteen = model.Uniform(1 << 16)
     for family, parameters, bound, symbol in cases:  # the quantiles bound − 1 and bound are of two symbols
         found = [coder(np.array([q, 5], np.uint32)).decode(family, parameters)[0] for q in (bound - 1, bound)]
-        if found != [symbol - 1, symbol] or coder(np.array([bound, 5], np.uint32)).decode(sixteen, 1)[0] != (
-            bound >> 8
-        ):
+        bits = coder(np.array([bound, 5], np.uint32)).decode(model.Uniform(1 << 16), 1)[0]
+        if found != [symbol - 1, symbol] or bits != bound >> 8:
             raise CodecError(
                 "this version of constriction rounds probabilities in another way than 0.4 and 0.5, with "
                 'which files are written: pip install "constriction>=0.4,<0.6"'
