@@ -105,7 +105,7 @@ def _require_mean(name: str, vae: VAE, x: Tensor, z: Tensor) -> None:
         part = vae.posterior if what == "guide" else vae.likelihood
         raise ValueError(
             f"the {what}, a {type(part).__name__}, has no mean and standard deviation in closed form, which "
-            f"are what the {name} returns: use another {what}, or torch.export on a module of your own"
+            f"are what the {name} returns: use another {what}, or torch.export with what you need"
         )
 
 
