@@ -76,7 +76,7 @@ def markdown(results: dict) -> str:
     ratio = statistics.median(a / b for a, b in zip(imports["pyro_vae"], imports["pyro"], strict=True))
     verdict = "reached" if ratio <= TARGET else "**missed**"
     lines = [
-        f"# Start\n\n{head(results)}\nMedians of {results['rounds']} rounds, a fresh process each.",
+        f"# Start-up\n\n{head(results)}\nMedians of {results['rounds']} rounds, a fresh process each.",
         *["", "| import | s |", "|---|---:|"],
         *[f"| {name} | {statistics.median(times):.2f} |" for name, times in imports.items()],
         f"\n`import pyro_vae` over `import pyro`: {ratio:.3f}; at most {TARGET}: {verdict}.\n",
