@@ -123,6 +123,8 @@ def require_tensor(name: str, value: Any) -> None:
     """
     if not isinstance(value, Tensor):
         hint = ": convert with torch.as_tensor" * (hasattr(value, "__array__") or isinstance(value, list))
+        if hasattr(value, "columns"):  # a data frame, which torch does not take as it is
+            hint += "(numpy.asarray(frame, dtype='float32'))"
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}{hint}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_vae.data.frames import filled, has_numbers, series_values
 from pyro_vae.utils.serialization import replacing
 
 __all__ = ["ARRAYS", "TABLES", "Table", "read_table", "require_writable", "write_columns"]
@@ -179,21 +180,15 @@ class _Parquet(Table):
     def numbers(self, column: int) -> NDArray:
         series = self.frame.iloc[:, column]
         assert self.names is not None
-        if series.dtype.kind not in "biuf":
+        if not has_numbers(series):
             raise ValueError(
                 f"{self.label(column)} of {self.path} holds {series.dtype}, not numbers: write its values as "
                 f"numbers, or leave it out (--drop {self.names[column]!r})"
             )
-        return series.to_numpy(dtype=np.float64, na_value=np.nan)
+        return series_values(series, dtype=np.float64)
 
     def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
-        frame = self.frame.copy()
-        for place, column in enumerate(columns):
-            series = frame.iloc[:, column]
-            if (holes := series.isna()).any():
-                fractional = series if series.dtype.kind == "f" else series.astype("Float64")
-                filling = values[:, place].astype(np.float32 if series.dtype.itemsize == 4 else np.float64)
-                frame.isetitem(column, fractional.mask(holes, filling))
+        frame = filled(self.frame, values, columns)
         with replacing(path) as partial:
             frame.to_parquet(partial, engine="pyarrow")
 
