@@ -8,18 +8,20 @@ for an argument of another type and ValueError for a size out of range, naming t
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from pyro_vae.utils.columns import COUNTS, REAL, parse_columns, parse_units
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import require_count, require_floating, require_shape, require_tensor, to_shape
 
 __all__ = [
     "MLP",
     "RAW_ONE",
+    "ColumnEncoder",
     "ConvDecoder",
     "ConvEncoder",
     "NetworkOptions",
@@ -90,6 +92,85 @@ class MLP(nn.Sequential):
         for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), _activation(activation)]
         super().__init__(*layers[:-1])
+
+
+@rebuildable
+class ColumnEncoder(nn.Module):
+    """Perceptron from a table of mixed columns: each becomes numbers near 1 first, and 0 where it is missing.
+
+    Real numbers are standardised, of log-normal ones the logarithms; counts become log((1 + x)/(1 + scale));
+    two values −1 and 1; ordered levels equal steps from −1 to 1; categories are one-hot.
+
+    Args:
+        columns: As for `likelihoods.Columns`.
+        out_features: Number of outputs.
+        offset: As for `likelihoods.Columns`.
+        scale: As for `likelihoods.Columns`.
+        hidden_features: As in `MLP`.
+        activation: As in `MLP`.
+
+    Raises:
+        TypeError: If an entry of `columns` does not name a family.
+        ValueError: If a family, a number of levels or a unit is invalid.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae.guides import DiagonalNormal
+        >>> network = ColumnEncoder(["normal", ("categorical", 3)], 4)
+        >>> network.features(torch.tensor([[0.5, 2.0]]), torch.tensor([[True, True]]))
+        tensor([[0.5000, 0.0000, 0.0000, 1.0000]])
+        >>> guide = DiagonalNormal((2,), 2, network=network, mask_input=True)
+        >>> guide(torch.zeros(7, 2)).mean.shape
+        torch.Size([7, 2])
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        columns: Sequence[Any],
+        out_features: int,
+        *,
+        offset: Sequence[float] | None = None,
+        scale: Sequence[float] | None = None,
+        hidden_features: Sequence[int] = (400,),
+        activation: str = "relu",
+    ):
+        super().__init__()
+        self.columns = parse_columns(columns)
+        units = parse_units(self.columns, offset, scale)
+        for name, values in zip(("offset", "scale"), units, strict=True):
+            self.register_buffer(name, values, persistent=False)
+        size = sum(column.levels if column.family == "categorical" else 1 for column in self.columns)
+        self.network = MLP(
+            size + len(self.columns), out_features, hidden_features=hidden_features, activation=activation
+        )
+
+    def features(self, x: Tensor, observed: Tensor) -> Tensor:
+        """Return the numbers (N, F) of x (N, D), 0 where it is not observed."""
+        found = []
+        for place, column in enumerate(self.columns):
+            one = x[:, place, None]
+            offset, scale = self.offset[place].to(x.dtype), self.scale[place].to(x.dtype)
+            if column.family == "categorical":
+                feature = (one == torch.arange(column.levels, device=x.device)).to(x.dtype)
+            elif column.family in COUNTS:
+                feature = torch.log1p(one.clamp(min=0)) - torch.log1p(scale)
+            elif column.family in REAL:
+                value = torch.where(one > 0, one, 1.0).log() if column.family == "log-normal" else one
+                feature = (value - offset) / scale
+            else:
+                feature = 2 * one / (max(2, column.levels) - 1) - 1
+            found.append(torch.where(observed[:, place, None], feature, 0.0))
+        return torch.cat(found, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, D), or (N, 2D) with 1 where each is observed as `mask_input` gives it, to outputs."""
+        D = len(self.columns)
+        observed = x[:, D:] > 0 if x.shape[1] == 2 * D else torch.ones_like(x, dtype=torch.bool)
+        features = self.features(x[:, :D], observed)
+        return self.network(torch.cat([features, observed.to(x.dtype)], -1))
 
 
 @rebuildable
