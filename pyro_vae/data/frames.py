@@ -76,8 +76,8 @@ def numbers(frame: Any) -> NDArray:
         listed = ", ".join(f"{name!r} ({others[name]})" for name in names) + more
         drop = f"frame.drop({'columns=' * _is_pandas(frame)}[{', '.join(map(repr, names))}{more}])"
         raise TypeError(
-            f"data must be numbers; got the column{'s' * (len(others) > 1)} {listed}: leave out what is not "
-            f"numbers, by {drop}, or convert it"
+            f"data must be numbers; got the column{'s' * (len(others) > 1)} {listed}: pyro_vae.data.table "
+            f"takes columns of any type; or leave out what is not numbers, by {drop}"
         )
     values = np.empty((len(frame), len(columns)))
     for place, (_, column) in enumerate(columns):
