@@ -168,6 +168,11 @@ class ColumnEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D), or (N, 2D) with 1 where each is observed as `mask_input` gives it, to outputs."""
         D = len(self.columns)
+        if x.shape[1] not in (D, 2 * D):
+            raise ValueError(
+                f"ColumnEncoder takes {D} columns, or {2 * D} numbers with where each is observed; got "
+                f"{x.shape[1]}: a context is not among them"
+            )
         observed = x[:, D:] > 0 if x.shape[1] == 2 * D else torch.ones_like(x, dtype=torch.bool)
         features = self.features(x[:, :D], observed)
         return self.network(torch.cat([features, observed.to(x.dtype)], -1))

@@ -316,6 +316,8 @@ def test_the_features_of_a_guide():
     assert (encoder.features(torch.zeros(1, 6).double(), ~everywhere) == 0).all()
     assert torch.equal(encoder(x), encoder(torch.cat([x, torch.ones_like(x)], 1)))
     assert not torch.equal(encoder(x), encoder(torch.cat([x, torch.zeros_like(x)], 1)))
+    with pytest.raises(ValueError, match="takes 6 columns, or 12 numbers .* got 14: a context is not"):
+        encoder(torch.zeros(1, 14).double())
 
 
 def test_supports_know_whether_they_are_discrete():

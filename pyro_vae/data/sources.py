@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from pyro_vae.data.frames import is_frame, is_series, numbers, series_values
 from pyro_vae.data.images import BINARIZE_MODES, Images
+from pyro_vae.data.tables import Table
 from pyro_vae.utils.isolation import (
     isolated_generators,
     python_noise,
@@ -114,6 +115,8 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
 
 
 def _remedy(data: Any) -> str:
+    if isinstance(data, Table):
+        return ": pass its tensor, table.values"
     if isinstance(data, Real):
         return ": convert lists of numbers with torch.as_tensor"
     if not isinstance(data, list | tuple):

@@ -173,7 +173,7 @@ class Table:
         return torch.from_numpy(np.stack([c.codes(frame[c.name]) for c in self.columns], 1))
 
     def frame(self, values: Any, *, index: Any = None) -> Any:
-        """Return a data frame of the same columns and types from numbers.
+        """Return a data frame of pandas of the same columns and types from numbers.
 
         Args:
             values: (N, D), as `VAE.sample` draws them; NaN where missing. Or what `impute` returns: its means
@@ -388,11 +388,17 @@ def _read(path: Path) -> Any:
         with path.open(newline="", encoding="utf-8-sig") as file:
             line = file.readline()
         delimiter = delimiter_of(line)
-        if not is_header(next(csv.reader([line], delimiter=delimiter), [])):
+        names = next(csv.reader([line], delimiter=delimiter), [])
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # which pandas would rename
+            raise ValueError(f"two columns are called {twice!r}: rename one")
+        if not is_header(names):
             raise ValueError("its first line holds numbers, where the names of the columns should stand")
         marks = [form for mark in MISSING for form in (mark, mark.upper(), mark.capitalize())]
         options = {"sep": delimiter, "na_values": marks, "skipinitialspace": True, "encoding": "utf-8-sig"}
         found = pandas.read_csv(path, **options)
+        if not isinstance(found.index, pandas.RangeIndex):  # pandas takes values without a name for an index
+            raise ValueError("its rows have more values than its first line has names")
     except (ValueError, OSError) as error:  # pandas' errors of parsing are ValueErrors
         raise DataError(f"{path} is not a readable {suffix} file: {error}") from error
     first = str(found.columns[0])

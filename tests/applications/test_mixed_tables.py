@@ -85,3 +85,9 @@ def test_what_is_not_a_table_is_refused():
         table_vae(mixed(), K)
     with pytest.raises(ValueError, match="latent_dim must be at least 1"):
         table_vae(pv.data.table(mixed()), 0)
+
+
+def test_a_table_in_the_place_of_its_values_is_refused_with_the_remedy():
+    table = pv.data.table(mixed())
+    with pytest.raises(TypeError, match=r"got Table: pass its tensor, table.values"):
+        pv.fit(table_vae(table, K), table, missing="nan", epochs=1)
