@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.applications import impute
+from pyro_vae.applications import AnomalyDetector, anomaly_scores, impute
 from pyro_vae.likelihoods import Columns
 from pyro_vae.networks import RAW_ONE, ColumnEncoder, positive
 from pyro_vae.utils.columns import Column, ColumnValues, parse_columns
@@ -217,6 +217,41 @@ def test_imputation_without_dependence_is_the_mean_of_the_column():
     torch.testing.assert_close(found.std, torch.where(missing, std, 0.0), rtol=1e-9, atol=0)
     assert torch.equal(found.draws[:, ~missing], x[~missing].expand(6, -1))
     assert ColumnValues(parse_columns(COLUMNS)).check(found.draws).all()
+
+
+def test_imputation_is_the_posterior_by_quadrature():
+    """One latent dimension: E[x_j|x_obs] and its spread on a grid of z, to five standard errors."""
+    torch.manual_seed(4)
+    columns, S = ["normal", "poisson", ("categorical", 3), ("ordinal", 4), "binary"], 4000
+    network = nn.Linear(1, 1 + 1 + 3 + 1 + 1)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(1),
+        likelihood=Columns(1, columns, offset=[2.0] + [0] * 4, scale=[3.0, 2, 1, 1, 1], network=network),
+        guide=pv.guides.DiagonalNormal((5,), 1, mask_input=True, network=ColumnEncoder(columns, 2)),
+    ).double()
+    network.weight.data *= 2
+    x = vae.sample(6)
+    missing = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    missing[0], missing[1] = True, torch.tensor([True, False, True, False, False])
+    found = impute(vae, torch.where(missing, torch.nan, x), num_particles=S, method="importance")
+    z = torch.linspace(-9, 9, 2001, dtype=torch.float64)[:, None, None]
+    log_joint = vae.log_joint(x, z.expand(-1, 6, -1), observed=~missing)
+    weight = log_joint.softmax(0)[..., None]
+    single = elementwise(vae.decode(z.expand(-1, 6, -1)))
+    mean = (weight * single.mean).sum(0)
+    std = ((weight * (single.variance + single.mean.square())).sum(0) - mean.square()).sqrt()
+    error = 5 * std / found.effective_sample_size[:, None].sqrt()
+    assert ((found.mean - mean).abs()[missing] < error[missing]).all()
+    torch.testing.assert_close(found.std[missing], std[missing], rtol=0.1, atol=0)
+    assert torch.equal(found.mean[~missing], x[~missing])
+
+
+def test_anomaly_scores_are_explained_by_column():
+    vae, x = make(), values(N)
+    scores = anomaly_scores(vae, x, num_particles=9)
+    by_column = AnomalyDetector(vae, num_particles=9).explain(x)
+    assert by_column.shape == (N, D)
+    np.testing.assert_allclose(by_column.sum(1).numpy(), scores.reconstruction.values, rtol=1e-10)
 
 
 @pytest.mark.parametrize("engine", ["eager", "traced"])
