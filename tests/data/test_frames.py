@@ -60,13 +60,13 @@ def test_numbers_are_those_of_the_columns(kind, missing):
     np.testing.assert_array_equal(numbers(FRAMES[kind](missing)), array(mixed(missing)))
 
 
-@pytest.mark.parametrize("kind", FRAMES)
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
 def test_a_frame_gives_what_its_array_gives(kind):
     frame, x = FRAMES[kind](False), array(mixed())
     found = []
     for data in (frame, x):
         vae = make()
-        history = pv.fit(vae, data, epochs=2, batch_size=3, progress=False)
+        history = pv.fit(vae, data, epochs=1, batch_size=3, engine="eager", progress=False)
         detector = AnomalyDetector(vae, contamination=0.3, num_particles=3, score="elbo").fit(data)
         found.append(
             [
