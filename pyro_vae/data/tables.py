@@ -294,11 +294,10 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
     """Return the family of a column, by the rule of this module, and the reason in words."""
     present = series.dropna()
     levels = _levels(series)
-    if series.dtype.kind == "b" or len(levels) == 2:
-        return (
-            "binary",
-            "booleans" if series.dtype.kind == "b" else f"two values, {levels[0]} and {levels[1]}",
-        )
+    if series.dtype.kind == "b":
+        return "binary", "booleans"
+    if len(levels) == 2:
+        return "binary", f"two values, {levels[0]} and {levels[1]}"
     if not has_numbers(series):
         if hasattr(series, "cat"):
             ordered = series.cat.ordered
@@ -311,16 +310,15 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
             )
         return "categorical", f"text of {len(levels)} values"
     values = TableColumn(name, series.dtype, "normal", "").codes(series)
-    values = values[~np.isnan(values)]
+    return _of_numbers(values[~np.isnan(values)])
+
+
+def _of_numbers(values: NDArray) -> tuple[str, str]:
     if (values == np.rint(values)).all() and values.min() == 0:
         return _of_counts(values)
-    if (
-        values.min() > 0
-        and _moment(values, 3) > _SKEWED
-        and abs(_moment(np.log(values), 3)) < _moment(values, 3)
-    ):
-        return "log-normal", f"positive, of skewness {_moment(values, 3):.1f}"
-    heavy = _moment(values, 4) - 3
+    skewness, heavy = _moment(values, 3), _moment(values, 4) - 3
+    if skewness > _SKEWED and values.min() > 0 and abs(_moment(np.log(values), 3)) < skewness:
+        return "log-normal", f"positive, of skewness {skewness:.1f}"
     return ("student-t", f"of excess kurtosis {heavy:.1f}") if heavy > _HEAVY else ("normal", "numbers")
 
 
