@@ -124,8 +124,13 @@ class ColumnEncoder(nn.Module):
         torch.Size([7, 2])
     """
 
-    offset: Tensor
-    scale: Tensor
+    shift: Tensor
+    width: Tensor
+    is_log: Tensor
+    is_count: Tensor
+    plain: Tensor
+    category: Tensor
+    code: Tensor
 
     def __init__(
         self,
@@ -139,31 +144,37 @@ class ColumnEncoder(nn.Module):
     ):
         super().__init__()
         self.columns = parse_columns(columns)
-        units = parse_units(self.columns, offset, scale)
-        for name, values in zip(("offset", "scale"), units, strict=True):
+        families = [column.family for column in self.columns]
+        shift, width = parse_units(self.columns, offset, scale)
+        for place, (family, levels) in enumerate(self.columns):
+            if family in COUNTS:
+                shift[place], width[place] = torch.log1p(width[place]), 1.0
+            elif family not in REAL:
+                shift[place] = width[place] = (max(2, levels) - 1) / 2
+        categories = [(place, c.levels) for place, c in enumerate(self.columns) if c.family == "categorical"]
+        buffers = {
+            "shift": shift,
+            "width": width,
+            "is_log": torch.tensor([family == "log-normal" for family in families]),
+            "is_count": torch.tensor([family in COUNTS for family in families]),
+            "plain": torch.tensor(
+                [j for j, family in enumerate(families) if family != "categorical"], dtype=torch.int64
+            ),
+            "category": torch.tensor([place for place, k in categories for _ in range(k)], dtype=torch.int64),
+            "code": torch.tensor([code for _, k in categories for code in range(k)], dtype=torch.int64),
+        }
+        for name, values in buffers.items():
             self.register_buffer(name, values, persistent=False)
-        size = sum(column.levels if column.family == "categorical" else 1 for column in self.columns)
-        self.network = MLP(
-            size + len(self.columns), out_features, hidden_features=hidden_features, activation=activation
-        )
+        size = len(self.plain) + len(self.code) + len(self.columns)
+        self.network = MLP(size, out_features, hidden_features=hidden_features, activation=activation)
 
     def features(self, x: Tensor, observed: Tensor) -> Tensor:
-        """Return the numbers (N, F) of x (N, D), 0 where it is not observed."""
-        found = []
-        for place, column in enumerate(self.columns):
-            one = x[:, place, None]
-            offset, scale = self.offset[place].to(x.dtype), self.scale[place].to(x.dtype)
-            if column.family == "categorical":
-                feature = (one == torch.arange(column.levels, device=x.device)).to(x.dtype)
-            elif column.family in COUNTS:
-                feature = torch.log1p(one.clamp(min=0)) - torch.log1p(scale)
-            elif column.family in REAL:
-                value = torch.where(one > 0, one, 1.0).log() if column.family == "log-normal" else one
-                feature = (value - offset) / scale
-            else:
-                feature = 2 * one / (max(2, column.levels) - 1) - 1
-            found.append(torch.where(observed[:, place, None], feature, 0.0))
-        return torch.cat(found, -1)
+        """Return the numbers (N, F) of x (N, D), 0 where it is not observed; one-hot categories come last."""
+        logs = torch.where(self.is_log & (x > 0), x, 1.0).log()
+        value = torch.where(self.is_log, logs, torch.where(self.is_count, x.clamp(min=0).log1p(), x))
+        number = torch.where(observed, (value - self.shift.to(x.dtype)) / self.width.to(x.dtype), 0.0)
+        is_code = observed[:, self.category] & (x[:, self.category] == self.code)
+        return torch.cat([number[:, self.plain], is_code.to(x.dtype)], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D), or (N, 2D) with 1 where each is observed as `mask_input` gives it, to outputs."""
