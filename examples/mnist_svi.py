@@ -80,10 +80,7 @@ def build_vae(args: argparse.Namespace, train: pv.data.Images) -> pv.VAE:
         {"hidden_features": args.hidden},
     )
     if args.conv:
-        channels, height, width = image
-        decoder = pv.networks.ConvDecoder(K, (likelihood.num_parameters * channels, height, width))
-        encoder = pv.networks.ConvEncoder(image, sum(guide.sizes(K)))
-        decoder_options, encoder_options = {"network": decoder}, {"network": encoder}
+        decoder_options, encoder_options = {"network": "conv"}, {"network": "conv"}
     if args.likelihood == "normal":
         decoder_options["variance"] = "shared"
     posterior = guide(image, K, **options, **encoder_options)

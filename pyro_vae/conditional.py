@@ -163,7 +163,7 @@ class ConditionalVAE(VAE):
         Raises:
             TypeError: If a count is not an integer, or x is not a floating-point tensor.
             ValueError: If a count is below 1, a part's context has another size than C, or x has another
-                shape than the likelihood, or is NaN where it is observed.
+                shape than the likelihood, or is NaN, or outside its support, where it is observed.
         """
         require_count("num_classes", num_classes)
         require_count("num_particles", num_particles)
@@ -174,6 +174,8 @@ class ConditionalVAE(VAE):
                     f"num_classes must be {size}, the context_dim of the parts; got {num_classes}"
                 )
         self._require_examples(x, observed)
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        super().check_data(Arguments((x, first), {"observed": observed}))
         parts = partial(_parts, x, observed, max(1, _MAX_ROWS // num_particles))
         estimate = partial(self._log_evidence, num_particles=num_particles, seed=seed)
         with evaluating(self, x.device, seed):

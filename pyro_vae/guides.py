@@ -5,10 +5,9 @@ TypeError for an argument of another type and ValueError for a number out of ran
 """
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import pyro.distributions as dist
 import torch
@@ -22,10 +21,10 @@ from pyro_vae.distributions import (
     NormalMixture,
     build_flow,
 )
-from pyro_vae.networks import MLP, NetworkOptions, apply_in_context, check_input, positive
+from pyro_vae.networks import NetworkOptions, apply_in_context, check_input, encoder, positive
 from pyro_vae.utils.isolation import without_autocast
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_event_and_latent, require_module
+from pyro_vae.utils.validation import require_count, require_event_and_latent
 
 __all__ = [
     "DiagonalNormal",
@@ -56,8 +55,8 @@ class Guide(nn.Module, ABC):
         latent_dim: K, the number of latent dimensions.
         hidden_features: Widths of the hidden layers of the default network, an `MLP`.
         activation: Activation of the default network.
-        network: A module in place of the default, from (N, *event_shape) to (N, P), where P is the
-            sum of `sizes`, such as `sum(guides.LowRankNormal.sizes(20, rank=3))`. With a context from
+        network: "conv", a `ConvEncoder` of images; or a module from (N, *event_shape) to (N, P), where P is
+            the sum of `sizes`, such as `sum(guides.LowRankNormal.sizes(20, rank=3))`. With a context from
             (N, prod(event_shape) + C).
         context_dim: C, the size of a further input y, for q(z|x, y); see `networks.as_context`.
         mask_input: Give the network, where values of x may be missing, a second half of its first dimension,
@@ -72,7 +71,7 @@ class Guide(nn.Module, ABC):
         *,
         hidden_features: Sequence[int] = (400,),
         activation: str = "relu",
-        network: nn.Module | None = None,
+        network: nn.Module | Literal["conv"] | None = None,
         context_dim: int = 0,
         mask_input: bool = False,
         **options: int,
@@ -89,13 +88,15 @@ class Guide(nn.Module, ABC):
             require_count(name, option)
         self.latent_dim = latent_dim
         self.output_sizes = self.sizes(latent_dim, **options)
-        # one output layer for all parameters: a single matrix product
-        if network is None:
-            inputs = (1 + mask_input) * math.prod(self.event_shape) + context_dim
-            sizes = inputs, sum(self.output_sizes)
-            network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
-        require_module("network", network)
-        self.network = network
+        first, *others = self.event_shape or (1,)
+        self.network = encoder(
+            network,
+            ((1 + mask_input) * first, *others),
+            sum(self.output_sizes),  # one output layer for all parameters: a single matrix product
+            context_dim=context_dim,
+            hidden_features=hidden_features,
+            activation=activation,
+        )
 
     @staticmethod
     @abstractmethod

@@ -8,14 +8,14 @@ of another type and ValueError for a number out of range, naming the argument.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyro_vae import distributions
-from pyro_vae.networks import MLP, RAW_ONE, NetworkOptions, apply_in_context, check_input, positive
+from pyro_vae.networks import RAW_ONE, NetworkOptions, apply_in_context, check_input, decoder, positive
 from pyro_vae.utils.columns import (
     COUNTS,
     FAMILIES,
@@ -27,7 +27,7 @@ from pyro_vae.utils.columns import (
     parse_units,
 )
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_event_and_latent, require_module
+from pyro_vae.utils.validation import require_count, require_event_and_latent
 
 __all__ = [
     "Bernoulli",
@@ -54,9 +54,10 @@ class Likelihood(nn.Module):
         event_shape: Shape of one example.
         hidden_features: Widths of the hidden layers of the default network, an `MLP`.
         activation: Activation of the default network.
-        network: A module in place of the default, from (N, K) to num_parameters * prod(event_shape)
-            numbers per example, in any shape; the parameters vary slowest, so that a convolutional
-            network returns (N, num_parameters * channels, height, width). With a context from (N, K + C).
+        network: "conv", a `ConvDecoder` of images; or a module from (N, K) to
+            num_parameters * prod(event_shape) numbers per example, in any shape; the parameters vary
+            slowest, so that a convolutional network returns (N, num_parameters * channels, height, width).
+            With a context from (N, K + C).
         context_dim: C, the size of a further input y, for p(x|z, y); see `networks.as_context`.
     """
 
@@ -69,7 +70,7 @@ class Likelihood(nn.Module):
         *,
         hidden_features: Sequence[int] = (400,),
         activation: str = "relu",
-        network: nn.Module | None = None,
+        network: nn.Module | Literal["conv"] | None = None,
         context_dim: int = 0,
     ):
         super().__init__()
@@ -79,11 +80,14 @@ class Likelihood(nn.Module):
             f"{type(self).__name__}(latent_dim, event_shape)", event_shape=event_shape, latent_dim=latent_dim
         )
         self.latent_dim = latent_dim
-        if network is None:
-            sizes = latent_dim + context_dim, self.num_outputs
-            network = MLP(*sizes, hidden_features=hidden_features, activation=activation)
-        require_module("network", network)
-        self.network = network
+        self.network = decoder(
+            network,
+            latent_dim + context_dim,
+            self.event_shape,
+            num_outputs=self.num_outputs,
+            hidden_features=hidden_features,
+            activation=activation,
+        )
 
     @property
     def num_outputs(self) -> int:

@@ -8,7 +8,7 @@ for an argument of another type and ValueError for a size out of range, naming t
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from pyro_vae.utils.columns import COUNTS, REAL, parse_columns, parse_units
 from pyro_vae.utils.serialization import rebuildable
-from pyro_vae.utils.validation import require_count, require_floating, require_shape, require_tensor, to_shape
+from pyro_vae.utils.validation import (
+    require_count,
+    require_floating,
+    require_module,
+    require_shape,
+    require_tensor,
+    to_shape,
+)
 
 __all__ = [
     "MLP",
@@ -30,6 +37,8 @@ __all__ = [
     "as_context",
     "check_input",
     "context_of",
+    "decoder",
+    "encoder",
     "positive",
     "with_context",
 ]
@@ -50,7 +59,7 @@ class NetworkOptions(TypedDict, total=False):
 
     hidden_features: Sequence[int]
     activation: str
-    network: nn.Module | None
+    network: nn.Module | Literal["conv"] | None
     context_dim: int
 
 
@@ -277,6 +286,55 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Map (N, in_features) to (N, *out_shape)."""
         return self.upsample(self.stem(z))[..., : self.height, : self.width]
+
+
+def encoder(
+    network: Any, event_shape: tuple[int, ...], out_features: int, *, context_dim: int = 0, **options: Any
+) -> nn.Module:
+    """Return the network of a guide: as given, by default an `MLP`, and for "conv" a `ConvEncoder`.
+
+    Raises:
+        TypeError: If `network` is neither a module, nor None, nor a string.
+        ValueError: If it is another string, or "conv" for data other than images, or with a context.
+    """
+    if network is None:
+        return MLP(math.prod(event_shape) + context_dim, out_features, **options)
+    if not _is_conv(network, event_shape):
+        require_module("network", network)
+        return cast(nn.Module, network)
+    if context_dim:
+        raise ValueError(
+            'network="conv" of a guide has no input for a context: leave network out, or pass a module that '
+            f"takes x and y in one vector of {math.prod(event_shape) + context_dim} numbers"
+        )
+    return ConvEncoder(event_shape, out_features, activation=options["activation"])
+
+
+def decoder(
+    network: Any, in_features: int, event_shape: tuple[int, ...], *, num_outputs: int, **options: Any
+) -> nn.Module:
+    """Return the network of a likelihood, as `encoder` does that of a guide; "conv" is a `ConvDecoder`."""
+    if network is None:
+        return MLP(in_features, num_outputs, **options)
+    if not _is_conv(network, event_shape):
+        require_module("network", network)
+        return cast(nn.Module, network)
+    _, *size = event_shape
+    shape = (num_outputs // math.prod(size), *size)
+    return ConvDecoder(in_features, shape, activation=options["activation"])
+
+
+def _is_conv(network: Any, event_shape: tuple[int, ...]) -> bool:
+    """Return whether a network is chosen by name, for images; raise if it cannot be."""
+    if not isinstance(network, str):
+        return False
+    if network != "conv":
+        raise ValueError(f'network must be a module, or "conv"; got {network!r}')
+    if len(event_shape) != 3:
+        raise ValueError(
+            f'network="conv" is for images, event_shape (channels, height, width); got {event_shape}'
+        )
+    return True
 
 
 def _image_shape(name: str, given: Sequence[int]) -> tuple[int, int, int]:

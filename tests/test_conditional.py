@@ -316,3 +316,18 @@ def test_what_takes_no_context_says_what_to_do():
             TypeError, match=f"takes a pyro_vae.VAE of x alone; got a ConditionalVAE.*{remedy}"
         ):
             call(linear(), rows())
+
+
+def test_classes_of_values_outside_the_support_are_refused():
+    """As by `evaluate`; grey levels of a Bernoulli have no probability."""
+    grey = torch.full((N, 6), 0.3)
+    cvae = pv.ConditionalVAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Bernoulli(2, (6,), context_dim=C),
+        guide=pv.guides.DiagonalNormal((6,), 2, context_dim=C),
+    )
+    with pytest.raises(ValueError, match=r"x\[0, 0\] = 0.3 lies outside the support of Bernoulli"):
+        cvae.class_probabilities(grey, C)
+    observed = torch.arange(6).expand(N, 6) > 0
+    grey[:, 1:] = 1.0
+    assert cvae.class_probabilities(grey, C, observed=observed).shape == (N, C)

@@ -79,3 +79,41 @@ def test_raw_one_is_mapped_to_one():
 def test_wrong_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("make", [likelihoods.Bernoulli, likelihoods.Normal, likelihoods.DiscretizedLogistic])
+def test_a_convolutional_likelihood_by_name(make, context_dim):
+    image = (3, 9, 10)
+    likelihood = make(4, image, network="conv", activation="tanh", context_dim=context_dim)
+    y = (torch.zeros(5, context_dim),) if context_dim else ()
+    assert likelihood(torch.zeros(2, 5, 4), *y).event_shape == image
+    expected = networks.ConvDecoder(
+        4 + context_dim, (likelihood.num_parameters * 3, 9, 10), activation="tanh"
+    )
+    assert str(likelihood.network) == str(expected)
+
+
+@pytest.mark.parametrize("mask_input", [False, True])
+def test_a_convolutional_guide_by_name(mask_input):
+    image = (3, 9, 10)
+    guide = guides.LowRankNormal(image, 4, rank=2, network="conv", mask_input=mask_input)
+    assert guide(torch.zeros(5, *image)).event_shape == (4,)
+    assert str(guide.network) == str(networks.ConvEncoder((6 if mask_input else 3, 9, 10), 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: guides.DiagonalNormal((6,), 2, network="conv"), r"for images, .*got \(6,\)"),
+        (lambda: likelihoods.Normal(2, (6,), network="conv"), r"for images, .*got \(6,\)"),
+        (lambda: likelihoods.Normal(2, (1, 8, 8), network="cnn"), "must be a module, or \"conv\"; got 'cnn'"),
+        (
+            lambda: guides.DiagonalNormal((1, 8, 8), 2, network="conv", context_dim=3),
+            "no input for a context: .* one vector of 67 numbers",
+        ),
+    ],
+)
+def test_a_network_that_cannot_be_chosen_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

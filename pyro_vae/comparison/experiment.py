@@ -25,14 +25,20 @@ from pyro_vae.comparison.gradient_noise import GradientMoments, ZeroMeanTest
 from pyro_vae.comparison.reference_bounds import Target, target
 from pyro_vae.comparison.result import PARAMETERS, Comparison, Measured, Reference, summarise
 from pyro_vae.data.frames import is_frame, numbers
-from pyro_vae.data.sources import arguments
+from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.importance_sampling import evaluate
 from pyro_vae.inference.guide_check import check_mean_field
+from pyro_vae.inference.guide_fit import run_fitting_pair
 from pyro_vae.objectives.estimators import family, label
-from pyro_vae.objectives.kl_weighting import KLWeighted
+from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import terms
 from pyro_vae.objectives.pair import Programs, split_pair
-from pyro_vae.objectives.sites import Program, run_pair
+from pyro_vae.objectives.sites import (
+    NotSeparableError,
+    Program,
+    run_pair,
+    subsampling_factor,
+)
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.processes import Processes, join
@@ -79,6 +85,9 @@ def compare_estimators(
     In repeat r all estimators start from the same random numbers. Those with the same number of particles
     share their draws, which reduces the noise of their differences. The pair runs in evaluation mode. Modes,
     parameters, gradients, torch's generators and Pyro's parameter store are restored.
+
+    Where a latent site is shared by all examples, Pyro's estimators are compared by value, noise and cost
+    alone: log p(x) of single examples does not exist, and the biases are NaN.
 
     Args:
         model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`, in place of both. The
@@ -139,7 +148,11 @@ def compare_estimators(
         step = _Step(model, guide, data, max_plate_nesting=max_plate_nesting)
         restore(step.parameters)
         for candidate in candidates:
-            if isinstance(_innermost(candidate.estimator), TraceMeanField_ELBO):
+            if step.shared:
+                candidate.target = None
+            inner = inner_estimator(candidate.estimator)
+            run_fitting_pair(model, guide, args, kwargs, inner)
+            if isinstance(inner, TraceMeanField_ELBO):
                 check_mean_field(model, guide, *args, **kwargs)
         options: dict[str, Any] = {"progress": progress and processes.is_first}
         known = _reference(
@@ -264,10 +277,6 @@ def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:
     return named
 
 
-def _innermost(estimator: ELBO) -> ELBO:
-    return estimator.estimator if isinstance(estimator, KLWeighted) else estimator
-
-
 class _Step:
     """One step of an estimator: value and gradient of the mean bound, without an update."""
 
@@ -276,14 +285,20 @@ class _Step:
         self.args, self.kwargs = arguments(data)
         self.device = next(leaf.device for leaf in tree_leaves(data) if isinstance(leaf, Tensor))
         self.max_plate_nesting = max_plate_nesting
-        with torch.no_grad():
-            first = terms(model, guide, *self.args, max_plate_nesting=max_plate_nesting, **self.kwargs)
-        self.dtype = first.log_weight.dtype
-        num_data = first.sites.num_data
-        weight = torch.as_tensor(first.scale, dtype=torch.float64).expand(num_data).cpu()
+        guide_trace, model_trace = run_pair(model, guide, self.args, self.kwargs)
+        self.shared = ""  # why there are no terms of single examples
+        try:
+            with torch.no_grad():
+                first = terms(model, guide, *self.args, max_plate_nesting=max_plate_nesting, **self.kwargs)
+        except NotSeparableError as error:
+            self.shared, count = str(error), num_rows(data)
+            scale: Any = subsampling_factor(model_trace, count)
+            self.dtype = model_trace.log_prob_sum().dtype
+        else:
+            scale, count, self.dtype = first.scale, first.sites.num_data, first.log_weight.dtype
+        weight = torch.as_tensor(scale, dtype=torch.float64).expand(count).cpu()
         self.total = float(weight.sum())  # loss / mean bound, up to sign
         self.weight = weight / weight.sum()
-        guide_trace, model_trace = run_pair(model, guide, self.args, self.kwargs)
         self.parameters = list({**_parameters(model_trace), **_parameters(guide_trace)})
         places = {parameter: place for place, parameter in enumerate(self.parameters)}
         self.places = {
@@ -409,6 +424,8 @@ def _reference(
         if not exact.isfinite().all():
             raise ValueError(f"reference must be finite; {int((~exact.isfinite()).sum())} values are not")
         return Reference("log p(x), as given", float(step.weight @ exact.detach().cpu().double()), 0.0)
+    if step.shared:
+        return Reference(f"none, as {step.shared.partition(': ')[0]}", math.nan, 0.0)
     estimate = evaluate(
         Programs(step.model, step.guide),
         step.data,

@@ -17,29 +17,27 @@ import numpy.typing as npt
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.infer import infer_discrete
 from torch import Tensor
 
 from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.arviz_compat import arviz_version, inference_data, write_netcdf
+from pyro_vae.evaluation.arviz_whole import Groups, Variable, as_integers, counted, event_dims, whole_groups
 from pyro_vae.evaluation.draws import Chunk, Pair, by_example, chunk_lengths, chunks, prepare_data
 from pyro_vae.evaluation.importance_weights import pareto_smoothed, summarise_weights
+from pyro_vae.evaluation.whole import not_by_example
 from pyro_vae.objectives.log_terms import PairSites
 from pyro_vae.objectives.pair import as_programs
-from pyro_vae.objectives.sites import Program, Site, Sites, joint_mask, run, sample_sites
+from pyro_vae.objectives.sites import Program, Site, Sites, run, sample_sites
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.serialization import replacing
-from pyro_vae.utils.validation import elementwise_support, require_count
+from pyro_vae.utils.validation import require_count
 
 if TYPE_CHECKING:
     import xarray
 
 __all__ = ["save_netcdf", "to_inference_data"]
-
-Variable = tuple[tuple[str, ...], npt.NDArray]  # names of the dimensions, values
-Groups = dict[str, dict[str, Variable]]
 
 _DRAWS = ("chain", "draw", "datum")
 
@@ -80,6 +78,10 @@ def to_inference_data(
     evidence of two VAEs datum by datum. The conditional log p(x|z) is unsuitable: z belongs to the datum that
     is left out, so that `loo` would weight by 1 / p(x|z), whose mean seldom exists, and overrate the model.
 
+    Where a latent site is shared by all examples, the pair runs on all of them together: dimensions have the
+    names of the plates, sample_stats holds lp alone, and log_likelihood is left out, as no log p(x) of
+    single examples exists.
+
     Args:
         vae: As in `evaluate`.
         data: As in `evaluate`. Each predictive group holds `num_samples` times as many values.
@@ -116,15 +118,21 @@ def to_inference_data(
     require_count("num_samples", num_samples, minimum=2)
     require_count("oversample", oversample)
     batches = prepare_data(vae, data, binarize=binarize, seed=seed, missing=missing)
-    num_draws = num_samples * oversample
+    options: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "keep_draws": True}
     parts: list[Groups] = []
     with (
         evaluating(vae, batches.device, seed),
         progress_bar(len(batches), shown=progress, unit=" data") as bar,
     ):
-        for chunk in chunks(vae, batches, num_draws, max_plate_nesting=max_plate_nesting, keep_draws=True):
-            parts.append(_groups(vae, chunk, oversample))
-            bar.update(num_rows(chunk.batch))
+        reason = not_by_example(vae, batches, max_plate_nesting)
+        if reason is None:
+            for chunk in chunks(vae, batches, num_samples * oversample, **options):
+                parts.append(_groups(vae, chunk, oversample))
+                bar.update(num_rows(chunk.batch))
+        elif oversample > 1:
+            raise ValueError(f"oversample must be 1, as there are no weights of single examples: {reason}")
+        else:
+            parts.append(whole_groups(vae, batches.peek(len(batches)), num_samples))
     attrs = {
         "inference_library": "pyro_vae",
         "inference_library_version": importlib.metadata.version("pyro_vae"),
@@ -237,7 +245,7 @@ class _Simulated:
         """Return the observed value that the simulation replaced, NaN where it is missing."""
         others, own = self._dims()
         observed = self.site["infer"]["obs"].broadcast_to(self.site["value"].shape)
-        observed = _counted(self.site, observed)
+        observed = counted(self.site, observed)
         values = by_example(self.sites, self.site, observed)[:1]
         return (*_DRAWS[2:], *own), self._array(values, others)[0, 0]
 
@@ -245,27 +253,14 @@ class _Simulated:
         """Flag which other batch dimensions are plates; name these and the event dimensions."""
         plates = {frame.dim: frame.name for frame in self.site["cond_indep_stack"] if frame.vectorized}
         others = self.sites.other_dims
-        match self.site["fn"].event_dim:
-            case 1:
-                event = ["dim"]
-            case 3:
-                event = ["channel", "row", "column"]
-            case count:
-                event = [f"dim_{number}" for number in range(count)]
         names = [plates[dim] for dim in others if dim in plates]
-        return [dim in plates for dim in others], names + [f"{self.name}_{name}" for name in event]
+        return [dim in plates for dim in others], names + event_dims(self.name, self.site["fn"].event_dim)
 
     def _array(self, values: Tensor, others: list[bool]) -> npt.NDArray:
         """Add the chain dimension to values (S, n, *others, *event); drop dimensions that are not plates."""
         without = [axis + 2 for axis, is_plate in enumerate(others) if not is_plate]
-        array = values.cpu().numpy()
-        support = elementwise_support(self.site["fn"].support)
-        if isinstance(support, _INTEGERS) and not np.isnan(array).any():
-            array = array.astype(np.int8 if support is constraints.boolean else np.int32)
+        array = as_integers(self.site, values.cpu().numpy())
         return array.squeeze(tuple(without))[None]
-
-
-_INTEGERS = (type(constraints.boolean), type(constraints.nonnegative_integer), constraints.integer_interval)
 
 
 def _simulate(
@@ -282,7 +277,7 @@ def _simulate(
                 record = simulated.setdefault(name, _Simulated(name, site, sites, []))
                 is_replaced = _is_observed_part(name, found)
                 is_latent = not site["infer"].get("was_observed")
-                value = _counted(site, site["value"]) if is_latent or is_replaced else site["value"]
+                value = counted(site, site["value"]) if is_latent or is_replaced else site["value"]
                 record.values.append(by_example(sites, site, value))
     return simulated
 
@@ -314,14 +309,6 @@ def _parts(
         yield part, pyro.plate("samples", count, dim=-sites.rank)
 
 
-def _counted(site: Site, value: Tensor) -> Tensor:
-    """Return a site's value with NaN where masks hide it."""
-    mask = joint_mask(site)
-    if mask.all():
-        return value
-    return torch.where(mask, value if value.is_floating_point() else value.double(), torch.nan)
-
-
 def _is_observed_part(name: str, sites: Sites) -> bool:
     """Return whether a site is what a statement with `obs_mask` observes: it counts there alone."""
     return name.endswith("_observed") and f"{name.removesuffix('_observed')}_unobserved" in sites
@@ -332,9 +319,12 @@ def _dataset(chunks: list[dict[str, Variable]], attrs: dict[str, Any]) -> "xarra
     import xarray  # noqa: PLC0415 (slow)
 
     variables = {}
-    for name, (dims, _) in chunks[0].items():
-        axis = dims.index("datum")
-        variables[name] = (dims, np.concatenate([chunk[name][1] for chunk in chunks], axis))
+    for name, (dims, values) in chunks[0].items():
+        if len(chunks) == 1:
+            variables[name] = (dims, values)
+        else:
+            axis = dims.index("datum")
+            variables[name] = (dims, np.concatenate([chunk[name][1] for chunk in chunks], axis))
     sizes = {
         dim: size for dims, array in variables.values() for dim, size in zip(dims, array.shape, strict=True)
     }

@@ -14,18 +14,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sources import arguments
 from pyro_vae.evaluation.draws import Chunk, Pair, chunks, prepare_data
 from pyro_vae.evaluation.importance_weights import bound_by_particles, summarise_weights
 from pyro_vae.evaluation.latents import AggregatePosterior, aggregate_posterior, summarise_latents
 from pyro_vae.evaluation.result import Evaluation, PerDatum, standard_error
-from pyro_vae.evaluation.whole import evaluate_whole
-from pyro_vae.inference.guide_check import require_fit
-from pyro_vae.objectives.log_terms import PairSites, terms
+from pyro_vae.evaluation.whole import evaluate_whole, not_by_example
+from pyro_vae.objectives.log_terms import PairSites
 from pyro_vae.objectives.pair import as_programs
-from pyro_vae.objectives.sites import NotSeparableError, joint_mask
+from pyro_vae.objectives.sites import joint_mask
 from pyro_vae.utils.display import Estimate, progress_bar
-from pyro_vae.utils.isolation import evaluating, isolated
+from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.processes import Processes, checksum, join
 from pyro_vae.utils.validation import require_count
 
@@ -109,7 +107,7 @@ def evaluate(
         evaluating(vae, batches.device, seed),
         progress_bar(total / processes.size, shown=shown, unit=" draws", unit_scale=True) as bar,
     ):
-        reason = _not_by_example(vae, batches, max_plate_nesting)
+        reason = not_by_example(vae, batches, max_plate_nesting)
         if reason is not None:
             options: dict[str, Any] = {"num_particles": num_particles, "seed": seed, "advance": bar.update}
             return evaluate_whole(vae, batches, reason, **options)
@@ -141,27 +139,6 @@ def _require_alike(pair: Pair, batches: Batches, processes: Processes, **setting
         state = pair.state_dict().values() if isinstance(pair, nn.Module) else ()
         processes.require_same("the parameters, by their check sum", checksum(state))
         processes.require_same("the data of evaluate", batches.describe())
-
-
-def _not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str | None:
-    """Return why the terms of a pair cannot be separated by example, or None if they can.
-
-    A pair that fails for two examples may be one of all data together, with parameters for each.
-    """
-    few = min(2, len(batches))
-    for count in (few,) if batches.source.is_large else sorted({few, len(batches)}):
-        args, kwargs = arguments(batches.peek(count))
-        try:
-            with isolated(pair.model, pair.guide), torch.no_grad():
-                terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
-        except NotSeparableError as error:
-            args, kwargs = arguments(batches.peek(len(batches)))  # as `evaluate_whole` runs it
-            require_fit(pair.model, pair.guide, *args, **kwargs)
-            return str(error)
-        except Exception:
-            continue  # said better by the checks that follow
-        break
-    return None
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,15 @@ from pyro import poutine
 
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sources import arguments
+from pyro_vae.evaluation.draws import Pair
+from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.inference.svi import default_loss
-from pyro_vae.objectives.sites import run_pair, subsampling_factor
+from pyro_vae.objectives.log_terms import terms
+from pyro_vae.objectives.sites import NotSeparableError, run_pair, subsampling_factor
 from pyro_vae.utils.display import Estimate
+from pyro_vae.utils.isolation import isolated
 
-__all__ = ["WholeEvaluation", "evaluate_whole"]
+__all__ = ["WholeEvaluation", "evaluate_whole", "not_by_example"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,24 @@ def evaluate_whole(
     se = float(elbos.std()) / math.sqrt(len(elbos)) if len(elbos) > 1 else math.nan
     name = type(estimator).__name__
     return WholeEvaluation(float(elbos.mean()), se, reason, name, len(batches), num_particles, seed)
+
+
+def not_by_example(pair: Pair, batches: Batches, max_plate_nesting: int) -> str | None:
+    """Return why the terms of a pair cannot be separated by example, or None if they can.
+
+    A pair that fails for two examples may be one of all data together, with parameters for each.
+    """
+    few = min(2, len(batches))
+    for count in (few,) if batches.source.is_large else sorted({few, len(batches)}):
+        args, kwargs = arguments(batches.peek(count))
+        try:
+            with isolated(pair.model, pair.guide), torch.no_grad():
+                terms(pair.model, pair.guide, *args, max_plate_nesting=max_plate_nesting, **kwargs)
+        except NotSeparableError as error:
+            args, kwargs = arguments(batches.peek(len(batches)))  # as `evaluate_whole` runs it
+            require_fit(pair.model, pair.guide, *args, **kwargs)
+            return str(error)
+        except Exception:
+            continue  # said better by the checks that follow
+        break
+    return None

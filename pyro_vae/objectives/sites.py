@@ -270,11 +270,15 @@ def data_plate(guide_sites: Sites, model_sites: Sites, *, max_plate_nesting: int
             "no site lies in a plate, so that examples cannot be separated: draw the sites of the model and "
             'the guide inside `with pyro.plate("data", len(x)):`'
         )
-    plate = max(counts, key=counts.__getitem__)
+    observed = {  # plates around data, rather than around components of the model
+        name for where, site in _labelled({}, model_sites) if site["is_observed"] for name in frames[where]
+    }
+    plate = max(counts, key=lambda name: (name in observed, counts[name]))
     outside = [where for where, plates in frames.items() if plate not in plates]
     raise NotSeparableError(
         f"{outside[0]} lies outside the data plate {plate!r}: all examples would share it, so that terms per "
-        "example do not exist. Draw it inside the plate, or use pyro.infer.Trace_ELBO"
+        "example do not exist. Draw it inside the plate; or train with pyro.infer.Trace_ELBO, and let "
+        "evaluate give the ELBO of the whole"
     )
 
 

@@ -33,6 +33,7 @@ from pyro_vae.objectives.sites import (
     subsampling_factor,
 )
 from pyro_vae.training.history import Epoch, History
+from pyro_vae.training.pace import Pace
 from pyro_vae.training.settings import BATCH_SIZE, Settings
 from pyro_vae.utils.isolation import derived_seed, evaluating, isolated, seed_at, seed_generators
 from pyro_vae.utils.processes import checksum
@@ -93,7 +94,7 @@ class Run:
         self.history = History()
         self.done: list[tuple[int, float]] = []  # length and bound of each batch of the current epoch
         self.total, self.num_done = 0.0, 0  # of the bounds of their examples; these
-        self.seconds = 0.0
+        self.seconds, self.pace = 0.0, Pace()
         self.best_state: dict[str, Tensor] = {}
         self.interrupted = False
 
@@ -241,8 +242,10 @@ class Run:
         for batch in self.train.epoch(epoch, batch_size=self.batch_size, start=len(self.done)):
             seed_generators(self.device, seed_at(noise, len(self.done)))
             args, kwargs = arguments(batch)
+            started = time.perf_counter()
             with self._autocast():
                 loss = self.svi.step(*args, **kwargs)
+            self.pace.note(time.perf_counter() - started)
             self.interrupted = bool(is_interrupted())
             yield num_rows(batch), loss
 

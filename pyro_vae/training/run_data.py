@@ -4,9 +4,10 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sources import told_of_missing
+from pyro_vae.data.sources import arguments, told_of_missing
 from pyro_vae.data.streams import Stream, has_length, is_divided, is_stream
 from pyro_vae.inference.observed_values import check_of
 from pyro_vae.objectives.pair import OwnParameters
@@ -113,7 +114,16 @@ def _conversions(pair: OwnParameters, missing: str | None) -> dict[str, Any]:
 
 
 def _check(pair: OwnParameters, train: Batches | Stream, held_out: Batches | Stream | None) -> None:
-    train.check(check_of(pair, train))
+    check, any_observed = check_of(pair, train), set()
+
+    def check_and_note(batch: Any) -> None:
+        check(batch)
+        observed = arguments(batch)[1].get("observed")
+        any_observed.add(not isinstance(observed, Tensor) or bool(observed.any()))
+
+    train.check(check_and_note)
+    if isinstance(train, Batches) and train.unchecked is None and any_observed == {False}:
+        raise ValueError("every value of the data is missing (NaN): there is nothing to learn from")
     if held_out is not None:
         try:
             held_out.check(check_of(pair, held_out))

@@ -15,11 +15,11 @@ __all__ = ["Estimate", "aligned", "data_frame", "html_table", "progress_bar"]
 
 
 class Estimate(NamedTuple):
-    """A value and its standard error.
+    """A value and its standard error; NaN where that is unknown.
 
     Example:
-        >>> print(Estimate(-86.3512, 0.0241))
-        -86.351 ± 0.024
+        >>> print(Estimate(-86.3512, 0.0241), Estimate(-86.3512, math.nan))
+        -86.351 ± 0.024 -86.35
     """
 
     value: float
@@ -27,6 +27,8 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         se = self.standard_error
+        if math.isnan(se):  # of a single draw, say
+            return f"{self.value:.2f}"
         digits = 1 - math.floor(math.log10(se)) if 0 < se < math.inf else 2  # the error's first two
         digits = min(max(digits, 0), 6)
         return f"{self.value:.{digits}f} ± {se:.{digits}f}"

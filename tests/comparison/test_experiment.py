@@ -724,3 +724,40 @@ def test_a_mask_that_the_guide_forgets_is_an_error_for_every_estimator(estimator
     with pytest.raises(ValueError, match=r"'z' has no mask, the model's has a mask that counts 4 of 6"):
         compare_estimators(model, guide, x, [estimator], **options)
     compare_estimators(model, masked_guide, x, [Trace_ELBO()], **options)
+
+
+def test_a_latent_that_all_examples_share_leaves_no_reference():
+    """Values and noise of Pyro's estimators, as measured by hand."""
+    x = torch.linspace(-1.0, 3.0, 7, dtype=torch.float64)
+    shift = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("components", 3):  # more sites than around the data
+            pyro.sample("a", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("b", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", 14, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(pyro.param("shift", shift), 0.3))
+        with pyro.plate("components", 3):
+            pyro.sample("a", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("b", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    with pyro.get_param_store().scope():
+        compared = {"one": Trace_ELBO(), "two": Trace_ELBO(2), "exact": TraceMeanField_ELBO()}
+        found = pv.compare_estimators(model, guide, x, compared, num_repeats=400, progress=False)
+        with pytest.raises(ValueError, match="'mean' lies outside the data plate 'data'"):
+            pv.compare_estimators(model, guide, x, [pv.IWAE(3)], progress=False)
+    log_likelihood = -0.5 * (math.log(2 * math.pi) + (x - 0.5).square().mean().item() + 0.09)
+    kl = -math.log(0.3) + 0.5 * (0.09 + 0.25 - 1)
+    exact = log_likelihood - kl / 14  # of 14 data
+    assert abs((found["value"] - exact) / found["value_se"]).max() < 5
+    slope = (x - 0.5).mean().item() - 0.5 / 14  # of the ELBO per datum in the guide's mean, ± 0.3
+    by_closed_form = found.dataset.sel(estimator="exact", parameters="guide")
+    assert abs(by_closed_form["snr"] - slope / 0.3) < 5 * by_closed_form["snr_se"]
+    assert found["bias"].isnull().all()
+    assert "reference: none, as the guide's site 'mean' lies outside the data plate 'data'" in repr(found)
+    assert not any("reference" in line or "own bound" in line for line in found.findings())
+    assert "Which to use: " in repr(found)

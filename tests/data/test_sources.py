@@ -176,8 +176,8 @@ def test_the_fingerprint_of_large_data_tells_a_changed_block(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """A file of 530 MB goes through fit with validation and checkpoints, and part of it through evaluate."""
-    rows, width = 130_000, 1024
+    """A file of 330 MB goes through fit with validation and checkpoints, and part of it through evaluate."""
+    rows, width = 80_000, 1024
     file = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (rows, width))  # of zeros, sparse
     file[:: rows // 100] = 1.0
     del file

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from contexts import semi_supervised, with_few_classes
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import config_enumerate
 from solved import data as rows_of
@@ -104,6 +105,46 @@ def test_what_has_no_evidence_of_single_data_gets_the_elbo_of_the_whole():
     assert report.pareto_k is None
     assert "'mean' lies outside the data plate" in report.reason
     assert report.reason in repr(report)
+
+
+def test_a_shared_latent_is_exported_by_plates():
+    x = torch.randn(N, generator=torch.Generator().manual_seed(1)) + 1
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("parts", 3):
+            weight = pyro.sample("weight", dist.Normal(4.0, 0.5))
+        with pyro.plate("data", len(x)):
+            seen = poutine.mask(mask=torch.arange(len(x)) != 2)
+            with seen:
+                pyro.sample("x", dist.Normal(mean[0] + weight.sum(), 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(torch.tensor([1.0, -2.0]), 0.1).to_event(1))
+        with pyro.plate("parts", 3):
+            pyro.sample("weight", dist.Normal(0.0, 0.2))
+
+    idata = pv.to_inference_data((model, guide), x, num_samples=200, progress=False)
+    mean, weight = (idata["posterior"][name] for name in ("mean", "weight"))
+    assert mean.dims == ("chain", "draw", "mean_dim")
+    assert weight.dims == ("chain", "draw", "parts")
+    assert abs(mean.values[0].mean(0) - [1.0, -2.0]).max() < 5 * 0.1 / 200**0.5
+    predicted = idata["posterior_predictive"]["x"]
+    assert predicted.sizes == {"chain": 1, "draw": 200, "data": N}
+    error = predicted.values[0, :, 0] - mean.values[0, :, 0] - weight.values[0].sum(1)
+    assert abs(error.mean()) < 5 / 200**0.5
+    assert idata["prior"]["weight"].values.mean() == pytest.approx(4.0, abs=5 * 0.5 / 600**0.5)
+    observed = idata["observed_data"]["x"].values
+    assert np.isnan(observed[2])
+    assert np.delete(observed - x.numpy(), 2) == pytest.approx(0)
+    first = [dist.Normal(0.0, 1.0).log_prob(torch.tensor(mean.values[0, 5])).sum()]
+    first.append(dist.Normal(4.0, 0.5).log_prob(torch.tensor(weight.values[0, 5])).sum())
+    centre = torch.tensor(mean.values[0, 5, 0] + weight.values[0, 5].sum())
+    first.append(dist.Normal(centre, 1.0).log_prob(x)[torch.arange(N) != 2].sum())
+    assert idata["sample_stats"]["lp"].values[0, 5] == pytest.approx(float(sum(first)), abs=1e-10)
+    assert "log_likelihood" not in list(idata.groups() if callable(idata.groups) else idata.groups)
+    with pytest.raises(ValueError, match="oversample must be 1.*'mean' lies outside the data plate 'data'"):
+        pv.to_inference_data((model, guide), x, oversample=2, progress=False)
 
 
 def test_the_elbo_of_the_whole_is_a_mean_over_runs_with_its_error(monkeypatch):

@@ -237,3 +237,12 @@ def test_elements_that_are_not_independent():
     )
     with pytest.raises(ValueError, match="expected independent elements"):
         vae.model(torch.zeros(N, K), observed=torch.ones(N, K, dtype=torch.bool))
+
+
+def test_data_without_a_value_are_refused():
+    """Rows without any are fine, as is a batch of them."""
+    x = table()
+    x[:4] = torch.nan
+    pv.fit(make(), x, missing="nan", epochs=1, batch_size=2, progress=False)
+    with pytest.raises(ValueError, match=r"every value of the data is missing \(NaN\)"):
+        pv.fit(make(), x[:4], missing="nan", epochs=1, progress=False)
