@@ -30,9 +30,11 @@ from pyro_vae.utils.validation import outside_support, require_count, require_sh
 __all__ = [
     "FLOWS",
     "Bernoulli",
+    "Columns",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
     "FlowDistribution",
+    "Levels",
     "LowRankMultivariateNormal",
     "MultivariateNormal",
     "NegativeBinomial",
@@ -41,6 +43,7 @@ __all__ = [
     "build_flow",
     "grid",
     "multivariate_to_diagonal_normal",
+    "ordinal_logits",
     "poisson_deviance",
     "stirling_remainder",
 ]
@@ -433,6 +436,161 @@ class DiscretizedLogistic(_ConciseErrors, TorchDistribution):
         for k in range(1, self.levels):  # a loop, to hold one level in memory at a time
             mean += torch.sigmoid((self.loc - (k - 0.5) * bin_width) / self.scale)
         return mean * bin_width
+
+
+class Levels(TorchDistribution):
+    """Distribution of one of k levels by its code 0 … k − 1, a floating-point number: p(x) = softmax(η)_x.
+
+    Args:
+        logits: η, (*, k); −inf for codes that do not exist, so that one tensor holds several k.
+
+    Example:
+        >>> Levels(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])).log_prob(torch.tensor([1.0, 0.0])).exp()
+        tensor([0.5000, 1.0000])
+    """
+
+    arg_constraints: ClassVar = {"logits": constraints.real_vector}
+
+    def __init__(self, logits: Tensor, *, validate_args: bool | None = None):
+        self.logits = logits
+        super().__init__(logits.shape[:-1], validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """Codes that exist."""
+        return constraints.integer_interval(0, self.logits.isfinite().sum(-1) - 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Levels":
+        """Return the distribution with its parameters expanded to a batch shape."""
+        logits = self.logits.expand(*batch_shape, self.logits.shape[-1])
+        return _copy_validation(self, Levels(logits, validate_args=False))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log probability of codes."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_probs = F.log_softmax(self.logits, -1)
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        index = value.expand(shape).long().unsqueeze(-1)
+        return log_probs.expand(*shape, log_probs.shape[-1]).gather(-1, index).squeeze(-1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw codes."""
+        return dist.Categorical(logits=self.logits).sample(sample_shape).to(self.logits.dtype)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], of ordered levels the mean of their codes."""
+        return self._moment(1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x]."""
+        return (self._moment(2) - self._moment(1).square()).clamp(min=0.0)
+
+    def _moment(self, power: int) -> Tensor:
+        codes = torch.arange(self.logits.shape[-1], dtype=self.logits.dtype, device=self.logits.device)
+        return self.logits.softmax(-1) @ codes**power
+
+
+def ordinal_logits(location: Tensor, thresholds: Tensor, levels: Tensor) -> Tensor:
+    """Return log p(c), (*, C, k), of ordered levels: P(x ≤ c) = σ(t_c − η), t_0 < t_1 < … < t_(k − 2).
+
+    Differences of σ are computed in logarithms, as for `DiscretizedLogistic`.
+
+    Args:
+        location: η, (*, C).
+        thresholds: t, (C, k − 1), increasing.
+        levels: Number of levels of each of the C, at most k, (C,): thresholds beyond play no role.
+
+    Source: P. McCullagh (1980), Regression models for ordinal data, J. R. Statist. Soc. B 42.
+
+    Example:
+        >>> thresholds = torch.tensor([[-1.0, 1.0], [0.0, 1.0]])
+        >>> ordinal_logits(torch.zeros(2), thresholds, torch.tensor([3, 2])).exp()
+        tensor([[0.2689, 0.4621, 0.2689],
+                [0.5000, 0.5000, 0.0000]])
+    """
+    code = torch.arange(thresholds.shape[-1] + 1, device=thresholds.device)
+    is_above, is_below = code > 0, code < levels[:, None] - 1  # a threshold below it, above it
+    lower = torch.cat([thresholds[:, :1], thresholds], -1)
+    upper = torch.cat([thresholds, thresholds[:, -1:]], -1)
+    gap = torch.where(is_above & is_below, upper - lower, 1.0)
+    log_prob = torch.where(is_below, F.logsigmoid(upper - location[..., None]), 0.0)
+    log_prob = log_prob + torch.where(is_above, F.logsigmoid(location[..., None] - lower), 0.0)
+    log_prob = log_prob + torch.where(is_above & is_below, torch.log(-torch.expm1(-gap)), 0.0)
+    return log_prob.masked_fill(code >= levels[:, None], -torch.inf)
+
+
+class Columns(_ConciseErrors, TorchDistribution):
+    """Independent elements of several families: log p(x_j), of batch shape (*, D), for x (*, D).
+
+    Args:
+        parts: Distributions of single elements, of batch shapes (*, D_p), Σ_p D_p = D.
+        positions: Column of each element of the parts, in their order, int64 (D,), a permutation.
+        order: Its inverse.
+        values: The support, by column.
+
+    Example:
+        >>> from pyro_vae.utils.columns import Column, ColumnValues
+        >>> parts = [Levels(torch.zeros(4, 1, 3)), dist.Normal(torch.zeros(4, 1), 1.0)]
+        >>> order = torch.tensor([1, 0])
+        >>> p = Columns(parts, order, order, ColumnValues([Column("normal"), Column("categorical", 3)]))
+        >>> p.log_prob(torch.tensor([0.0, 2.0]))[0]  # −½ log 2π, −log 3
+        tensor([-0.9189, -1.0986])
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        positions: Tensor,
+        order: Tensor,
+        values: constraints.Constraint,
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.parts, self.positions, self.order, self.values = tuple(parts), positions, order, values
+        self.sizes = [part.batch_shape[-1] for part in parts]
+        super().__init__((*parts[0].batch_shape[:-1], len(positions)), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """The values of each column."""
+        return self.values
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Columns":
+        """Return the distribution with its parameters expanded to a batch shape."""
+        *batch, _ = batch_shape
+        parts = [part.expand((*batch, size)) for part, size in zip(self.parts, self.sizes, strict=True)]
+        expanded = Columns(parts, self.positions, self.order, self.values, validate_args=False)
+        return _copy_validation(self, expanded)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density or probability of each element."""
+        if self._validate_args:
+            self._validate_sample(value)
+        by_part = value.index_select(-1, self.positions).split(self.sizes, -1)
+        return self._ordered([part.log_prob(x) for part, x in zip(self.parts, by_part, strict=True)])
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw each element."""
+        return self._ordered([part.sample(sample_shape) for part in self.parts])
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_j]; of categories the mean of their codes."""
+        return self._ordered([part.mean for part in self.parts])
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x_j]."""
+        return self._ordered([part.variance for part in self.parts])
+
+    def _ordered(self, by_part: list[Tensor]) -> Tensor:
+        return torch.cat(by_part, -1).index_select(-1, self.order)
 
 
 class NormalMixture(dist.MixtureSameFamily):

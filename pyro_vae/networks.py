@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from pyro_vae.utils.columns import COUNTS, REAL, parse_columns, parse_units
 from pyro_vae.utils.serialization import rebuildable
 from pyro_vae.utils.validation import (
     require_count,
@@ -27,6 +28,7 @@ from pyro_vae.utils.validation import (
 __all__ = [
     "MLP",
     "RAW_ONE",
+    "ColumnEncoder",
     "ConvDecoder",
     "ConvEncoder",
     "NetworkOptions",
@@ -99,6 +101,101 @@ class MLP(nn.Sequential):
         for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), _activation(activation)]
         super().__init__(*layers[:-1])
+
+
+@rebuildable
+class ColumnEncoder(nn.Module):
+    """Perceptron from a table of mixed columns: each becomes numbers near 1 first, and 0 where it is missing.
+
+    Real numbers are standardised, of log-normal ones the logarithms; counts become log((1 + x)/(1 + scale));
+    two values −1 and 1; ordered levels equal steps from −1 to 1; categories are one-hot.
+
+    Args:
+        columns: As for `likelihoods.Columns`.
+        out_features: Number of outputs.
+        offset: As for `likelihoods.Columns`.
+        scale: As for `likelihoods.Columns`.
+        hidden_features: As in `MLP`.
+        activation: As in `MLP`.
+
+    Raises:
+        TypeError: If an entry of `columns` does not name a family.
+        ValueError: If a family, a number of levels or a unit is invalid.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae.guides import DiagonalNormal
+        >>> network = ColumnEncoder(["normal", ("categorical", 3)], 4)
+        >>> network.features(torch.tensor([[0.5, 2.0]]), torch.tensor([[True, True]]))
+        tensor([[0.5000, 0.0000, 0.0000, 1.0000]])
+        >>> guide = DiagonalNormal((2,), 2, network=network, mask_input=True)
+        >>> guide(torch.zeros(7, 2)).mean.shape
+        torch.Size([7, 2])
+    """
+
+    shift: Tensor
+    width: Tensor
+    is_log: Tensor
+    is_count: Tensor
+    plain: Tensor
+    category: Tensor
+    code: Tensor
+
+    def __init__(
+        self,
+        columns: Sequence[Any],
+        out_features: int,
+        *,
+        offset: Sequence[float] | None = None,
+        scale: Sequence[float] | None = None,
+        hidden_features: Sequence[int] = (400,),
+        activation: str = "relu",
+    ):
+        super().__init__()
+        self.columns = parse_columns(columns)
+        families = [column.family for column in self.columns]
+        shift, width = parse_units(self.columns, offset, scale)
+        for place, (family, levels) in enumerate(self.columns):
+            if family in COUNTS:
+                shift[place], width[place] = torch.log1p(width[place]), 1.0
+            elif family not in REAL:
+                shift[place] = width[place] = (max(2, levels) - 1) / 2
+        categories = [(place, c.levels) for place, c in enumerate(self.columns) if c.family == "categorical"]
+        buffers = {
+            "shift": shift,
+            "width": width,
+            "is_log": torch.tensor([family == "log-normal" for family in families]),
+            "is_count": torch.tensor([family in COUNTS for family in families]),
+            "plain": torch.tensor(
+                [j for j, family in enumerate(families) if family != "categorical"], dtype=torch.int64
+            ),
+            "category": torch.tensor([place for place, k in categories for _ in range(k)], dtype=torch.int64),
+            "code": torch.tensor([code for _, k in categories for code in range(k)], dtype=torch.int64),
+        }
+        for name, values in buffers.items():
+            self.register_buffer(name, values, persistent=False)
+        size = len(self.plain) + len(self.code) + len(self.columns)
+        self.network = MLP(size, out_features, hidden_features=hidden_features, activation=activation)
+
+    def features(self, x: Tensor, observed: Tensor) -> Tensor:
+        """Return the numbers (N, F) of x (N, D), 0 where it is not observed; one-hot categories come last."""
+        logs = torch.where(self.is_log & (x > 0), x, 1.0).log()
+        value = torch.where(self.is_log, logs, torch.where(self.is_count, x.clamp(min=0).log1p(), x))
+        number = torch.where(observed, (value - self.shift.to(x.dtype)) / self.width.to(x.dtype), 0.0)
+        is_code = observed[:, self.category] & (x[:, self.category] == self.code)
+        return torch.cat([number[:, self.plain], is_code.to(x.dtype)], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, D), or (N, 2D) with 1 where each is observed as `mask_input` gives it, to outputs."""
+        D = len(self.columns)
+        if x.shape[1] not in (D, 2 * D):
+            raise ValueError(
+                f"ColumnEncoder takes {D} columns, or {2 * D} numbers with where each is observed; got "
+                f"{x.shape[1]}: a context is not among them"
+            )
+        observed = x[:, D:] > 0 if x.shape[1] == 2 * D else torch.ones_like(x, dtype=torch.bool)
+        features = self.features(x[:, :D], observed)
+        return self.network(torch.cat([features, observed.to(x.dtype)], -1))
 
 
 @rebuildable
@@ -214,16 +311,17 @@ def encoder(
 
 
 def decoder(
-    network: Any, in_features: int, event_shape: tuple[int, ...], *, num_parameters: int = 1, **options: Any
+    network: Any, in_features: int, event_shape: tuple[int, ...], *, num_outputs: int, **options: Any
 ) -> nn.Module:
     """Return the network of a likelihood, as `encoder` does that of a guide; "conv" is a `ConvDecoder`."""
     if network is None:
-        return MLP(in_features, num_parameters * math.prod(event_shape), **options)
+        return MLP(in_features, num_outputs, **options)
     if not _is_conv(network, event_shape):
         require_module("network", network)
         return cast(nn.Module, network)
-    channels, *size = event_shape
-    return ConvDecoder(in_features, (num_parameters * channels, *size), activation=options["activation"])
+    _, *size = event_shape
+    shape = (num_outputs // math.prod(size), *size)
+    return ConvDecoder(in_features, shape, activation=options["activation"])
 
 
 def _is_conv(network: Any, event_shape: tuple[int, ...]) -> bool:

@@ -20,6 +20,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.data.frames import is_frame, numbers
 from pyro_vae.data.sources import arguments
 from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
@@ -142,11 +143,19 @@ class VAE(OwnParameters):
         return self.prior(*context)
 
     def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
-        """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape)."""
+        """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape) or a frame."""
+        x = self._as_tensor(x)
         # not around the call, as Pyro would add its table of shapes to an error
         with explaining_nan(x), poutine.block(), self._own_store(), poutine.trace() as tracer:
             q = self._call_posterior(x, *context, observed=observed)
         return q if isinstance(q, dist.Distribution) else tracer.trace.nodes["z"]["fn"]
+
+    def _as_tensor(self, x: Any) -> Tensor:
+        """Return a data frame as a tensor like the parameters, and anything else as it is."""
+        if not is_frame(x):
+            return x
+        parameter = next(self.parameters(), torch.zeros(()))
+        return torch.from_numpy(numbers(x)).to(parameter)
 
     def decode(self, z: Tensor, *context: Tensor) -> dist.Distribution:
         """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""

@@ -19,7 +19,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_vae import VAE, closed_form, guides, likelihoods, priors
-from pyro_vae.networks import positive
+from pyro_vae.networks import RAW_ONE, positive
 
 PARTICLES, DATA, LATENT, EVENT = 2, 5, 3, (2, 4)
 
@@ -32,6 +32,7 @@ class LikelihoodCase(NamedTuple):
     data: Callable[[Tensor], Tensor]  # from uniform random numbers
     nll: Callable[..., Tensor]  # (likelihood, x (N, D), each of the network's outputs (N, D)) -> (N,)
     options: dict[str, Any] = {}  # noqa: RUF012
+    event: tuple[int, ...] | None = None  # of a likelihood of columns; others take any
 
 
 def binary(u: Tensor) -> Tensor:
@@ -78,7 +79,73 @@ def student_t_nll(p: nn.Module, x: Tensor, loc: Tensor, raw_scale: Tensor, raw_d
     return -(log_normaliser - (df + 1) / 2 * (1 + ((x - loc) / scale) ** 2 / df).log()).sum(-1)
 
 
+COLUMNS = [
+    "binary",
+    ("ordinal", 4),
+    "student-t",
+    "log-normal",
+    ("categorical", 3),
+    "negative-binomial",
+    "normal",
+    "poisson",
+]
+OFFSET = torch.tensor([0.0, 0.0, -0.5, 0.2, 0.0, 0.0, 0.7, 0.0], dtype=torch.float64)
+SCALE = torch.tensor([1.0, 1.0, 1.5, 0.6, 1.0, 3.0, 2.0, 4.0], dtype=torch.float64)
+
+
+def mixed(u: Tensor) -> Tensor:
+    """Values of `COLUMNS` from uniform numbers (N, 8)."""
+    makers = [binary, lambda u: (4 * u).floor(), real, lambda u: u + 0.1, lambda u: (3 * u).floor()]
+    makers += [counts, real, counts]
+    return torch.stack([make(column) for make, column in zip(makers, u.unbind(1), strict=True)], 1)
+
+
+def columns_nll(p: nn.Module, x: Tensor, *by_family: Tensor) -> Tensor:
+    """Each family by its formula, in the order of `utils.columns.FAMILIES`; one column of each."""
+    groups = dict(zip([group.family for group in p.groups], p.groups, strict=True))
+    normal, log_normal, student_t, poisson, negative, bits, categories, ordered = by_family
+
+    def column(family: str) -> tuple[Tensor, Tensor, Tensor]:
+        place = [entry if isinstance(entry, str) else entry[0] for entry in COLUMNS].index(family)
+        return x[:, place, None], OFFSET[place], SCALE[place]
+
+    def gaussian(family: str, raw: Tensor, *, log: bool) -> Tensor:
+        x, offset, scale = column(family)
+        s = scale * (positive(groups[family].raw_scale) + 0.01)
+        nll = closed_form.gaussian_nll(x.log() if log else x, offset + scale * raw, s**2)
+        return nll + x.log().sum(-1) if log else nll
+
+    total = gaussian("normal", normal, log=False) + gaussian("log-normal", log_normal, log=True)
+    x_t, offset, scale = column("student-t")
+    df, s = positive(groups["student-t"].raw_df) + 2, scale * (positive(groups["student-t"].raw_scale) + 0.01)
+    log_normaliser = ((df + 1) / 2).lgamma() - (df / 2).lgamma() - (df * math.pi).log() / 2 - s.log()
+    distance = ((x_t - offset - scale * student_t) / s) ** 2
+    total -= (log_normaliser - (df + 1) / 2 * (1 + distance / df).log()).sum(-1)
+    x_c, _, scale = column("poisson")
+    m = scale * positive(poisson + RAW_ONE)
+    total += (m - x_c * m.log() + (x_c + 1).lgamma()).sum(-1)
+    x_c, _, scale = column("negative-binomial")
+    m, r = scale * positive(negative + RAW_ONE), positive(groups["negative-binomial"].raw_dispersion)
+    total -= ((x_c + r).lgamma() - r.lgamma() - (x_c + 1).lgamma()).sum(-1)
+    total -= (r * (r / (r + m)).log() + x_c * (m / (r + m)).log()).sum(-1)
+    total += closed_form.bernoulli_nll(column("binary")[0], bits)
+    total -= categories.log_softmax(-1).gather(-1, column("categorical")[0].long()).sum(-1)
+    g = groups["ordinal"]
+    thresholds = torch.cat([g.first, positive(g.raw_gaps)], 1).cumsum(1)
+    up_to = torch.cat([(thresholds - ordered).sigmoid(), torch.ones_like(ordered)], 1)
+    return total - up_to.diff(dim=1, prepend=torch.zeros_like(ordered)).log().gather(
+        -1, column("ordinal")[0].long()
+    ).sum(-1)
+
+
 LIKELIHOODS = {
+    "Columns": LikelihoodCase(
+        lambda latent, event, **options: likelihoods.Columns(latent, COLUMNS, **options),
+        mixed,
+        columns_nll,
+        {"offset": OFFSET.tolist(), "scale": SCALE.tolist()},
+        (len(COLUMNS),),
+    ),
     "Bernoulli": LikelihoodCase(
         likelihoods.Bernoulli, binary, lambda p, x, logits: closed_form.bernoulli_nll(x, logits)
     ),
@@ -216,9 +283,9 @@ def build(likelihood: str, guide: str) -> tuple[VAE, Tensor]:
     vae = VAE(
         prior=priors.StandardNormal(LATENT),
         likelihood=case.make(LATENT, EVENT, hidden_features=(7,), **case.options),
-        guide=GUIDES[guide][0](EVENT, LATENT, hidden_features=(6,)),
+        guide=GUIDES[guide][0](case.event or EVENT, LATENT, hidden_features=(6,)),
     ).double()
-    return vae, case.data(torch.rand(DATA, *EVENT, dtype=torch.float64))
+    return vae, case.data(torch.rand(DATA, *(case.event or EVENT), dtype=torch.float64))
 
 
 def analytic_loss(vae: VAE, x: Tensor, likelihood: str, guide: str, *, analytic_kl: bool) -> Tensor:

@@ -45,7 +45,8 @@ def public_classes(room):
 
 CONDITIONALS = [
     *[(make, ((2, 4), 3)) for make in public_classes(guides) if make is not guides.SemiAmortised],
-    *[(make, (3, (2, 4))) for make in public_classes(likelihoods)],
+    *[(make, (3, (2, 4))) for make in public_classes(likelihoods) if make is not likelihoods.Columns],
+    (likelihoods.Columns, (3, ["normal", "binary"])),
 ]
 
 

@@ -61,6 +61,13 @@ RECORDS = [
     described(likelihoods.NegativeBinomial, LIKELIHOOD | OPTIONS | {"network": None}),
     described(likelihoods.NegativeBinomial, LIKELIHOOD, network=network(2, 5)),
     described(likelihoods.StudentT, LIKELIHOOD | OPTIONS | {"min_scale": 0.1}),
+    described(
+        likelihoods.Columns,
+        {"latent_dim": 2, "columns": ["normal", ["ordinal", 3]], "offset": [1.5, 0.0], "scale": [2.0, 1.0]}
+        | {"names": ["a", "b"], "min_scale": 0.1}
+        | OPTIONS,
+    ),
+    described(likelihoods.Columns, {"latent_dim": 2, "columns": ["poisson"]}, network=network(2, 1)),
     described(priors.StandardNormal, {"latent_dim": 2}),
     described(priors.LearnedNormal, {"latent_dim": 2}),
     described(priors.Mixture, {"latent_dim": 2, "num_components": 3}),
@@ -71,6 +78,10 @@ RECORDS = [
     ),
     described(priors.Flow, {"latent_dim": 2} | FLOW),
     described(networks.MLP, {"in_features": 5, "out_features": 2} | OPTIONS),
+    described(
+        networks.ColumnEncoder,
+        {"columns": ["binary", ["categorical", 3]], "out_features": 2, "offset": [0.0, 0.0]} | OPTIONS,
+    ),
     described(networks.ConvEncoder, {"event_shape": [1, 8, 8], "out_features": 3, "channels": [2]}),
     described(networks.ConvDecoder, {"in_features": 3, "out_shape": [1, 8, 8], "activation": "elu"}),
 ]

@@ -17,17 +17,21 @@ from pyro_vae.distributions import Bernoulli
 EVENT, K, N, S = (2, 3), 4, 5, 7
 
 
+def event_of(name):
+    return LIKELIHOODS[name].event or EVENT
+
+
 def make(name="Bernoulli"):
     case = LIKELIHOODS[name]
     return pv.VAE(
         prior=pv.priors.StandardNormal(K),
-        likelihood=case.make(K, EVENT, hidden_features=(6,), **case.options),
-        guide=pv.guides.DiagonalNormal(EVENT, K, hidden_features=(8,)),
+        likelihood=case.make(K, event_of(name), hidden_features=(6,), **case.options),
+        guide=pv.guides.DiagonalNormal(event_of(name), K, hidden_features=(8,)),
     )
 
 
 def data(name="Bernoulli"):
-    return LIKELIHOODS[name].data(torch.rand(N, *EVENT))
+    return LIKELIHOODS[name].data(torch.rand(N, *event_of(name)))
 
 
 def pyros_svi(vae, estimator=None):
@@ -62,17 +66,17 @@ def test_every_likelihood_trains_under_pyros_svi(name, estimator):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_every_likelihood_gives_distributions_of_the_stated_shapes(name):
-    vae, x = make(name), data(name)
+    vae, x, event = make(name), data(name), event_of(name)
     vae.check_data(x)
     q = vae.encode(x)
     assert (q.batch_shape, q.event_shape) == ((N,), (K,))
     p = vae.decode(q.rsample((S,)))
-    assert (p.batch_shape, p.event_shape) == ((S, N), EVENT)
+    assert (p.batch_shape, p.event_shape) == ((S, N), event)
     assert p.log_prob(x).shape == (S, N)
-    assert vae.reconstruct(x).shape == (N, *EVENT)
+    assert vae.reconstruct(x).shape == (N, *event)
     drawn = vae.sample(3)
     vae.check_data(drawn)
-    assert drawn.shape == vae.sample(3, mean=True).shape == (3, *EVENT)
+    assert drawn.shape == vae.sample(3, mean=True).shape == (3, *event)
 
 
 def test_the_loss_is_the_negative_elbo_of_the_two_functions():

@@ -34,6 +34,7 @@ PAGES = {  # the side bar
         docs/gallery
     """,
     "Use": """
+        docs/tables
         docs/anomalies
         docs/missing
         docs/scikit-learn

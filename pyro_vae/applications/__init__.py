@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyro_vae.applications.denoising import denoise
     from pyro_vae.applications.exporting import export
     from pyro_vae.applications.imputation import Pooled, impute, pool
+    from pyro_vae.applications.mixed_tables import table_vae
     from pyro_vae.applications.posterior_draws import Restored
     from pyro_vae.applications.scores import anomaly_scores
     from pyro_vae.applications.typicality import BatchTypicality, batch_typicality
@@ -32,6 +33,7 @@ __all__ = [
     "export",
     "impute",
     "pool",
+    "table_vae",
 ]
 
 _FILES = {
@@ -49,6 +51,7 @@ _FILES = {
     "impute": "imputation",
     "pool": "imputation",
     "sklearn": "sklearn",
+    "table_vae": "mixed_tables",
 }
 
 

@@ -3,6 +3,7 @@
 Missing entries are NaN. They never reach a network: the guide encodes zeros in their place.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae.applications.corruptions import CorruptionError, LinearMap
 from pyro_vae.applications.posterior_draws import Observed, Restored, draw_posterior
+from pyro_vae.data.frames import filled, frame_like, is_frame, numbers
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_floating
 from pyro_vae.vae import VAE, require_vae
@@ -37,6 +39,8 @@ def impute(
     itself, no method without a model of the reason is. The mean minimises the squared error; to estimate
     anything else, such as a variance or a regression, estimate it on each draw and `pool`: an average over
     the draws is too certain of itself.
+
+    Of a data frame, mean and standard deviation are data frames with its columns and index.
 
     Args:
         vae: A trained VAE whose likelihood has independent elements.
@@ -71,9 +75,13 @@ def impute(
         (True, True, torch.Size([5, 6]))
     """
     observed = observe(vae, "x", x, None)
-    return draw_posterior(
+    found = draw_posterior(
         observed, method=method, num_particles=num_particles, num_draws=num_draws, seed=seed
     )
+    if not is_frame(x):
+        return found
+    mean, std = (values.double().cpu().numpy() for values in (found.mean, found.std))
+    return dataclasses.replace(found, mean=filled(x, mean), std=frame_like(x, std))
 
 
 def observe(vae: Any, name: str, y: Any, corruption: Any) -> Observed:
@@ -125,7 +133,7 @@ def _as_tensor(name: str, values: Any, dtype: torch.dtype) -> Tensor:
             f"{name} must be a tensor, array or data frame with NaN where missing; got "
             f"{type(values).__name__}"
         )
-    array = np.asarray(values)
+    array = numbers(values) if is_frame(values) else np.asarray(values)
     if array.dtype.kind != "f":
         raise TypeError(
             f"{name} must hold floating-point numbers; got {array.dtype}: convert by .astype(float)"

@@ -40,7 +40,8 @@ class Restored:
     """Posterior of clean data x given what was observed of them, for N examples.
 
     Attributes:
-        mean: E[x|y], (N, *event_shape). Of binary data it is a probability.
+        mean: E[x|y], (N, *event_shape). Of binary data it is a probability. Where `impute` was given a data
+            frame, mean and std are data frames.
         std: Standard deviation of x given y, (N, *event_shape); 0 where x was observed.
         draws: M draws of x from p(x|y), (M, N, *event_shape), equally weighted.
         effective_sample_size: (Σ w)² / Σ w² of importance sampling; of chains, estimated from the spread of

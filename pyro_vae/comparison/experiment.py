@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_vae.comparison.gradient_noise import GradientMoments, ZeroMeanTest
 from pyro_vae.comparison.reference_bounds import Target, target
 from pyro_vae.comparison.result import PARAMETERS, Comparison, Measured, Reference, summarise
+from pyro_vae.data.frames import is_frame, numbers
 from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.importance_sampling import evaluate
 from pyro_vae.inference.guide_check import check_mean_field
@@ -208,8 +209,8 @@ def _arguments(model: Any, *others: Any) -> tuple[Program, Program, Any, Any]:
     is_batch = isinstance(data, Tensor | tuple | dict)
     if not is_batch or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(data)):
         raise TypeError(
-            "data must be one batch, a tensor or array such as x[:128] or a tuple or dict of them; got "
-            f"{type(data).__name__}"
+            "data must be one batch, a tensor, array or data frame such as x[:128] or a tuple or dict of "
+            f"them; got {type(data).__name__}"
         )
     return model, guide, data, estimators
 
@@ -235,7 +236,8 @@ def _repeat_all(
 
 
 def _as_tensor(leaf: Any) -> Any:
-    """Convert an array as `fit` does: numbers other than integers to torch's default type."""
+    """Convert an array or data frame as `fit` does: numbers, but integers of arrays, to the default type."""
+    leaf = numbers(leaf) if is_frame(leaf) else leaf
     if not isinstance(leaf, np.ndarray):
         return leaf
     tensor = torch.as_tensor(leaf)

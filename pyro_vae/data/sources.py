@@ -2,7 +2,7 @@
 
 Tensors, `Images`, NumPy arrays and memory maps, h5py and zarr arrays, SciPy sparse matrices, data frames and
 map-style torch data sets; and tuples or dicts of these, for programs of several arguments. Nothing is copied
-but the rows of a batch.
+but the rows of a batch, and data frames, which become floating-point numbers once.
 """
 
 import inspect
@@ -29,7 +29,9 @@ from torch.utils._pytree import (
 )
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from pyro_vae.data.frames import is_frame, is_series, numbers, series_values
 from pyro_vae.data.images import BINARIZE_MODES, Images
+from pyro_vae.data.tables import Table
 from pyro_vae.utils.isolation import (
     isolated_generators,
     python_noise,
@@ -92,11 +94,15 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
         raise TypeError("data is a DataLoader: pass its dataset (loader.dataset), the batches are made here")
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
         return _DatasetRows(data, dtype)
+    if is_frame(data):
+        return _TensorRows(torch.from_numpy(numbers(data)).to(dtype))
+    if is_series(data):
+        data = series_values(data)
     if isinstance(data, np.ndarray) and data.ndim > 0 and _is_direct(data, dtype):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of memory that may not be written, nor is
             return _TensorRows(torch.from_numpy(data))
-    if len(getattr(data, "shape", ())) > 0 and (hasattr(data, "__getitem__") or hasattr(data, "iloc")):
+    if len(getattr(data, "shape", ())) > 0 and hasattr(data, "__getitem__"):
         rows = _ArrayRows(data, dtype)
         chunks = getattr(data, "chunks", None)  # of h5py and zarr; dask has a tuple for each dimension
         stored_by = chunks[0] if isinstance(chunks, tuple) and isinstance(chunks[0], int) else 1
@@ -109,6 +115,8 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
 
 
 def _remedy(data: Any) -> str:
+    if isinstance(data, Table):
+        return ": pass its tensor, table.values"
     if isinstance(data, Real):
         return ": convert lists of numbers with torch.as_tensor"
     if not isinstance(data, list | tuple):
@@ -221,7 +229,7 @@ class _ArrayRows(Source):
 
     def __init__(self, array: Any, dtype: torch.dtype):
         self.dtype, self.shape = dtype, tuple(array.shape)
-        self.indexer = getattr(array, "iloc", getattr(array, "oindex", array))  # of a data frame, of zarr
+        self.indexer = getattr(array, "oindex", array)  # of zarr
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         positions, inverse = np.unique(index.numpy(), return_inverse=True)

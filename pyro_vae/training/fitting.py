@@ -84,10 +84,10 @@ def fit(
             owned by a `Pair`; one that is made here may hold no `pyro.param`, which would be lost.
         data: Training data (N, *event_shape) in the support of the likelihood: a tensor, `Images`, or
             whatever has a shape and returns rows by position (NumPy, memory maps, h5py, zarr, sparse
-            matrices, data frames, map-style torch data sets). Only the rows of a batch are read and copied,
-            except by `binarize="fixed"`. A tuple or dict of these for programs of several arguments, which
-            are called as f(*batch) or f(**batch); None for an argument that is not there. Or an iterable of
-            batches, such as a torch DataLoader or a stream without length.
+            matrices, data frames of numbers, map-style torch data sets). Only the rows of a batch are read
+            and copied, except of data frames and by `binarize="fixed"`. A tuple or dict of these for programs
+            of several arguments, which are called as f(*batch) or f(**batch); None for an argument that is
+            not there. Or an iterable of batches, such as a torch DataLoader or a stream without length.
         estimator: A `pyro.infer.ELBO`; by default `TraceMeanField_ELBO()` where it is valid for the pair,
             `TraceEnum_ELBO()` where a site is marked to be enumerated, else `Trace_ELBO()`.
         epochs: Passes over the data, those before a resume included.

@@ -123,6 +123,8 @@ def require_tensor(name: str, value: Any) -> None:
     """
     if not isinstance(value, Tensor):
         hint = ": convert with torch.as_tensor" * (hasattr(value, "__array__") or isinstance(value, list))
+        if hasattr(value, "columns"):  # a data frame, which torch does not take as it is
+            hint += "(numpy.asarray(frame, dtype='float32'))"
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}{hint}")
 
 
@@ -216,9 +218,10 @@ def first_outside(name: str, x: Tensor, family: str, support: constraints.Constr
         return None
     index = tuple((~valid).nonzero()[0].tolist())
     found = x.expand(valid.shape + event_shape)[index]
+    at = getattr(support, "at", lambda _: "0 or 1" if _is_binary(support) else support)
     return (
         f"{name}{list(index) or ''} = {_shown(found)} lies outside the support of {family}, "
-        f"{'0 or 1' if _is_binary(support) else support}; {(~valid).sum()} of {valid.numel()} "
+        f"{at(index)}; {(~valid).sum()} of {valid.numel()} "
         f"{f'events of shape {tuple(event_shape)}' if event_shape else 'values'} do"
     )
 
@@ -236,7 +239,7 @@ def _shown(value: Tensor) -> str:
 
 def _grey_levels_hint(x: Tensor, support: constraints.Constraint) -> str:
     """Return advice for values that seem to be grey levels, or ""."""
-    if support.event_dim:
+    if support.event_dim or hasattr(support, "at"):  # which differs from column to column
         return ""
     if _is_binary(support) and ((x >= 0) & (x <= 1)).all():
         return (

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -258,19 +259,17 @@ def test_tables(tmp_path):
 
 
 def test_parquet(tmp_path, folder):
-    pytest.importorskip("pyarrow")
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"a": [1.0, np.nan], "b": pandas.array([1, None], "Int64"), "c": ["x", "y"]})
+    frame = pd.DataFrame({"a": [1.0, np.nan], "b": pd.array([1, None], "Int64"), "c": ["x", "y"]})
     frame.to_parquet(tmp_path / "x.parquet")
     table = read_table(tmp_path / "x.parquet")
     np.testing.assert_array_equal(table.numbers(1), [1, np.nan])
     with pytest.raises(ValueError, match="column 'c'"):
         table.numbers(2)
     table.write_filled(tmp_path / "y.parquet", [0, 1], np.array([[9.0, 9.0], [0.5, 1.5]]))
-    found = pandas.read_parquet(tmp_path / "y.parquet")
+    found = pd.read_parquet(tmp_path / "y.parquet")
     assert found.values.tolist() == [[1.0, 1.0, "x"], [0.5, 1.5, "y"]]
     write_columns(tmp_path / "z.parquet", {"z0": np.arange(3.0)})
-    assert pandas.read_parquet(tmp_path / "z.parquet")["z0"].tolist() == [0, 1, 2]
+    assert pd.read_parquet(tmp_path / "z.parquet")["z0"].tolist() == [0, 1, 2]
 
 
 def test_what_parquet_needs_is_said(tmp_path, folder, capsys, monkeypatch):

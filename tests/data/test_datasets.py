@@ -464,6 +464,20 @@ def test_npz_with_two_splits_or_a_single_array(tmp_path):
     assert torch.equal(load(tmp_path / "b.npz").pixels, torch.from_numpy(LEVELS))
 
 
+def test_arrays_with_channels_last(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (6, 5, 7, 3)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", colours)
+    np.savez(tmp_path / "a.npz", images=colours, labels=LABELS[:6])
+    expected = torch.from_numpy(colours).movedim(-1, 1)
+    for name in ("a.npy", "a.npz"):
+        assert torch.equal(load(tmp_path / name).pixels, expected)
+        assert torch.equal(load(tmp_path / name, channels_last=True).pixels, expected)
+        assert load(tmp_path / name, channels_last=False).shape == (6, 5, 7, 3)
+    for name in ("digits", tmp_path):
+        with pytest.raises(DataError, match="channels_last= is for array files"):
+            load(name, channels_last=True)
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     np.save(stream := io.BytesIO(), array)
     return stream.getvalue()

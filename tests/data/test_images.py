@@ -245,6 +245,31 @@ def test_labels_become_int64(labels):
     assert from_array(LEVELS, torch.tensor(labels)).labels.dtype == torch.int64
 
 
+COLOURS = random_pixels(6, 3, 5, 4, seed=8).numpy()
+
+
+@pytest.mark.parametrize("array", [LEVELS, COLOURS, COLOURS / 255, np.asfortranarray(COLOURS)])
+def test_channels_may_come_last(array):
+    images = from_array(array, channels_last=False)
+    last = np.moveaxis(array, 1, -1)  # of no (N, C, H, W), as axis 1 has length 5
+    assert torch.equal(from_array(last).pixels, images.pixels)
+    assert torch.equal(from_array(last.copy(), channels_last=True).pixels, images.pixels)
+    assert from_array(last, channels_last=False).shape[1] == 5
+
+
+def test_what_both_layouts_would_fit_is_said():
+    narrow = random_pixels(6, 2, 4, 3).numpy()  # two channels, which no rule knows
+    assert torch.equal(
+        from_array(narrow.swapaxes(1, 3), channels_last=True).pixels, torch.from_numpy(narrow).mT
+    )
+    with pytest.raises(DataError, match=r"channels_last=True is for \(N, H, W, C\), got \(6, 5, 4\)"):
+        from_array(LEVELS[:, 0], channels_last=True)
+    spoilt = np.moveaxis(COLOURS, 1, -1).astype(int)
+    spoilt[1, 4, 3, 2] = -1
+    with pytest.raises(DataError, match=r"-1 at index \(1, 4, 3, 2\)"):  # of the array that was given
+        from_array(spoilt)
+
+
 def with_value(value: float, dtype: type = np.float32) -> np.ndarray:
     array = np.zeros((3, 2, 2, 5), dtype)
     array[1, 1, 0, 3] = array[2, 0, 0, 0] = value
@@ -268,7 +293,7 @@ def with_value(value: float, dtype: type = np.float32) -> np.ndarray:
         (3.0, r"box: expected .*got \(\)"),
         (np.zeros((2, 7)), r"box: expected .*D a square, got \(2, 7\)"),
         (np.zeros((2, 3, 4, 5, 6)), r"got \(2, 3, 4, 5, 6\)"),
-        (np.zeros((2, 9, 8, 3)), r"box: \(2, 9, 8, 3\) looks like \(N, H, W, C\)"),
+        (np.zeros((2, 3, 8, 4)), r"box: \(2, 3, 8, 4\) may be .*: say channels_last=False or True"),
         (np.zeros((2, 3, 3), complex), "box: expected floats, integers or booleans, got complex128"),
         ([["a"]], "box: expected floats, integers or booleans, got <U1"),
         ([[[1.0]], [[1.0, 2.0]]], r"box: not an array \(.*inhomogeneous"),

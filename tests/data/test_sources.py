@@ -98,7 +98,7 @@ def test_what_has_no_rows_by_position_raises_with_what_works():
         ([[1.0, 2.0]], "got list: convert with torch.as_tensor"),
         ((X, X), "a VAE takes x alone; got 2 arguments, a tuple"),
         (TensorDataset(X, X), "a VAE takes x alone; got 2 arguments, a tuple"),
-        (pd.DataFrame({"a": ["x", "y"]}), "must be numbers; got .*: select or convert columns"),
+        (pd.DataFrame({"a": ["x", "y"]}), r"must be numbers; got the column 'a' \(.*\): .*data.table"),
     ]:
         with pytest.raises(TypeError, match=message):
             pv.fit(make(), data, epochs=1, progress=False)

@@ -49,8 +49,8 @@ def make_vae(likelihood="Bernoulli", guide="DiagonalNormal", dtype=torch.float64
         options["network"] = nn.Sequential(nn.Flatten(), first, layer(), nn.Linear(9, 2 * K))
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(K),
-        likelihood=case.make(K, EVENT, hidden_features=(8,), **case.options),
-        guide=GUIDES[guide][0](EVENT, K, **options),
+        likelihood=case.make(K, case.event or EVENT, hidden_features=(8,), **case.options),
+        guide=GUIDES[guide][0](case.event or EVENT, K, **options),
     )
     return vae.to(dtype)
 
@@ -60,7 +60,8 @@ def batches(likelihood="Bernoulli", dtype=torch.float64, steps=20):
     generator = torch.Generator().manual_seed(2)
     for step in range(steps):
         n = LAST if step % 4 == 3 else BATCH
-        yield LIKELIHOODS[likelihood].data(torch.rand(n, *EVENT, generator=generator).to(dtype))
+        case = LIKELIHOODS[likelihood]
+        yield case.data(torch.rand(n, *(case.event or EVENT), generator=generator).to(dtype))
 
 
 def adam(parameters):

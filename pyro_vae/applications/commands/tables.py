@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_vae.data.frames import filled, has_numbers, series_values
+from pyro_vae.data.tables import MISSING, delimiter_of, is_header
 from pyro_vae.utils.serialization import replacing
 
 __all__ = ["ARRAYS", "TABLES", "Table", "read_table", "require_writable", "write_columns"]
 
 TABLES = (".csv", ".tsv", ".parquet")
 ARRAYS = (".npy", ".npz")
-_MISSING = {"", "?", "n/a", "na", "nan", "none", "null"}  # in any case
 
 
 class Table(ABC):
@@ -88,14 +89,14 @@ class _Csv(Table):
             with path.open(newline="", encoding="utf-8-sig") as file:
                 first = file.readline()
                 self.line_end = "\r\n" if first.endswith("\r\n") else "\n"
-                self.delimiter = max(",;\t", key=first.count)
+                self.delimiter = delimiter_of(first)
                 file.seek(0)
                 lines = [row for row in csv.reader(file, delimiter=self.delimiter) if row]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a text table in UTF-8: {error}") from error
         if not lines:
             raise ValueError(f"{path} is empty")
-        self.names = [name.strip() for name in lines[0]] if _is_header(lines[0]) else None
+        self.names = [name.strip() for name in lines[0]] if is_header(lines[0]) else None
         self.first_line = lines[:1] if self.names is not None else []
         self.rows = lines[len(self.first_line) :]
         if not self.rows:
@@ -117,7 +118,7 @@ class _Csv(Table):
         for number, row in enumerate(self.rows):
             text = row[column].strip()
             try:
-                found[number] = np.nan if text.lower() in _MISSING else float(text)
+                found[number] = np.nan if text.lower() in MISSING else float(text)
             except ValueError:
                 raise ValueError(
                     f"{self.place(number, column)} is {text!r}, which is not a number: leave the column out, "
@@ -138,21 +139,6 @@ class _Csv(Table):
             csv.writer(file, delimiter=delimiter, lineterminator=self.line_end).writerows(
                 [*self.first_line, *rows]
             )
-
-
-def _is_header(row: list[str]) -> bool:
-    """Return whether a first line holds names: words, or the numbers 0, 1, 2, … of an array's columns."""
-    if row == [str(column) for column in range(len(row))] and len(row) > 1:
-        return True
-    return not all(_is_number(text) for text in row)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return text.strip() != "" and text.strip().lower() in _MISSING
-    return True
 
 
 class _Parquet(Table):
@@ -179,21 +165,15 @@ class _Parquet(Table):
     def numbers(self, column: int) -> NDArray:
         series = self.frame.iloc[:, column]
         assert self.names is not None
-        if series.dtype.kind not in "biuf":
+        if not has_numbers(series):
             raise ValueError(
                 f"{self.label(column)} of {self.path} holds {series.dtype}, not numbers: write its values as "
                 f"numbers, or leave it out (--drop {self.names[column]!r})"
             )
-        return series.to_numpy(dtype=np.float64, na_value=np.nan)
+        return series_values(series, dtype=np.float64)
 
     def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
-        frame = self.frame.copy()
-        for place, column in enumerate(columns):
-            series = frame.iloc[:, column]
-            if (holes := series.isna()).any():
-                fractional = series if series.dtype.kind == "f" else series.astype("Float64")
-                filling = values[:, place].astype(np.float32 if series.dtype.itemsize == 4 else np.float64)
-                frame.isetitem(column, fractional.mask(holes, filling))
+        frame = filled(self.frame, values, columns)
         with replacing(path) as partial:
             frame.to_parquet(partial, engine="pyarrow")
 
