@@ -5,7 +5,7 @@
 
 Trains on the 50,000 first training images, grey levels drawn as bits at each step, with KL warm-up; writes
 the 10,000 test images of Larochelle's fixed binarisation to one file, reads it back, and prints bits per
-pixel beside general compressors. DIR holds MNIST and `binarized_mnist*.npz`, its bits packed along the pixels.
+pixel beside general compressors. DIR holds MNIST and `binarized_mnist*.npz`, with bits packed along pixels.
 
 Published (Townsend, Bird, Barber 2019, arXiv:1901.04866, table 2): 0.19 bits per pixel; its −ELBO 0.19.
 """
