@@ -278,6 +278,7 @@ def test_workers_give_the_same_results():
     assert not np.array_equal(here[0].transform(X), here[1].transform(X))
 
 
+@pytest.mark.slow
 def test_grid_search_by_log_likelihood_without_labels():
     random = np.random.default_rng(0)
     X = random.normal(size=(240, 3)) @ random.normal(size=(3, 8)) + 0.1 * random.normal(size=(240, 8))

@@ -55,11 +55,11 @@ def make_vae(likelihood="Bernoulli", guide="DiagonalNormal", dtype=torch.float64
     return vae.to(dtype)
 
 
-def batches(likelihood="Bernoulli", dtype=torch.float64, steps=20):
+def batches(likelihood="Bernoulli", dtype=torch.float64, steps=20, sizes=(BATCH, LAST)):
     """Yield batches; every fourth is smaller."""
     generator = torch.Generator().manual_seed(2)
     for step in range(steps):
-        n = LAST if step % 4 == 3 else BATCH
+        n = sizes[-1] if step % 4 == 3 else BATCH
         case = LIKELIHOODS[likelihood]
         yield case.data(torch.rand(n, *(case.event or EVENT), generator=generator).to(dtype))
 
@@ -106,6 +106,7 @@ def compare(
     dtype=torch.float64,
     layer=None,
     guide="DiagonalNormal",
+    sizes=(BATCH, LAST),
     **options,
 ):
     each = options.pop("each", lambda svi, step: None)
@@ -113,7 +114,7 @@ def compare(
     for how in ("eager", engine):
         vae = make_vae(likelihood, guide, dtype, layer)
         svi = make_svi(vae, how, **options)
-        runs.append(train(vae, svi, batches(likelihood, dtype), each))
+        runs.append(train(vae, svi, batches(likelihood, dtype, sizes=sizes), each))
     assert_traced(svi)
     assert_same(runs[1], runs[0], rtol=1e-10 if dtype == torch.float64 else 1e-5)
     return svi
@@ -132,10 +133,12 @@ def test_every_likelihood(likelihood, dtype, engine):
     compare(engine, likelihood=likelihood, dtype=dtype)
 
 
-def test_the_compiled_step():
+@pytest.mark.parametrize("sizes", [(BATCH,), pytest.param((BATCH, LAST), marks=pytest.mark.slow)])
+def test_the_compiled_step(sizes):
     """One case that combines many features; the other compiled cases are slow tests."""
-    svi = compare("compiled", estimator=ESTIMATORS["scheduled β, IWAE"], clip_norm=0.5, layer=nn.Dropout)
-    assert svi._replay.num_recordings == svi._replay.num_compilations == 2  # one for each shape
+    estimator = ESTIMATORS["scheduled β, IWAE"]
+    svi = compare("compiled", sizes=sizes, estimator=estimator, clip_norm=0.5, layer=nn.Dropout)
+    assert svi._replay.num_recordings == svi._replay.num_compilations == len(sizes)  # one for each shape
 
 
 def test_auto_compiles_at_the_break_even_step(monkeypatch, caplog):
@@ -252,7 +255,12 @@ def test_matrix_products_use_the_faster_library(monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+SLOW = "Flow, nsf"  # to record: splines of many operations
+
+
+@pytest.mark.parametrize(
+    "guide", [*(name for name in GUIDES if name != SLOW), pytest.param(SLOW, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("engine", TRACED_AND_COMPILED)
 def test_every_guide(guide, engine):
     compare(engine, guide=guide)

@@ -284,6 +284,7 @@ def test_a_hopeless_particle_adds_nothing_to_the_gradient_of_piwae_in_the_model(
     torch.testing.assert_close(*slopes, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_slopes_of_the_signal_to_noise_ratio():
     """Log-log slopes in S of the signal-to-noise ratios of gradients, in the toy model of Rainforth et al."""
     K, repeats, sizes = 20, 300, [64, 256, 1024]
