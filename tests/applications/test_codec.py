@@ -27,7 +27,7 @@ from pyro_vae.applications.codec.file import FileReader
 
 EVENT, K = (2, 5), 3
 GOLDEN = Path(__file__).parent / "golden_codec.txt"
-FAMILIES = ("Bernoulli", "DiscretizedLogistic", "Poisson", "NegativeBinomial")
+FAMILIES = ("Bernoulli", "DiscretizedLogistic", "BetaBinomial", "Poisson", "NegativeBinomial")
 
 
 def make(family="Bernoulli", *, prior="StandardNormal", seed=0, event=EVENT, network=None, guide=None):

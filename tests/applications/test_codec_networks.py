@@ -13,11 +13,14 @@ from pyro_vae.applications.codec.exact_networks import UNIT, ExactNetwork, conve
 from pyro_vae.applications.codec.integer_probabilities import (
     TOTAL,
     BernoulliTables,
+    BetaBinomialTables,
     CountTables,
     Lattice,
     LogisticTables,
+    positive_scale,
 )
 from pyro_vae.applications.codec.model import CodecModel
+from pyro_vae.distributions import BetaBinomial
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
 
 ACTIVATIONS = ("elu", "gelu", "leaky_relu", "relu", "silu", "softplus", "tanh")
@@ -158,7 +161,9 @@ def _likelihood(name, **options):
     return getattr(pv.likelihoods, name)(2, (3,), hidden_features=(4,), **options).double()
 
 
-@pytest.mark.parametrize("name", ["Bernoulli", "DiscretizedLogistic", "Poisson", "NegativeBinomial"])
+@pytest.mark.parametrize(
+    "name", ["Bernoulli", "DiscretizedLogistic", "BetaBinomial", "Poisson", "NegativeBinomial"]
+)
 def test_tables_are_the_likelihood(name):
     likelihood = _likelihood(name)
     if name == "NegativeBinomial":
@@ -169,7 +174,7 @@ def test_tables_are_the_likelihood(name):
         likelihood=likelihood,
         guide=pv.guides.DiagonalNormal((3,), 2, hidden_features=(5,)).double(),
     )
-    levels = {"Bernoulli": 2, "DiscretizedLogistic": 256}.get(name, 60)
+    levels = {"Bernoulli": 2, "DiscretizedLogistic": 256, "BetaBinomial": 256}.get(name, 60)
     tables = CodecModel.from_vae(vae, Lattice(8, 6.0), levels - 1).tables
     raw = (torch.tensor([[-6.0, -0.3, 2.0], [0.1, 1.0, 3.0]]).double() * UNIT).round() / UNIT
     raw = raw[:, None].repeat(1, tables.num_parameters, 1)
@@ -179,11 +184,25 @@ def test_tables_are_the_likelihood(name):
     if levels == 2:
         assert np.abs(found / TOTAL - 1 + p.probs.detach().numpy()).max() < 3e-7
         return
-    values = torch.arange(levels).double() / (255 if levels == 256 else 1)
+    values = torch.arange(levels).double() / (255 if name == "DiscretizedLogistic" else 1)
     mass = p.log_prob(values[:, None, None]).exp().detach().permute(1, 2, 0).numpy()
     assert (found.sum(-1) == TOTAL - levels).all()
     assert (found >= 0).all()
     assert np.abs(found / TOTAL - mass).max() < 1.2 * levels / TOTAL  # each symbol has one count more
+
+
+@pytest.mark.parametrize("n", [1, 7, 255, 1000])
+@pytest.mark.parametrize("alpha", [-30.0, -3.0, 2.25, 60.0, 4e4])
+@pytest.mark.parametrize("beta", [-5.0, 0.0, 500.0, 1e9])
+def test_beta_binomial_tables_over_the_range_of_the_parameters(n, alpha, beta):
+    raw = torch.tensor([alpha, beta]).double().reshape(1, 2, 1)
+    found = BetaBinomialTables(n + 1).of((raw * UNIT).long().numpy())[0, 0]
+    assert (found >= 0).all()
+    assert found.sum() == TOTAL - n - 1
+    a, b = (positive_scale(np.array([int(v * UNIT) + 2217]))[0] / 2**20 for v in (alpha, beta))
+    a, b = (torch.tensor(min(v, 2.0**20)).double() for v in (a, b))
+    mass = BetaBinomial(a, b, total_count=n).log_prob(torch.arange(n + 1).double()).exp().numpy()
+    assert np.abs(found / TOTAL - mass).max() < 1.2 * (n + 1) / TOTAL
 
 
 def test_every_family_has_a_largest_value_for_the_guide():
@@ -191,6 +210,7 @@ def test_every_family_has_a_largest_value_for_the_guide():
     assert LogisticTables().largest_value() == UNIT
     assert LogisticTables().values(np.array([0, 255])).tolist() == [0, UNIT]
     assert CountTables(10).largest_value() == 9 * UNIT
+    assert BetaBinomialTables(256).largest_value() == 255 * UNIT
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,7 @@ LIKELIHOODS = {
     "ContinuousBernoulli": (pv.likelihoods.ContinuousBernoulli, lambda u: u),
     "DiscretizedLogistic": (pv.likelihoods.DiscretizedLogistic, lambda u: (u * 255).round() / 255),
     "Poisson": (pv.likelihoods.Poisson, lambda u: (u * 9).floor()),
+    "BetaBinomial": (pv.likelihoods.BetaBinomial, lambda u: (u * 9).floor()),
     "NegativeBinomial": (pv.likelihoods.NegativeBinomial, lambda u: (u * 9).floor()),
     "Normal": (pv.likelihoods.Normal, lambda u: 3 * u - 1),
     "StudentT": (pv.likelihoods.StudentT, lambda u: 3 * u - 1),

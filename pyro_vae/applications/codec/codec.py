@@ -44,9 +44,9 @@ class Codec:
     these.
 
     Args:
-        vae: A VAE with a Bernoulli, discretised logistic, Poisson or negative binomial likelihood, a
-            `DiagonalNormal` guide and a standard or learned normal prior, with multilayer perceptrons or
-            convolutional networks.
+        vae: A VAE with a Bernoulli, discretised logistic, beta-binomial, Poisson or negative binomial
+            likelihood, a `DiagonalNormal` guide and a standard or learned normal prior, with multilayer
+            perceptrons or convolutional networks.
         lattice_bits: Latent dimensions take 2^lattice_bits values; 7 to 9 are best.
         support: Their largest magnitude, in standard deviations of the prior.
         precision: "exact", the only one.

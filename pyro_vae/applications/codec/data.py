@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vae.applications.codec.errors import CodecError
 from pyro_vae.applications.codec.file import DTYPES
-from pyro_vae.applications.codec.integer_probabilities import LogisticTables
+from pyro_vae.applications.codec.integer_probabilities import CountTables, LogisticTables
 from pyro_vae.applications.codec.model import CodecModel, symbol_type
 from pyro_vae.data.images import Images
 from pyro_vae.utils.validation import to_shape
@@ -81,7 +81,7 @@ def _expected(model: CodecModel, is_grey: bool) -> str:
     if is_grey:
         return "grey levels k / 255, as pyro_vae.data.Images gives them"
     largest = model.tables.levels - 1
-    advice = "" if largest in (1, 255) and not model.tables.to_plain() else " (max_count= sets the largest)"
+    advice = " (max_count= sets the largest)" if isinstance(model.tables, CountTables) else ""
     return f"whole numbers from 0 to {largest}{advice}"
 
 

@@ -27,6 +27,7 @@ from pyro_vae.applications.codec.fixed_point import (
 __all__ = [
     "TOTAL",
     "BernoulliTables",
+    "BetaBinomialTables",
     "CountTables",
     "Lattice",
     "LogisticTables",
@@ -40,6 +41,7 @@ __all__ = [
 TOTAL = 1 << 24
 _LARGEST = 1 << 20  # of |location| in units of 2⁻¹², 256 in the units of z or x
 _TABLE_END = 18
+_RAW_ONE = 2217  # log(e − 1), at which positive_scale is 1, in units of 2⁻¹²
 
 
 def counts_at(excess: Integers, symbols: Integers) -> Integers:
@@ -231,3 +233,35 @@ class CountTables(Tables):
         """Return what rebuilds the tables, as plain values."""
         dispersion = None if self.dispersion is None else self.dispersion.tolist()
         return {"levels": self.levels, "dispersion": dispersion}
+
+
+class BetaBinomialTables(Tables):
+    """Beta-binomial on counts 0 … n = levels − 1, with α, β = positive(f + log(e − 1)), as in `likelihoods`.
+
+    p(k) ∝ exp(a_k), with a_k = Σ_{i<k} log((n − i)/(i + 1)) + log(α + i) − log(β + n − 1 − i): sums of
+    logarithms of integers, in place of differences of log Γ.
+
+    Args:
+        levels: Number of counts.
+    """
+
+    num_parameters = 2
+
+    def __init__(self, levels: int):
+        self.levels = levels
+        self._steps = np.arange(levels - 1, dtype=np.int64)
+        self._choices = log((levels - 1 - self._steps) << 30) - log((self._steps + 1) << 30)
+
+    def of(self, outputs: Integers) -> Integers:
+        """Return excess counts (N, D, levels)."""
+        parameters = np.minimum(positive_scale(outputs + _RAW_ONE), 1 << 40) << 10
+        alpha, beta = parameters[:, 0, :, None], parameters[:, 1, :, None]
+        steps = self._steps << 30
+        increments = self._choices + log(alpha + steps) - log(beta + steps[::-1])
+        logs = np.zeros((*alpha.shape[:2], self.levels), np.int64)
+        np.cumsum(increments, -1, out=logs[..., 1:])
+        return excess_of_weights(exp_negative(logs.max(-1, keepdims=True) - logs))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what rebuilds the tables, as plain values."""
+        return {"levels": self.levels}

@@ -18,6 +18,7 @@ from pyro_vae.applications.codec.exact_networks import UNIT, ExactNetwork, conve
 from pyro_vae.applications.codec.fixed_point import Integers, logistic_cdf_table, normal_cdf_table
 from pyro_vae.applications.codec.integer_probabilities import (
     BernoulliTables,
+    BetaBinomialTables,
     CountTables,
     Lattice,
     LogisticTables,
@@ -151,8 +152,8 @@ class CodecModel:
             raise _unsupported(
                 "likelihood",
                 likelihood,
-                "likelihoods.Bernoulli, DiscretizedLogistic, Poisson or NegativeBinomial, which give each "
-                "value of x a probability",
+                "likelihoods.Bernoulli, DiscretizedLogistic, BetaBinomial, Poisson or NegativeBinomial, "
+                "which give each value of x a probability",
             )
         tables = _LIKELIHOODS[type(likelihood)](likelihood, max_count)
         prior = _prior_units(vae.prior)
@@ -207,15 +208,23 @@ def _negative_binomial(likelihood: Any, max_count: int) -> Tables:
     return CountTables(max_count + 1, np.maximum(np.rint(dispersion * 2**20), 1).astype(np.int64))
 
 
+def _beta_binomial(likelihood: Any, _: int) -> Tables:
+    if likelihood.total_count >= 2**16:
+        raise UnsupportedModelError(f"total_count must be below 65,536; got {likelihood.total_count}")
+    return BetaBinomialTables(likelihood.total_count + 1)
+
+
 _LIKELIHOODS: dict[type[nn.Module], Callable[[Any, int], Tables]] = {
     likelihoods.Bernoulli: lambda *_: BernoulliTables(),
     likelihoods.DiscretizedLogistic: lambda *_: LogisticTables(),
+    likelihoods.BetaBinomial: _beta_binomial,
     likelihoods.Poisson: lambda _, max_count: CountTables(max_count + 1),
     likelihoods.NegativeBinomial: _negative_binomial,
 }
 _TABLES: dict[str, Any] = {
     "bernoulli": BernoulliTables,
     "discretized logistic": LogisticTables,
+    "beta-binomial": BetaBinomialTables,
     "counts": CountTables,
 }
 
