@@ -365,7 +365,7 @@ def test_arguments_are_checked():
         codec.compress([[0.0]])
     with pytest.raises(TypeError, match=r"x.float\(\)"):
         codec.compress(torch.zeros(1, *EVENT).bfloat16())
-    with pytest.raises(ValueError, match="'exact'"):
+    with pytest.raises(ValueError, match="'exact' or 'float64'; got 'float32'"):
         Codec(make(), precision="float32")
     with pytest.raises(ValueError, match="7 to 9"):
         Codec(make(), lattice_bits=15)

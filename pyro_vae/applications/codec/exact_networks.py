@@ -299,7 +299,7 @@ def _layer(module: nn.Module) -> Layer:
         raise UnsupportedModelError(
             f"{module} has no exact form: use a network of nn.Linear, nn.Conv2d, nn.ConvTranspose2d (without "
             "groups and dilation, with zero padding in numbers), nn.Flatten, nn.Unflatten(1, shape) and the "
-            "activations of networks.MLP with their default settings"
+            'activations of networks.MLP with their default settings, or take precision="float64"'
         )
     return made
 
