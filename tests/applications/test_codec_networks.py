@@ -210,7 +210,25 @@ def test_every_family_has_a_largest_value_for_the_guide():
     assert LogisticTables().largest_value() == UNIT
     assert LogisticTables().values(np.array([0, 255])).tolist() == [0, UNIT]
     assert CountTables(10).largest_value() == 9 * UNIT
-    assert BetaBinomialTables(256).largest_value() == 255 * UNIT
+    assert BetaBinomialTables(256).largest_value() == 255
+
+
+def test_small_weights_for_large_counts_are_held():
+    """A network of x/255 has first weights below 2⁻¹² once the division is in them."""
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.BetaBinomial(2, (1, 9, 7)),
+        guide=pv.guides.DiagonalNormal((1, 9, 7), 2, network=ConvEncoder((1, 9, 7), 4, channels=(3,))),
+    ).double()
+    first = next(part for part in vae.posterior.network.modules() if isinstance(part, nn.Conv2d))
+    with torch.no_grad():
+        first.weight.div_(255)
+    x = torch.randint(0, 256, (5, 1, 9, 7))
+    loc, _ = CodecModel.from_vae(vae, Lattice(8, 6.0), 255).posterior(x.flatten(1).numpy())
+    expected = vae.encode(x.double()).base_dist.loc.detach().numpy()
+    assert np.abs(loc / UNIT - expected).max() < 2e-3
+    with pytest.raises(UnsupportedModelError, match=r"must begin with a linear.*float64"):
+        convert(nn.Sequential(nn.Tanh(), nn.Linear(3, 2)), 255, input_unit=1)
 
 
 @pytest.mark.parametrize(

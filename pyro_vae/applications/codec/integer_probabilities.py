@@ -133,6 +133,7 @@ class Tables(ABC):
 
     num_parameters: int
     levels: int
+    input_unit: int = UNIT  # 1/input_unit is the unit of x as the input of a guide
 
     @abstractmethod
     def of(self, outputs: Integers) -> Integers:
@@ -143,12 +144,12 @@ class Tables(ABC):
         return log_of_counts(counts_at(tables, symbols)).sum(-1)
 
     def largest_value(self) -> int:
-        """Return the largest value of x in units of 2⁻¹²."""
-        return UNIT * (self.levels - 1)
+        """Return the largest value of x in units of 1/input_unit."""
+        return self.input_unit * (self.levels - 1)
 
     def values(self, symbols: Integers) -> Integers:
-        """Return x in units of 2⁻¹², the input of a guide."""
-        return symbols.astype(np.int64) * UNIT
+        """Return x in units of 1/input_unit, the input of a guide."""
+        return symbols.astype(np.int64) * self.input_unit
 
     def to_plain(self) -> dict[str, Any]:
         """Return what rebuilds the tables, as plain values."""
@@ -246,6 +247,7 @@ class BetaBinomialTables(Tables):
     """
 
     num_parameters = 2
+    input_unit = 1  # whole numbers up to n, which need fine weights
 
     def __init__(self, levels: int):
         self.levels = levels

@@ -122,7 +122,7 @@ class CodecModel(LatticeModel):
         return cls(
             event_shape=likelihood.event_shape,
             latent_dim=likelihood.latent_dim,
-            guide=convert(guide.network, tables.largest_value()),
+            guide=convert(guide.network, tables.largest_value(), tables.input_unit),
             likelihood=convert(likelihood.network, _largest_z(prior, lattice)),
             tables=tables,
             prior=prior,
