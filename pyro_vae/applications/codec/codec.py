@@ -411,7 +411,7 @@ def _require_same_model(found: dict[str, Any], own: dict[str, Any]) -> None:
         precision = ["exact", "float64"]
         raise ModelMismatchError(
             f"the file was compressed with precision {precision['machine' in found]!r}, this codec has "
-            f"{precision['machine' in own]!r}: pass Codec the precision of the file"
+            f"{precision['machine' in own]!r}: take the precision of the file"
         )
     differ = [name for name in own if found[name] != own[name]]
     lines = [f"{name}: file {found[name]}, codec {own[name]}" for name in differ]
