@@ -128,6 +128,10 @@ def test_fixed_point_functions_are_accurate():
             float(mpmath.log1p(mpmath.exp(-t / fp.ONE))), abs=1e-8
         )
         assert fp.log(value + 1)[0] / fp.ONE == pytest.approx(float(mpmath.log((t + 1) / fp.ONE)), abs=1e-8)
+    values = np.array([1, 2, 3, 1 << 10, fp.ONE - 1, fp.ONE, fp.ONE + 1, 3 << 40, (1 << 52) - 1, 1 << 52])
+    assert np.abs(fp.log_by_table(values) - fp.log(values)).max() <= 16
+    steps = fp.log_by_table(np.arange(fp.ONE, 2 * fp.ONE, 999_983))
+    assert np.abs(steps / fp.ONE - np.log(np.arange(fp.ONE, 2 * fp.ONE, 999_983) / fp.ONE)).max() < 1e-8
     for t in (-7.3, -1.0, 0.0, 0.001, 2.5, 9.0):
         place = np.array([round(t * 2**20)])
         for table, function in ((fp.normal_cdf_table(), mpmath.ncdf), (fp.logistic_cdf_table(), _sigmoid)):

@@ -18,6 +18,7 @@ from pyro_vae.applications.codec.fixed_point import (
     exp_negative,
     interpolate,
     log,
+    log_by_table,
     logistic_cdf_table,
     normal_cdf_table,
     sigmoid,
@@ -259,7 +260,7 @@ class BetaBinomialTables(Tables):
         parameters = np.minimum(positive_scale(outputs + _RAW_ONE), 1 << 40) << 10
         alpha, beta = parameters[:, 0, :, None], parameters[:, 1, :, None]
         steps = self._steps << 30
-        increments = self._choices + log(alpha + steps) - log(beta + steps[::-1])
+        increments = self._choices + log_by_table(alpha + steps) - log_by_table(beta + steps[::-1])
         logs = np.zeros((*alpha.shape[:2], self.levels), np.int64)
         np.cumsum(increments, -1, out=logs[..., 1:])
         return excess_of_weights(exp_negative(logs.max(-1, keepdims=True) - logs))
