@@ -247,6 +247,16 @@ def test_a_saved_codec_decodes_without_the_vae_and_in_another_process(tmp_path):
     assert torch.equal(torch.load(tmp_path / "x.pt"), x)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_codecs_of_every_family_read_each_others_files(family, tmp_path):
+    vae = make(family)
+    x, codec = draws(vae, 5), Codec(vae)
+    codec.save(tmp_path / "codec")
+    loaded = Codec.load(tmp_path / "codec")
+    assert torch.equal(loaded.decompress(codec.compress(x)), x)
+    assert loaded.model.digests == codec.model.digests
+
+
 def small_file():
     vae = make()
     x = draws(vae, 6)
