@@ -420,6 +420,8 @@ def test_beta_binomial_expands_and_names_values_outside():
     for value in (-1.0, 0.5, 14.0, math.nan):
         with pytest.raises(ValueError, match=rf"value\[1\] = {value:.6g} lies outside the support"):
             checked.log_prob(torch.tensor([1.0, value]))
+    with pytest.raises(ValueError, match=r"Multiply grey levels of \[0, 1\] by 255 and round them"):
+        BetaBinomial(torch.ones(2), torch.ones(2), validate_args=True).log_prob(torch.tensor([1.0, 0.5]))
     with pytest.raises(ValueError, match="total_count must be at least 1"):
         BetaBinomial(torch.ones(2), torch.ones(2), total_count=0)
 

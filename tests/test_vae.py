@@ -438,7 +438,6 @@ def test_a_batch_that_does_not_suit_the_networks_raises(spoil, error, message):
         ("Bernoulli", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
         ("ContinuousBernoulli", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
         ("DiscretizedLogistic", lambda x: x * 255, "Divide grey levels 0..255 by 255"),
-        ("BetaBinomial", lambda x: x * 0.5, "Multiply grey levels of [0, 1] by 9 and round them"),
     ],
 )
 def test_a_step_of_pyros_svi_reports_values_outside_the_support(name, spoil, fix):

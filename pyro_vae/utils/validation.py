@@ -244,7 +244,7 @@ def _grey_levels_hint(x: Tensor, support: constraints.Constraint) -> str:
             "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
         )
     largest = getattr(support, "upper_bound", None)
-    if support.is_discrete and isinstance(largest, int) and ((x >= 0) & (x <= 1)).all():
+    if isinstance(largest, int) and largest in (255, 65535) and ((x >= 0) & (x <= 1)).all():
         return f". Multiply grey levels of [0, 1] by {largest} and round them"
     two = torch.as_tensor(support.check(torch.full_like(x, 2.0)))
     if not two.any() and ((x >= 0) & (x <= 255)).all():  # such as [0, 1]
