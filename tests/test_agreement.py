@@ -66,6 +66,14 @@ def negative_binomial_nll(p: nn.Module, x: Tensor, raw: Tensor) -> Tensor:
     return -(log_choices + r * (r / (r + m)).log() + x * (m / (r + m)).log()).sum(-1)
 
 
+def beta_binomial_nll(p: nn.Module, x: Tensor, raw_alpha: Tensor, raw_beta: Tensor) -> Tensor:
+    a, b = (positive(raw + math.log(math.expm1(1 - 1e-6))) for raw in (raw_alpha, raw_beta))
+    n, y = torch.full_like(x, p.total_count), p.total_count - x
+    log_choices = (n + 1).lgamma() - (x + 1).lgamma() - (y + 1).lgamma()
+    log_beta = a.lgamma() + b.lgamma() - (a + b).lgamma()
+    return -(log_choices + (x + a).lgamma() + (y + b).lgamma() - (n + a + b).lgamma() - log_beta).sum(-1)
+
+
 def discretized_logistic_nll(p: nn.Module, x: Tensor, raw_loc: Tensor, raw_scale: Tensor) -> Tensor:
     loc, scale, half = raw_loc + 0.5, positive(raw_scale - 2), 1 / 510
     below = torch.where(x < half, 0.0, ((x - half - loc) / scale).sigmoid())
@@ -167,6 +175,7 @@ LIKELIHOODS = {
         likelihoods.Normal, real, learned_normal_nll, {"variance": "per_element"}
     ),
     "DiscretizedLogistic": LikelihoodCase(likelihoods.DiscretizedLogistic, grey, discretized_logistic_nll),
+    "BetaBinomial": LikelihoodCase(likelihoods.BetaBinomial, counts, beta_binomial_nll, {"total_count": 9}),
     "Poisson": LikelihoodCase(likelihoods.Poisson, counts, poisson_nll),
     "NegativeBinomial": LikelihoodCase(likelihoods.NegativeBinomial, counts, negative_binomial_nll),
     "StudentT": LikelihoodCase(likelihoods.StudentT, real, student_t_nll),

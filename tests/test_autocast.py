@@ -11,6 +11,7 @@ from pyro_vae import likelihoods
 
 LIKELIHOODS = [likelihoods.Bernoulli, likelihoods.ContinuousBernoulli, likelihoods.Normal]
 LIKELIHOODS += [likelihoods.DiscretizedLogistic, likelihoods.Poisson, likelihoods.NegativeBinomial]
+LIKELIHOODS += [likelihoods.BetaBinomial]
 
 
 def bf16():

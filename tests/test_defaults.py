@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import pyro_vae as pv
-from pyro_vae.distributions import DiscretizedLogistic, FlowDistribution, build_flow
+from pyro_vae.distributions import BetaBinomial, DiscretizedLogistic, FlowDistribution, build_flow
 
 EVALUATION = {"binarize": None, "missing": None, "seed": 0, "max_plate_nesting": 1, "progress": True}
 NETWORK = {"hidden_features": (400,), "activation": "relu", "network": None, "context_dim": 0}
@@ -36,6 +36,8 @@ DEFAULTS = {
     pv.guides.Flow: {"flow": "iaf", "num_context": 32, "num_transforms": 3, "flow_features": (64, 64)},
     pv.guides.Flow.sizes: {"num_context": 32},
     pv.guides.SemiAmortised: {"num_steps": 10, "step_size": 0.05, "num_particles": 1, "end_to_end": True},
+    BetaBinomial: {"total_count": 255, "validate_args": None},
+    pv.likelihoods.BetaBinomial: {"total_count": 255},
     DiscretizedLogistic: {"levels": 256, "validate_args": None},
     FlowDistribution: {"loc": 0.0, "scale": 1.0, "validate_args": None},
     build_flow: {"context": 0},

@@ -27,6 +27,7 @@ LOCS = (-1e4, -3.0, -1e-3, 0.0, 0.7, 50.0)
 SCALES = (1e-4, 0.03, 0.9999, 1.0, 1.0001, 4.0, 1e4)
 REALS = (-1e5, -2.0, 0.0, 1e-4, 0.7, 1e5)
 COUNTS = (0.0, 1.0, 2.0, 16.0, 100.0, 9_999.0, 1e7)
+PSEUDO_COUNTS = (1e-6, 0.03, 1.0, 15.9, 300.0, 1e5, 1e8)
 RATES = (1e-20, 1e-6, 0.1, 15.9, 100.0, 1e4, 1e7, 1e12)
 
 
@@ -57,6 +58,15 @@ def poisson(rate, x):
 def negative_binomial(m, r, x):
     choices = mp.loggamma(x + r) - mp.loggamma(r) - mp.loggamma(x + 1)
     return choices + r * mp.log(r / (r + m)) + x * mp.log(m / (r + m))
+
+
+def beta_binomial(a, b, x, n=255):
+    choices = mp.loggamma(n + 1) - mp.loggamma(x + 1) - mp.loggamma(n - x + 1)
+    return choices + _log_beta(x + a, n - x + b) - _log_beta(a, b)
+
+
+def _log_beta(a, b):
+    return mp.loggamma(a) + mp.loggamma(b) - mp.loggamma(a + b)
 
 
 def discretized_logistic(loc, scale, x):
@@ -183,6 +193,13 @@ CASES = {
         lambda m, r, x: ours.NegativeBinomial(m, r).log_prob(x),
         negative_binomial,
         (RATES[1:-1], (1e-6, 0.5, 10.0, 1e4, 1e8), COUNTS),
+        crosses_zero,
+        differentiable=2,
+    ),
+    "BetaBinomial": Case(
+        lambda a, b, x: ours.BetaBinomial(a, b).log_prob(x),
+        beta_binomial,
+        (PSEUDO_COUNTS, PSEUDO_COUNTS, (0.0, 1.0, 100.0, 254.0, 255.0)),
         crosses_zero,
         differentiable=2,
     ),

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from precision import mp
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from scipy import integrate
+from scipy import integrate, stats
 from solved import within
 from torch import nn
 from torch.distributions import kl_divergence
@@ -15,6 +16,7 @@ import pyro_vae as pv
 from pyro_vae.closed_form import multivariate_normal_kl
 from pyro_vae.distributions import (
     Bernoulli,
+    BetaBinomial,
     ContinuousBernoulli,
     DiscretizedLogistic,
     NegativeBinomial,
@@ -91,6 +93,7 @@ def test_continuous_bernoulli_is_exact_near_the_uniform(logit):
         lambda value: Poisson(value, validate_args=False),
         lambda value: NegativeBinomial(value, value, validate_args=False),
         lambda value: DiscretizedLogistic(value, value, validate_args=False),
+        lambda value: BetaBinomial(value, value, validate_args=False),
     ],
 )
 def test_expanding_checks_no_parameters(make):
@@ -368,6 +371,59 @@ def test_negative_binomial_draws_have_its_moments():
     within(x.mean(0), family.mean, (family.variance / 40_000).sqrt())
     fourth = ((x - family.mean) ** 4).mean(0)
     within(x.var(0), family.variance, ((fourth - family.variance**2) / 40_000).sqrt())
+
+
+ALPHAS, BETAS, TOTAL = (0.02, 0.7, 20.0, 1e4), (0.3, 5.0, 400.0), 13
+
+
+def test_the_beta_binomial_of_scipy_and_of_a_large_sum_in_single_precision():
+    for alpha, beta in itertools.product(ALPHAS, BETAS):
+        family = BetaBinomial(torch.tensor(alpha).double(), torch.tensor(beta).double(), total_count=TOTAL)
+        x = family.enumerate_support()
+        expected = stats.betabinom(TOTAL, float(family.alpha), float(family.beta)).logpmf(x.numpy())
+        torch.testing.assert_close(family.log_prob(x), torch.from_numpy(expected), rtol=1e-10, atol=1e-10)
+        assert family.log_prob(x).logsumexp(0).item() == pytest.approx(0, abs=1e-12)
+    a, b, x = torch.tensor(3.3e6), torch.tensor(1.7e7), torch.arange(256.0)
+    double = BetaBinomial(a.double(), b.double()).log_prob(x.double())
+    torch.testing.assert_close(BetaBinomial(a, b).log_prob(x).double(), double, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_the_gradients_of_the_beta_binomial_are_exact(alpha):
+    x = torch.arange(TOTAL + 1).double()
+    a, b = (torch.full_like(x, value).requires_grad_() for value in (alpha, 5.0))
+    found = torch.autograd.grad(BetaBinomial(a, b, total_count=TOTAL).log_prob(x).sum(), (a, b))
+    of_sum = torch.digamma(a + b) - torch.digamma(a + b + TOTAL)
+    for gradient, own, count in ((found[0], a, x), (found[1], b, TOTAL - x)):
+        expected = torch.digamma(own + count) - torch.digamma(own) + of_sum
+        torch.testing.assert_close(gradient, expected.detach(), rtol=1e-7, atol=1e-11)
+
+
+def test_beta_binomial_draws_have_its_moments():
+    family = BetaBinomial(torch.tensor([0.3, 40.0]), torch.tensor([0.7, 5.0]), total_count=TOTAL)
+    x = family.sample((40_000,))
+    levels = family.enumerate_support()
+    mass = family.log_prob(levels).exp()
+    torch.testing.assert_close((mass * levels).sum(0), family.mean)
+    torch.testing.assert_close((mass * (levels - family.mean) ** 2).sum(0), family.variance)
+    within(x.mean(0), family.mean, (family.variance / 40_000).sqrt())
+    fourth = ((x - family.mean) ** 4).mean(0)
+    within(x.var(0), family.variance, ((fourth - family.variance**2) / 40_000).sqrt())
+
+
+def test_beta_binomial_expands_and_names_values_outside():
+    family = BetaBinomial(torch.tensor(3.0), torch.tensor([0.7, 5.0]), total_count=TOTAL).expand((4, 2))
+    assert family.log_prob(torch.ones(2)).shape == (4, 2)
+    assert family.enumerate_support().shape == (TOTAL + 1, 4, 2)
+    assert family.enumerate_support(expand=False).shape == (TOTAL + 1, 1, 1)
+    checked = BetaBinomial(torch.ones(2), torch.ones(2), total_count=TOTAL, validate_args=True)
+    for value in (-1.0, 0.5, 14.0, math.nan):
+        with pytest.raises(ValueError, match=rf"value\[1\] = {value:.6g} lies outside the support"):
+            checked.log_prob(torch.tensor([1.0, value]))
+    with pytest.raises(ValueError, match=r"Multiply grey levels of \[0, 1\] by 255 and round them"):
+        BetaBinomial(torch.ones(2), torch.ones(2), validate_args=True).log_prob(torch.tensor([1.0, 0.5]))
+    with pytest.raises(ValueError, match="total_count must be at least 1"):
+        BetaBinomial(torch.ones(2), torch.ones(2), total_count=0)
 
 
 def test_negative_binomial_expands():

@@ -55,6 +55,8 @@ RECORDS = [
     described(likelihoods.Bernoulli, LIKELIHOOD | OPTIONS),
     described(likelihoods.ContinuousBernoulli, LIKELIHOOD | OPTIONS),
     described(likelihoods.DiscretizedLogistic, LIKELIHOOD, network=network(2, 10)),
+    described(likelihoods.BetaBinomial, LIKELIHOOD | OPTIONS | {"total_count": 9}),
+    described(likelihoods.BetaBinomial, LIKELIHOOD, network=network(2, 10)),
     described(likelihoods.Poisson, LIKELIHOOD),
     described(likelihoods.Normal, LIKELIHOOD | OPTIONS | {"variance": 0.5}),
     described(likelihoods.Normal, LIKELIHOOD | {"variance": "shared"}, network=network(2, 5)),

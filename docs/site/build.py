@@ -37,6 +37,7 @@ PAGES = {  # the side bar
         docs/tables
         docs/anomalies
         docs/missing
+        docs/compression
         docs/scikit-learn
         docs/scale
         docs/command-line

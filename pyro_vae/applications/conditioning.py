@@ -84,8 +84,8 @@ def condition(base: Any, y: Tensor, missing: Tensor, corruption: Any, *, event_d
     if levels is None:
         raise CorruptionError(
             f"{type(corruption).__name__} has no closed form with a likelihood of {type(base).__name__} "
-            "elements: train a likelihood of finitely many values (Bernoulli, DiscretizedLogistic), or, for "
-            "normal noise, rounding and linear maps, a Normal one"
+            "elements: train a likelihood of finitely many values (Bernoulli, DiscretizedLogistic, "
+            "BetaBinomial), or, for normal noise, rounding and linear maps, a Normal one"
         )
     if isinstance(base, DiscretizedLogistic):
         fast = _GreyLevels(base, y, missing, corruption, levels)

@@ -2,10 +2,9 @@
 
 A corruption is to data what a likelihood is to latent vectors: a function that returns a distribution. It
 acts on each element alone: for x of any shape it returns a distribution of batch shape x.shape; `LinearMap`
-alone mixes the elements of an example. A user's own
-function of this kind takes part where the likelihood has finitely many values, such as Bernoulli and
-DiscretizedLogistic. NaN in y means "not observed", under every corruption. Constructors raise ValueError for
-a number out of range, naming the argument.
+alone mixes the elements of an example. A user's own function of this kind takes part where the likelihood has
+finitely many values, such as Bernoulli, DiscretizedLogistic and BetaBinomial. NaN in y means "not observed",
+under every corruption. Constructors raise ValueError for a number out of range, naming the argument.
 """
 
 import math

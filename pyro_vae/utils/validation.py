@@ -246,6 +246,9 @@ def _grey_levels_hint(x: Tensor, support: constraints.Constraint) -> str:
             '. Grey levels are not binary: pass binarize="dynamic" (or "fixed", "threshold") to fit, '
             "evaluate or data.load, or choose a likelihood for grey levels, such as ContinuousBernoulli"
         )
+    largest = getattr(support, "upper_bound", None)
+    if isinstance(largest, int) and largest in (255, 65535) and ((x >= 0) & (x <= 1)).all():
+        return f". Multiply grey levels of [0, 1] by {largest} and round them"
     two = torch.as_tensor(support.check(torch.full_like(x, 2.0)))
     if not two.any() and ((x >= 0) & (x <= 255)).all():  # such as [0, 1]
         return ". Divide grey levels 0..255 by 255"

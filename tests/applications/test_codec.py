@@ -28,7 +28,7 @@ from pyro_vae.applications.codec.file import FileReader
 
 EVENT, K = (2, 5), 3
 GOLDEN = Path(__file__).parent / "golden_codec.txt"
-FAMILIES = ("Bernoulli", "DiscretizedLogistic", "Poisson", "NegativeBinomial")
+FAMILIES = ("Bernoulli", "DiscretizedLogistic", "BetaBinomial", "Poisson", "NegativeBinomial")
 
 
 def make(family="Bernoulli", *, prior="StandardNormal", seed=0, event=EVENT, network=None, guide=None):
@@ -135,17 +135,55 @@ def test_the_overhead_of_integers_is_below_a_thousandth_of_a_nat():
     assert abs((found - vae.decode(position).log_prob(x).detach().numpy()).mean()) < 1e-3 * 5
 
 
-def test_posteriors_outside_the_lattice_and_narrower_than_a_bin():
-    vae = make()
-    codec = None
-    for shift, raw in ((7.0, 0.0), (-40.0, -30.0), (0.0, -30.0)):
+def with_posterior(vae, loc, raw_scale):
+    """Make q(z|x) the same for every x."""
+    with torch.no_grad():
+        last = vae.posterior.network[-1]
+        last.weight.zero_()
+        last.bias.copy_(torch.cat([torch.as_tensor(loc).expand(K), torch.full((K,), raw_scale)]))
+    return vae
+
+
+@pytest.mark.parametrize("prior", ["StandardNormal", "LearnedNormal"])
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("loc", [-1e8, -40.0, 0.0, 7.0, 4e8])
+@pytest.mark.parametrize("raw_scale", [-1e8, -30.0, 100.0, 4e8])
+def test_posteriors_outside_the_lattice_narrower_than_a_bin_or_wide(prior, particles, loc, raw_scale):
+    vae = with_posterior(make(event=(11, 12), prior=prior), loc, raw_scale)
+    if prior == "LearnedNormal":
         with torch.no_grad():
-            last = vae.posterior.network[-1]
-            last.weight.zero_()
-            last.bias.copy_(torch.tensor([shift] * K + [raw] * K))
-        codec = Codec(vae)
-        x = draws(vae, 9)
+            vae.prior.loc.copy_(torch.tensor([4000.0, -1.0, 0.0]))
+            vae.prior.raw_scale.copy_(torch.tensor([-40.0, 0.0, 4000.0]))
+    x = draws(make(event=(11, 12)), 5)
+    codec = Codec(vae, particles=particles, lanes=2)
+    with np.errstate(all="raise"):
         assert torch.equal(codec.decompress(codec.compress(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("loc", "raw_scale", "positions"),
+    [
+        (7.0, -30.0, {255}),
+        (-1e8, 3.0, {0}),
+        (torch.tensor([7.0, 0.01, -7.0]), -30.0, {0, 128, 255}),
+        (0.0, 4e8, {0, 255}),
+    ],
+)
+def test_a_posterior_outside_the_lattice_costs_what_the_prior_asks_of_its_ends(loc, raw_scale, positions):
+    vae = make(event=(40, 30))
+    with torch.no_grad():
+        vae.likelihood.network[-1].weight.zero_()
+        vae.likelihood.network[-1].bias.fill_(-4.0)
+    x = torch.zeros(7, 40, 30)
+    codec = Codec(with_posterior(vae, loc, raw_scale), lanes=1)
+    encoded = bits_back.encode(codec.model, x.flatten(1).byte().numpy(), lanes=1, particles=1)
+    assert set(encoded.latents.flatten().tolist()) == positions
+    assert not len(encoded.raw)
+    assert torch.equal(codec.decompress(codec.compress(x)), x)
+    pixels = 1200 * np.log2(1 + np.exp(-4.0))
+    of_prior = -np.log2((codec.model.prior_tables[0][encoded.latents] + 1) / 2**24).sum(1)
+    of_posterior = K if raw_scale > 10 else 0  # a wide q falls on either end with probability 1/2
+    assert encoded.bits == pytest.approx(pixels + of_prior - of_posterior, abs=0.01)
 
 
 def test_streams_of_chunks_and_seek(tmp_path):
@@ -208,6 +246,16 @@ def test_a_saved_codec_decodes_without_the_vae_and_in_another_process(tmp_path):
     paths = [str(tmp_path / name) for name in ("model.codec", "x.pvz", "x.pt")]
     subprocess.run([sys.executable, "-c", code, *paths], check=True, env={"OMP_NUM_THREADS": "2"})
     assert torch.equal(torch.load(tmp_path / "x.pt"), x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_codecs_of_every_family_read_each_others_files(family, tmp_path):
+    vae = make(family)
+    x, codec = draws(vae, 5), Codec(vae)
+    codec.save(tmp_path / "codec")
+    loaded = Codec.load(tmp_path / "codec")
+    assert torch.equal(loaded.decompress(codec.compress(x)), x)
+    assert loaded.model.digests == codec.model.digests
 
 
 def small_file():
@@ -328,7 +376,7 @@ def test_arguments_are_checked():
         codec.compress([[0.0]])
     with pytest.raises(TypeError, match=r"x.float\(\)"):
         codec.compress(torch.zeros(1, *EVENT).bfloat16())
-    with pytest.raises(ValueError, match="'exact'"):
+    with pytest.raises(ValueError, match="'exact' or 'float64'; got 'float32'"):
         Codec(make(), precision="float32")
     with pytest.raises(ValueError, match="7 to 9"):
         Codec(make(), lattice_bits=15)

@@ -47,6 +47,22 @@ def test_an_array_comes_back(folder, capsys, model):
     assert line.endswith("CRC-32 ok")
 
 
+def test_networks_without_an_exact_form_in_float64(folder, capsys):
+    vae = pv.VAE.load(folder / "vae.pt")
+    vae.with_guide(pv.guides.SemiAmortised(vae.posterior, num_steps=2)).save(folder / "refined.pt")
+    paths = {name: str(folder / name) for name in ("x.npy", "x.pvz", "y.npy")}
+    options = ["--model", str(folder / "refined.pt"), "--quiet"]
+    assert main(["compress", paths["x.npy"], paths["x.pvz"], *options]) == 1
+    assert 'take precision="float64"' in capsys.readouterr().err
+    precision = ["--precision", "float64"]
+    assert main(["compress", paths["x.npy"], paths["x.pvz"], *options, *precision]) == 0
+    assert main(["decompress", paths["x.pvz"], paths["y.npy"], *options, *precision]) == 0
+    assert (folder / "x.npy").read_bytes() == (folder / "y.npy").read_bytes()
+    plain = ["--model", str(folder / "vae.pt"), "--quiet"]
+    assert main(["decompress", paths["x.pvz"], paths["y.npy"], *plain]) == 1
+    assert "this codec has 'exact': take the precision of the file" in capsys.readouterr().err
+
+
 def test_errors_are_one_line_and_leave_no_file(folder, capsys):
     options = ["--model", str(folder / "vae.pt"), "--quiet"]
     np.save(folder / "grey.npy", np.full((2, 4, 5), 0.5))

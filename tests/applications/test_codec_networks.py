@@ -1,5 +1,7 @@
 """Networks and tables in exact arithmetic: near the floating-point ones, and the same for any batch size."""
 
+import hashlib
+
 import mpmath
 import numpy as np
 import pytest
@@ -13,11 +15,14 @@ from pyro_vae.applications.codec.exact_networks import UNIT, ExactNetwork, conve
 from pyro_vae.applications.codec.integer_probabilities import (
     TOTAL,
     BernoulliTables,
+    BetaBinomialTables,
     CountTables,
     Lattice,
     LogisticTables,
+    positive_scale,
 )
 from pyro_vae.applications.codec.model import CodecModel
+from pyro_vae.distributions import BetaBinomial
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
 
 ACTIVATIONS = ("elu", "gelu", "leaky_relu", "relu", "silu", "softplus", "tanh")
@@ -125,6 +130,10 @@ def test_fixed_point_functions_are_accurate():
             float(mpmath.log1p(mpmath.exp(-t / fp.ONE))), abs=1e-8
         )
         assert fp.log(value + 1)[0] / fp.ONE == pytest.approx(float(mpmath.log((t + 1) / fp.ONE)), abs=1e-8)
+    values = np.array([1, 2, 3, 1 << 10, fp.ONE - 1, fp.ONE, fp.ONE + 1, 3 << 40, (1 << 52) - 1, 1 << 52])
+    assert np.abs(fp.log_by_table(values) - fp.log(values)).max() <= 16
+    steps = fp.log_by_table(np.arange(fp.ONE, 2 * fp.ONE, 999_983))
+    assert np.abs(steps / fp.ONE - np.log(np.arange(fp.ONE, 2 * fp.ONE, 999_983) / fp.ONE)).max() < 1e-8
     for t in (-7.3, -1.0, 0.0, 0.001, 2.5, 9.0):
         place = np.array([round(t * 2**20)])
         for table, function in ((fp.normal_cdf_table(), mpmath.ncdf), (fp.logistic_cdf_table(), _sigmoid)):
@@ -158,7 +167,9 @@ def _likelihood(name, **options):
     return getattr(pv.likelihoods, name)(2, (3,), hidden_features=(4,), **options).double()
 
 
-@pytest.mark.parametrize("name", ["Bernoulli", "DiscretizedLogistic", "Poisson", "NegativeBinomial"])
+@pytest.mark.parametrize(
+    "name", ["Bernoulli", "DiscretizedLogistic", "BetaBinomial", "Poisson", "NegativeBinomial"]
+)
 def test_tables_are_the_likelihood(name):
     likelihood = _likelihood(name)
     if name == "NegativeBinomial":
@@ -169,7 +180,7 @@ def test_tables_are_the_likelihood(name):
         likelihood=likelihood,
         guide=pv.guides.DiagonalNormal((3,), 2, hidden_features=(5,)).double(),
     )
-    levels = {"Bernoulli": 2, "DiscretizedLogistic": 256}.get(name, 60)
+    levels = {"Bernoulli": 2, "DiscretizedLogistic": 256, "BetaBinomial": 256}.get(name, 60)
     tables = CodecModel.from_vae(vae, Lattice(8, 6.0), levels - 1).tables
     raw = (torch.tensor([[-6.0, -0.3, 2.0], [0.1, 1.0, 3.0]]).double() * UNIT).round() / UNIT
     raw = raw[:, None].repeat(1, tables.num_parameters, 1)
@@ -179,11 +190,43 @@ def test_tables_are_the_likelihood(name):
     if levels == 2:
         assert np.abs(found / TOTAL - 1 + p.probs.detach().numpy()).max() < 3e-7
         return
-    values = torch.arange(levels).double() / (255 if levels == 256 else 1)
+    values = torch.arange(levels).double() / (255 if name == "DiscretizedLogistic" else 1)
     mass = p.log_prob(values[:, None, None]).exp().detach().permute(1, 2, 0).numpy()
     assert (found.sum(-1) == TOTAL - levels).all()
     assert (found >= 0).all()
     assert np.abs(found / TOTAL - mass).max() < 1.2 * levels / TOTAL  # each symbol has one count more
+
+
+TABLES = {
+    "Bernoulli": (BernoulliTables(), "273709bfe1fd"),
+    "DiscretizedLogistic": (LogisticTables(), "16f02ba5dc80"),
+    "BetaBinomial": (BetaBinomialTables(256), "a9bea892f6fa"),
+    "Poisson": (CountTables(60), "25a78b0ad644"),
+    "NegativeBinomial": (CountTables(60, np.array([7, 1 << 20, 1 << 36])), "f012e5089c03"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_the_same_to_the_bit_for_ever(name):
+    """Or files of earlier releases could not be read."""
+    tables, expected = TABLES[name]
+    raw = (np.arange(40 * tables.num_parameters * 3) * 7919 % 200_003 - 100_000).reshape(40, -1, 3)
+    found = np.ascontiguousarray(tables.of(raw), "<i8").tobytes()
+    assert hashlib.sha256(found).hexdigest()[:12] == expected
+
+
+@pytest.mark.parametrize("n", [1, 7, 255, 1000])
+@pytest.mark.parametrize("alpha", [-30.0, -3.0, 2.25, 60.0, 4e4])
+@pytest.mark.parametrize("beta", [-5.0, 0.0, 500.0, 1e9])
+def test_beta_binomial_tables_over_the_range_of_the_parameters(n, alpha, beta):
+    raw = torch.tensor([alpha, beta]).double().reshape(1, 2, 1)
+    found = BetaBinomialTables(n + 1).of((raw * UNIT).long().numpy())[0, 0]
+    assert (found >= 0).all()
+    assert found.sum() == TOTAL - n - 1
+    a, b = (positive_scale(np.array([int(v * UNIT) + 2217]))[0] / 2**20 for v in (alpha, beta))
+    a, b = (torch.tensor(min(v, 2.0**20)).double() for v in (a, b))
+    mass = BetaBinomial(a, b, total_count=n).log_prob(torch.arange(n + 1).double()).exp().numpy()
+    assert np.abs(found / TOTAL - mass).max() < 1.2 * (n + 1) / TOTAL
 
 
 def test_every_family_has_a_largest_value_for_the_guide():
@@ -191,6 +234,25 @@ def test_every_family_has_a_largest_value_for_the_guide():
     assert LogisticTables().largest_value() == UNIT
     assert LogisticTables().values(np.array([0, 255])).tolist() == [0, UNIT]
     assert CountTables(10).largest_value() == 9 * UNIT
+    assert BetaBinomialTables(256).largest_value() == 255
+
+
+def test_small_weights_for_large_counts_are_held():
+    """A network of x/255 has first weights below 2⁻¹² once the division is in them."""
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.BetaBinomial(2, (1, 9, 7)),
+        guide=pv.guides.DiagonalNormal((1, 9, 7), 2, network=ConvEncoder((1, 9, 7), 4, channels=(3,))),
+    ).double()
+    first = next(part for part in vae.posterior.network.modules() if isinstance(part, nn.Conv2d))
+    with torch.no_grad():
+        first.weight.div_(255)
+    x = torch.randint(0, 256, (5, 1, 9, 7))
+    loc, _ = CodecModel.from_vae(vae, Lattice(8, 6.0), 255).posterior(x.flatten(1).numpy())
+    expected = vae.encode(x.double()).base_dist.loc.detach().numpy()
+    assert np.abs(loc / UNIT - expected).max() < 2e-3
+    with pytest.raises(UnsupportedModelError, match=r"must begin with a linear.*float64"):
+        convert(nn.Sequential(nn.Tanh(), nn.Linear(3, 2)), 255, input_unit=1)
 
 
 @pytest.mark.parametrize(

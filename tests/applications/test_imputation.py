@@ -20,7 +20,7 @@ from pyro_vae.applications.corruptions import (
     Poisson,
     Quantise,
 )
-from pyro_vae.distributions import Bernoulli, DiscretizedLogistic
+from pyro_vae.distributions import Bernoulli, BetaBinomial, DiscretizedLogistic
 
 N, M = 7, 400
 
@@ -241,11 +241,18 @@ GREY = DiscretizedLogistic(
     torch.tensor([[0.02, 0.1, 0.3, 0.05]], dtype=torch.float64),
 )
 BITS = Bernoulli(logits=torch.tensor([[-2.0, 0.0, 1.0, 3.0]], dtype=torch.float64))
+COUNTS = BetaBinomial(
+    torch.tensor([[0.3, 2.0, 40.0, 1.0]], dtype=torch.float64),
+    torch.tensor([[0.7, 9.0, 25.0, 1.0]], dtype=torch.float64),
+    total_count=9,
+)
 CASES = {
     "grey, noise": (GREY, Normal(0.3), torch.tensor([[-0.4, 0.2, 0.7, 1.9]])),
     "grey, little noise": (GREY, Normal(0.02), torch.tensor([[0.1, 0.45, 0.7, 1.0]])),
     "grey, photons": (GREY, Poisson(9.0), torch.tensor([[0.0, 4.0, 7.0, 12.0]])),
     "grey, rounded": (GREY, Quantise(0.25), torch.tensor([[0.0, 0.5, 0.75, 1.0]])),
+    "counts, noise": (COUNTS, Normal(0.8), torch.tensor([[-0.4, 2.2, 5.7, 9.9]])),
+    "counts, photons": (COUNTS, Poisson(2.0), torch.tensor([[0.0, 4.0, 7.0, 12.0]])),
     "bits, flips": (BITS, BitFlip(0.2), torch.tensor([[1.0, 0, 1, 0]])),
 }
 
@@ -254,7 +261,7 @@ CASES = {
 def test_sums_over_levels(case):
     base, corruption, y = CASES[case]
     y = y.double()
-    levels = torch.arange(256).double() / 255 if hasattr(base, "loc") else torch.tensor([0.0, 1.0]).double()
+    levels = torch.arange(256).double() / 255 if base is GREY else base.enumerate_support()[:, 0, 0]
     elements = condition(base, y, torch.zeros_like(y).bool(), corruption)
     assert type(elements).__name__ == ("_GreyLevels" if case == "grey, noise" else "_Levels")
     at = levels[:, None].expand(-1, 4)
@@ -359,6 +366,7 @@ LIKELIHOODS = {
     "ContinuousBernoulli": (pv.likelihoods.ContinuousBernoulli, lambda u: u),
     "DiscretizedLogistic": (pv.likelihoods.DiscretizedLogistic, lambda u: (u * 255).round() / 255),
     "Poisson": (pv.likelihoods.Poisson, lambda u: (u * 9).floor()),
+    "BetaBinomial": (pv.likelihoods.BetaBinomial, lambda u: (u * 9).floor()),
     "NegativeBinomial": (pv.likelihoods.NegativeBinomial, lambda u: (u * 9).floor()),
     "Normal": (pv.likelihoods.Normal, lambda u: 3 * u - 1),
     "StudentT": (pv.likelihoods.StudentT, lambda u: 3 * u - 1),

@@ -117,6 +117,7 @@ def test_nothing_missing_changes_nothing():
         pv.likelihoods.Poisson(K, (D,)),
         pv.likelihoods.StudentT(K, (D,)),
         pv.likelihoods.DiscretizedLogistic(K, (D,)),
+        pv.likelihoods.BetaBinomial(K, (D,)),
         pv.likelihoods.NegativeBinomial(K, (D,)),
         pv.likelihoods.ContinuousBernoulli(K, (D,)),
     ],

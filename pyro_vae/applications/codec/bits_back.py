@@ -32,7 +32,7 @@ from pyro_vae.applications.codec.integer_probabilities import (
     excess_of_weights,
     log_of_counts,
 )
-from pyro_vae.applications.codec.model import CodecModel, symbol_type
+from pyro_vae.applications.codec.lattice_model import LatticeModel, symbol_type
 
 __all__ = ["Encoded", "decode", "encode"]
 
@@ -56,7 +56,7 @@ class Encoded:
     latents: np.ndarray
 
 
-def encode(model: CodecModel, symbols: np.ndarray, *, lanes: int, particles: int) -> Encoded:
+def encode(model: LatticeModel, symbols: np.ndarray, *, lanes: int, particles: int) -> Encoded:
     """Push examples, as symbols (N, D), on stacks; deterministic."""
     depth = 4 * (particles * model.latent_dim + 4)
     while True:
@@ -67,7 +67,7 @@ def encode(model: CodecModel, symbols: np.ndarray, *, lanes: int, particles: int
 
 
 def decode(
-    model: CodecModel, rows: int, lanes: list[tuple[int, np.ndarray]], raw: np.ndarray, *, particles: int
+    model: LatticeModel, rows: int, lanes: list[tuple[int, np.ndarray]], raw: np.ndarray, *, particles: int
 ) -> np.ndarray:
     """Pop examples, as symbols (rows, D), from the stacks that `encode` made.
 
@@ -87,7 +87,7 @@ def decode(
 class _Run:
     """The steps of encoding and decoding; each is the mirror of the other."""
 
-    def __init__(self, model: CodecModel, particles: int):
+    def __init__(self, model: LatticeModel, particles: int):
         self.model = model
         self.particles = particles
         self.choice = _equal(particles)

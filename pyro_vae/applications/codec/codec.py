@@ -1,7 +1,7 @@
 """Lossless compression by a VAE at the rate of its ELBO, decoded to the same bits on every machine.
 
-`Codec` turns a trained VAE into integers (`codec_model`), codes examples by bits back (`bits_back`), and
-keeps them in files with check sums (`codec_file`).
+`Codec` turns a trained VAE into integers (`model`), or its outputs (`float64_model`), codes examples by bits
+back (`bits_back`), and keeps them in files with check sums (`file`).
 """
 
 import contextlib
@@ -20,9 +20,17 @@ from torch import Tensor
 
 from pyro_vae.applications.codec import bits_back
 from pyro_vae.applications.codec.data import from_symbols, to_symbols
-from pyro_vae.applications.codec.errors import CodecError, CorruptFileError, ModelMismatchError
+from pyro_vae.applications.codec.errors import (
+    CodecError,
+    CorruptFileError,
+    MachineMismatchError,
+    ModelMismatchError,
+    UnsupportedModelError,
+)
 from pyro_vae.applications.codec.file import LARGEST_CHUNK, Chunk, FileReader, FileWriter, Header
+from pyro_vae.applications.codec.float64_model import Float64Model
 from pyro_vae.applications.codec.integer_probabilities import Lattice
+from pyro_vae.applications.codec.lattice_model import LatticeModel
 from pyro_vae.applications.codec.model import CodecModel
 from pyro_vae.applications.codec.rate import Rate, rate_of
 from pyro_vae.utils import serialization
@@ -31,6 +39,7 @@ from pyro_vae.vae import VAE, require_vae
 
 __all__ = ["Codec", "CodecReader", "CodecWriter"]
 
+_MODELS: dict[str, Any] = {"exact": CodecModel, "float64": Float64Model}
 _ROWS_PER_LANE = 1024
 _MOST_LANES = 16
 
@@ -43,13 +52,18 @@ class Codec:
     threads, processor and version of torch. Examples that cost more than their plain bits are stored as
     these.
 
+    With precision "float64" the networks can be any, and the guide any that returns independent normals,
+    such as `SemiAmortised`, which refines q(z|x) for each example. A file then belongs to the machine that
+    wrote it: another processor, version of torch or setting of its libraries is refused. Networks are called
+    for one example at a time, and each chunk is decoded once before it is written.
+
     Args:
-        vae: A VAE with a Bernoulli, discretised logistic, Poisson or negative binomial likelihood, a
-            `DiagonalNormal` guide and a standard or learned normal prior, with multilayer perceptrons or
-            convolutional networks.
+        vae: A VAE with a Bernoulli, discretised logistic, beta-binomial, Poisson or negative binomial
+            likelihood and a standard or learned normal prior; for precision "exact" with a `DiagonalNormal`
+            guide, and multilayer perceptrons or convolutional networks.
         lattice_bits: Latent dimensions take 2^lattice_bits values; 7 to 9 are best.
         support: Their largest magnitude, in standard deviations of the prior.
-        precision: "exact", the only one.
+        precision: "exact", for files that every machine reads; "float64", for any network.
         lanes: Number of stacks, which are coded side by side; by default one for each 1,024 rows of a chunk,
             at most 16. Each adds about 5 bits per latent dimension to a chunk.
         particles: S, the draws of z per example. With more than one, examples cost on average the
@@ -58,7 +72,8 @@ class Codec:
         max_count: Largest count of a Poisson or negative binomial likelihood.
 
     Raises:
-        UnsupportedModelError: If the VAE has other parts, or weights that are not finite or too large.
+        UnsupportedModelError: If the VAE has other parts, or weights that are not finite or too large, or,
+            for "float64", networks that give other numbers when they are called again.
         ImportError: If constriction is not installed: `pip install "pyro_vae[codec]"`.
 
     Source:
@@ -90,8 +105,8 @@ class Codec:
         max_count: int = 255,
     ):
         require_vae("Codec (Codec.load reads a saved one)", vae)
-        if precision != "exact":
-            raise ValueError(f"precision must be 'exact', the only arithmetic offered; got {precision!r}")
+        if precision not in _MODELS:
+            raise ValueError(f"precision must be 'exact' or 'float64'; got {precision!r}")
         require_count("lattice_bits", lattice_bits, minimum=2)
         if lattice_bits > 14:
             raise ValueError(f"lattice_bits must be at most 14, and 7 to 9 are best; got {lattice_bits}")
@@ -100,10 +115,10 @@ class Codec:
         require_count("max_count", max_count)
         if max_count >= 2**16:
             raise ValueError(f"max_count must be below 65,536; got {max_count}")
-        model = CodecModel.from_vae(vae, Lattice(lattice_bits, float(support)), max_count)
-        self._set(model, vae, lanes, particles)
+        lattice = Lattice(lattice_bits, float(support))
+        self._set(_MODELS[precision].from_vae(vae, lattice, max_count), vae, lanes, particles)
 
-    def _set(self, model: CodecModel, vae: VAE | None, lanes: int | None, particles: int) -> None:
+    def _set(self, model: LatticeModel, vae: VAE | None, lanes: int | None, particles: int) -> None:
         require_count("particles", particles)
         if particles > 4096:
             raise ValueError(f"particles must be at most 4,096; got {particles}")
@@ -113,7 +128,10 @@ class Codec:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What two codecs must share to read each other's files: digests of the model, and the particles."""
+        """What two codecs must share to read each other's files: digests of the model, and the particles.
+
+        With precision "float64" also the machine, and a digest of outputs on it.
+        """
         return {**self.model.digests, "particles": self.particles}
 
     def compress(self, x: Any) -> bytes:
@@ -175,7 +193,16 @@ class Codec:
         return CodecReader(self, file)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model in integers to a file, from which `load` makes a codec without the VAE."""
+        """Write the model in integers to a file, from which `load` makes a codec without the VAE.
+
+        Raises:
+            CodecError: If the precision is "float64".
+        """
+        if not isinstance(self.model, CodecModel):
+            raise CodecError(
+                'a model of precision "float64" is its VAE: keep that by vae.save(path), and read files by '
+                'Codec(pv.VAE.load(path), precision="float64")'
+            )
         content = {"model": self.model.to_plain(), "lanes": self.lanes, "particles": self.particles}
         serialization.write(path, "codec", content | {"digests": self.model.digests})
 
@@ -191,7 +218,7 @@ class Codec:
 
         def restore() -> Codec:
             codec = cls.__new__(cls)
-            model = CodecModel.from_plain(content["model"])
+            model: LatticeModel = CodecModel.from_plain(content["model"])
             codec._set(model, None, content["lanes"], content["particles"])
             if model.digests != content["digests"]:
                 raise ValueError("the model read differs from the model saved")
@@ -257,11 +284,26 @@ class CodecWriter:
         encoded = bits_back.encode(
             self.codec.model, rows, lanes=min(lanes, len(rows)), particles=self.codec.particles
         )
+        if not self.codec.model.is_exact:
+            self._require_decodable(rows, encoded)
         if self.keep_encoded:
             self.encoded.append(encoded)
         cast(FileWriter, self._writer).write(
             Chunk(len(rows), encoded.lanes, encoded.raw, zlib.crc32(rows.tobytes()))
         )
+
+    def _require_decodable(self, rows: np.ndarray, encoded: bits_back.Encoded) -> None:
+        """Raise unless a chunk decodes to its rows, before it is written."""
+        try:
+            model, particles = self.codec.model, self.codec.particles
+            back = bits_back.decode(model, len(rows), encoded.lanes, encoded.raw, particles=particles)
+        except CorruptFileError:
+            back = None
+        if back is None or not np.array_equal(back, rows):
+            raise UnsupportedModelError(
+                "the networks of this VAE give other numbers when they are called again, and then nothing "
+                "can be decoded: take out what changes from call to call"
+            )
 
     def close(self) -> None:
         """Write what is left, and the index.
@@ -365,7 +407,20 @@ class CodecReader:
 
 
 def _require_same_model(found: dict[str, Any], own: dict[str, Any]) -> None:
-    lines = [f"{name}: file {found[name]}, codec {own[name]}" for name in own if found[name] != own[name]]
+    if ("machine" in found) != ("machine" in own):
+        precision = ["exact", "float64"]
+        raise ModelMismatchError(
+            f"the file was compressed with precision {precision['machine' in found]!r}, this codec has "
+            f"{precision['machine' in own]!r}: take the precision of the file"
+        )
+    differ = [name for name in own if found[name] != own[name]]
+    lines = [f"{name}: file {found[name]}, codec {own[name]}" for name in differ]
+    if lines and set(differ) <= {"machine", "probe"}:
+        raise MachineMismatchError(
+            'the file was compressed with precision "float64" where networks may give other bits, or by '
+            f"other code; these differ: {'; '.join(lines)}. Read it where it was written, or compress the "
+            'data there with precision "exact", which every machine reads'
+        )
     if lines:
         raise ModelMismatchError(
             "the file was compressed by another model or with other settings; these differ: "

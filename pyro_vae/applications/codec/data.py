@@ -9,15 +9,15 @@ from torch import Tensor
 
 from pyro_vae.applications.codec.errors import CodecError
 from pyro_vae.applications.codec.file import DTYPES
-from pyro_vae.applications.codec.integer_probabilities import LogisticTables
-from pyro_vae.applications.codec.model import CodecModel, symbol_type
+from pyro_vae.applications.codec.integer_probabilities import CountTables, LogisticTables
+from pyro_vae.applications.codec.lattice_model import LatticeModel, symbol_type
 from pyro_vae.data.images import Images
 from pyro_vae.utils.validation import to_shape
 
 __all__ = ["from_symbols", "row_size", "to_symbols"]
 
 
-def to_symbols(model: CodecModel, x: Any) -> tuple[np.ndarray, str]:
+def to_symbols(model: LatticeModel, x: Any) -> tuple[np.ndarray, str]:
     """Return symbols (N, D) of data (N, *event_shape), and the name of the data's type.
 
     Floats are values of the likelihood's support: 0 and 1, counts, or grey levels k/255 in their type.
@@ -51,7 +51,7 @@ def to_symbols(model: CodecModel, x: Any) -> tuple[np.ndarray, str]:
     return symbols, flat.dtype.name
 
 
-def from_symbols(model: CodecModel, symbols: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def from_symbols(model: LatticeModel, symbols: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return data (N, *shape) of a type from symbols (N, D); the inverse of `to_symbols`."""
     values = symbols.astype(dtype)
     if isinstance(model.tables, LogisticTables) and values.dtype.kind == "f":
@@ -77,11 +77,11 @@ def _array(x: Any) -> np.ndarray:
     return x
 
 
-def _expected(model: CodecModel, is_grey: bool) -> str:
+def _expected(model: LatticeModel, is_grey: bool) -> str:
     if is_grey:
         return "grey levels k / 255, as pyro_vae.data.Images gives them"
     largest = model.tables.levels - 1
-    advice = "" if largest in (1, 255) and not model.tables.to_plain() else " (max_count= sets the largest)"
+    advice = " (max_count= sets the largest)" if isinstance(model.tables, CountTables) else ""
     return f"whole numbers from 0 to {largest}{advice}"
 
 

@@ -3,6 +3,7 @@
 __all__ = [
     "CodecError",
     "CorruptFileError",
+    "MachineMismatchError",
     "ModelMismatchError",
     "NotACodecFileError",
     "TruncatedFileError",
@@ -29,6 +30,10 @@ class UnsupportedVersionError(CodecError):
 
 class ModelMismatchError(CodecError):
     """A file compressed by another model, or with other settings."""
+
+
+class MachineMismatchError(ModelMismatchError):
+    """A file in float64 compressed on a machine whose networks may give other bits."""
 
 
 class TruncatedFileError(CodecError):

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -258,7 +259,7 @@ class ExactNetwork:
         return cls(tuple(layers), largest_input)
 
 
-def convert(network: nn.Module, largest_input: int) -> ExactNetwork:
+def convert(network: nn.Module, largest_input: int, input_unit: int = UNIT) -> ExactNetwork:
     """Convert a network of torch to exact arithmetic, rounding its weights to multiples of 2⁻¹².
 
     Takes `nn.Sequential` (and so `networks.MLP` and `ConvEncoder`) and `networks.ConvDecoder` of linear
@@ -266,7 +267,9 @@ def convert(network: nn.Module, largest_input: int) -> ExactNetwork:
 
     Args:
         network: The network.
-        largest_input: Largest |input| in units of 2⁻¹².
+        largest_input: Largest |input| in units of 1/input_unit.
+        input_unit: 2¹², or less for whole numbers; the weights of the first layer are then rounded to as
+            many bits more, which numbers up to 255 need.
 
     Raises:
         UnsupportedModelError: If the network has other layers, weights that are not finite, or could exceed
@@ -280,26 +283,37 @@ def convert(network: nn.Module, largest_input: int) -> ExactNetwork:
         >>> bool(np.abs(exact / UNIT - network(x.float()).detach().numpy()).max() < 0.01)
         True
     """
-    return ExactNetwork(tuple(_layers(network)), largest_input)
+    units = chain([UNIT**2 // input_unit], repeat(UNIT))
+    layers = tuple(_layers(network, units))
+    first = next((layer for layer in layers if not isinstance(layer, Reshape | Crop)), None)
+    if input_unit != UNIT and not isinstance(first, _Affine):
+        raise UnsupportedModelError(
+            "the guide of a likelihood of large counts must begin with a linear or convolutional layer: put "
+            f'one there, or take precision="float64"; got {network}'
+        )
+    return ExactNetwork(layers, largest_input)
 
 
-def _layers(module: nn.Module) -> Iterator[Layer]:
+def _layers(module: nn.Module, units: Iterator[int]) -> Iterator[Layer]:
+    """Yield the layers of a module; those with weights round them to the next of `units`."""
     if isinstance(module, ConvDecoder) and type(module).forward is ConvDecoder.forward:
-        yield from (*_layers(module.stem), *_layers(module.upsample), Crop(module.height, module.width))
+        yield from _layers(module.stem, units)
+        yield from _layers(module.upsample, units)
+        yield Crop(module.height, module.width)
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for part in module:
-            yield from _layers(part)
+            yield from _layers(part, units)
     elif not isinstance(module, nn.Identity | nn.Dropout):
-        yield _layer(module)
+        yield _layer(module, units)
 
 
-def _layer(module: nn.Module) -> Layer:
-    made = _CONVERSIONS.get(type(module), lambda _: None)(module)
+def _layer(module: nn.Module, units: Iterator[int]) -> Layer:
+    made = _CONVERSIONS.get(type(module), lambda *_: None)(module, units)
     if made is None:
         raise UnsupportedModelError(
             f"{module} has no exact form: use a network of nn.Linear, nn.Conv2d, nn.ConvTranspose2d (without "
             "groups and dilation, with zero padding in numbers), nn.Flatten, nn.Unflatten(1, shape) and the "
-            "activations of networks.MLP with their default settings"
+            'activations of networks.MLP with their default settings, or take precision="float64"'
         )
     return made
 
@@ -311,17 +325,17 @@ def _rounded(parameter: torch.Tensor, unit: int, module: nn.Module) -> np.ndarra
     return np.rint(values.numpy() * unit)
 
 
-def _weights(module: Any) -> tuple[np.ndarray, np.ndarray]:
+def _weights(module: Any, unit: int) -> tuple[np.ndarray, np.ndarray]:
     outputs = getattr(module, "out_channels", None) or module.out_features
     bias = torch.zeros(outputs) if module.bias is None else module.bias
-    return _rounded(module.weight, UNIT, module), _rounded(bias, UNIT**2, module)
+    return _rounded(module.weight, unit, module), _rounded(bias, UNIT**2, module)
 
 
-def _convolution(module: Any) -> Layer | None:
+def _convolution(module: Any, units: Iterator[int]) -> Layer | None:
     is_plain = set(module.dilation) | {module.groups} == {1} and module.padding_mode == "zeros"
     if not is_plain or isinstance(module.padding, str):
         return None
-    weight, bias = _weights(module)
+    weight, bias = _weights(module, next(units))
     if not module.transposed:
         return Convolution(weight, bias, module.stride, module.padding)
     if any(pad >= size for pad, size in zip(module.padding, module.kernel_size, strict=True)):
@@ -330,16 +344,16 @@ def _convolution(module: Any) -> Layer | None:
     return TransposedConvolution(mirrored, bias, module.stride, module.padding, module.output_padding)
 
 
-def _if(condition: Callable[[Any], bool], made: Callable[[Any], Layer]) -> Callable[[Any], Layer | None]:
-    return lambda module: made(module) if condition(module) else None
+def _if(condition: Callable[[Any], bool], made: Callable[[Any], Layer]) -> Callable[..., Layer | None]:
+    return lambda module, _: made(module) if condition(module) else None
 
 
 def _always(_: Any) -> bool:
     return True
 
 
-_CONVERSIONS: dict[type, Callable[[Any], Layer | None]] = {
-    nn.Linear: lambda module: Linear(*_weights(module)),
+_CONVERSIONS: dict[type, Callable[..., Layer | None]] = {
+    nn.Linear: lambda module, units: Linear(*_weights(module, next(units))),
     nn.Conv2d: _convolution,
     nn.ConvTranspose2d: _convolution,
     nn.Flatten: _if(lambda m: (m.start_dim, m.end_dim) == (1, -1), lambda _: Reshape((-1,))),

@@ -29,6 +29,8 @@ DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16
 _DIGESTS = ("structure", "weights", "settings")
 _START = struct.Struct("<8sBBH")  # magic, version, flags, length of the header
 _HEADER = struct.Struct("<BBH6s6s6s")  # type, dimensions, particles, digests; then a u32 for each dimension
+_PROBE = struct.Struct("<6sH")  # in float64: digest of outputs, length of the machine's description
+_OF_A_MACHINE = 1  # the flag of files in float64
 _CHUNK = struct.Struct("<2sHII")  # tag, lanes, raw rows, check sum of the symbols
 _LANE = struct.Struct("<II")  # words of the seed that were read, words stored
 _ENTRY = struct.Struct("<QI")  # bytes and rows of a chunk
@@ -44,7 +46,8 @@ class Header:
     Args:
         shape: Shape of a row.
         dtype: Name of the type of the data.
-        model: Digests of the model, 12 hexadecimal digits each, and the number of particles.
+        model: Digests of the model, 12 hexadecimal digits each, and the number of particles. In float64 also
+            the machine and a digest of outputs on it.
     """
 
     shape: tuple[int, ...]
@@ -55,19 +58,41 @@ class Header:
         """Return the bytes of the header."""
         digests = [bytes.fromhex(self.model[name]) for name in _DIGESTS]
         fixed = DTYPES.index(self.dtype), len(self.shape), self.model["particles"], *digests
-        return _HEADER.pack(*fixed) + struct.pack(f"<{len(self.shape)}I", *self.shape)
+        content = _HEADER.pack(*fixed) + struct.pack(f"<{len(self.shape)}I", *self.shape)
+        if not self.flags:
+            return content
+        machine = self.model["machine"].encode()
+        return content + _PROBE.pack(bytes.fromhex(self.model["probe"]), len(machine)) + machine
+
+    @property
+    def flags(self) -> int:
+        """The flags of the file."""
+        return _OF_A_MACHINE if "machine" in self.model else 0
 
     @classmethod
-    def unpack(cls, content: bytes) -> "Header":
+    def unpack(cls, content: bytes, flags: int) -> "Header":
         """Return the header of bytes; raise ValueError if they are none."""
         if len(content) < _HEADER.size:
             raise ValueError("it is too short")
         dtype, dimensions, particles, *digests = _HEADER.unpack(content[: _HEADER.size])
-        if dtype >= len(DTYPES) or len(content) != _HEADER.size + 4 * dimensions:
+        end = _HEADER.size + 4 * dimensions
+        if dtype >= len(DTYPES) or (len(content) < end if flags else len(content) != end):
             raise ValueError("its type or its number of dimensions is unknown")
-        shape = struct.unpack(f"<{dimensions}I", content[_HEADER.size :])
+        shape = struct.unpack(f"<{dimensions}I", content[_HEADER.size : end])
         model = {name: digest.hex() for name, digest in zip(_DIGESTS, digests, strict=True)}
-        return cls(shape, DTYPES[dtype], model | {"particles": particles})
+        return cls(shape, DTYPES[dtype], model | {"particles": particles} | _machine_of(content[end:], flags))
+
+
+def _machine_of(content: bytes, flags: int) -> dict[str, str]:
+    if not flags:
+        return {}
+    if len(content) < _PROBE.size:
+        raise ValueError("it ends before the machine")
+    probe, length = _PROBE.unpack(content[: _PROBE.size])
+    text = content[_PROBE.size :]
+    if len(text) != length:
+        raise ValueError("the description of the machine has another length")
+    return {"machine": text.decode(), "probe": probe.hex()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,7 @@ class FileWriter:
         self._file = file
         self._entries: list[tuple[int, int]] = []
         content = header.pack()
-        self._write(_START.pack(MAGIC, VERSION, 0, len(content)) + content)
+        self._write(_START.pack(MAGIC, VERSION, header.flags, len(content)) + content)
 
     def _write(self, content: bytes) -> int:
         """Write bytes and their check sum; return how many bytes that were."""
@@ -170,15 +195,15 @@ class FileReader:
                 "the file does not begin with the magic bytes \\x89PVZ of compressed data"
             )
         _, version, flags, length = _START.unpack(self._read(0, _START.size, "the header"))
-        if version != VERSION or flags:
+        if version != VERSION or flags > _OF_A_MACHINE:
             raise UnsupportedVersionError(
                 f"the file has format version {version} with flags {flags}, this release reads version "
-                f"{VERSION} with flags 0: use the release that wrote it (or the file is damaged)"
+                f"{VERSION} with flags 0 and 1: use the release that wrote it (or the file is damaged)"
             )
         size = _START.size + length + _SUM.size
         content = self._checked(0, size, "the header")[_START.size :]
         try:
-            return Header.unpack(content), size
+            return Header.unpack(content, flags), size
         except ValueError as error:
             raise _corrupt("the header", 0, str(error)) from error
 

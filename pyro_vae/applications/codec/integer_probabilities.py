@@ -18,6 +18,7 @@ from pyro_vae.applications.codec.fixed_point import (
     exp_negative,
     interpolate,
     log,
+    log_by_table,
     logistic_cdf_table,
     normal_cdf_table,
     sigmoid,
@@ -27,6 +28,7 @@ from pyro_vae.applications.codec.fixed_point import (
 __all__ = [
     "TOTAL",
     "BernoulliTables",
+    "BetaBinomialTables",
     "CountTables",
     "Lattice",
     "LogisticTables",
@@ -40,6 +42,7 @@ __all__ = [
 TOTAL = 1 << 24
 _LARGEST = 1 << 20  # of |location| in units of 2⁻¹², 256 in the units of z or x
 _TABLE_END = 18
+_RAW_ONE = 2217  # log(e − 1), at which positive_scale is 1, in units of 2⁻¹²
 
 
 def counts_at(excess: Integers, symbols: Integers) -> Integers:
@@ -131,6 +134,7 @@ class Tables(ABC):
 
     num_parameters: int
     levels: int
+    input_unit: int = UNIT  # 1/input_unit is the unit of x as the input of a guide
 
     @abstractmethod
     def of(self, outputs: Integers) -> Integers:
@@ -141,12 +145,12 @@ class Tables(ABC):
         return log_of_counts(counts_at(tables, symbols)).sum(-1)
 
     def largest_value(self) -> int:
-        """Return the largest value of x in units of 2⁻¹²."""
-        return UNIT * (self.levels - 1)
+        """Return the largest value of x in units of 1/input_unit."""
+        return self.input_unit * (self.levels - 1)
 
     def values(self, symbols: Integers) -> Integers:
-        """Return x in units of 2⁻¹², the input of a guide."""
-        return symbols.astype(np.int64) * UNIT
+        """Return x in units of 1/input_unit, the input of a guide."""
+        return symbols.astype(np.int64) * self.input_unit
 
     def to_plain(self) -> dict[str, Any]:
         """Return what rebuilds the tables, as plain values."""
@@ -231,3 +235,36 @@ class CountTables(Tables):
         """Return what rebuilds the tables, as plain values."""
         dispersion = None if self.dispersion is None else self.dispersion.tolist()
         return {"levels": self.levels, "dispersion": dispersion}
+
+
+class BetaBinomialTables(Tables):
+    """Beta-binomial on counts 0 … n = levels − 1, with α, β = positive(f + log(e − 1)), as in `likelihoods`.
+
+    p(k) ∝ exp(a_k), with a_k = Σ_{i<k} log((n − i)/(i + 1)) + log(α + i) − log(β + n − 1 − i): sums of
+    logarithms of integers, in place of differences of log Γ.
+
+    Args:
+        levels: Number of counts.
+    """
+
+    num_parameters = 2
+    input_unit = 1  # whole numbers up to n, which need fine weights
+
+    def __init__(self, levels: int):
+        self.levels = levels
+        self._steps = np.arange(levels - 1, dtype=np.int64)
+        self._choices = log((levels - 1 - self._steps) << 30) - log((self._steps + 1) << 30)
+
+    def of(self, outputs: Integers) -> Integers:
+        """Return excess counts (N, D, levels)."""
+        parameters = np.minimum(positive_scale(outputs + _RAW_ONE), 1 << 40) << 10
+        alpha, beta = parameters[:, 0, :, None], parameters[:, 1, :, None]
+        steps = self._steps << 30
+        increments = self._choices + log_by_table(alpha + steps) - log_by_table(beta + steps[::-1])
+        logs = np.zeros((*alpha.shape[:2], self.levels), np.int64)
+        np.cumsum(increments, -1, out=logs[..., 1:])
+        return excess_of_weights(exp_negative(logs.max(-1, keepdims=True) - logs))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what rebuilds the tables, as plain values."""
+        return {"levels": self.levels}

@@ -1,87 +1,55 @@
-"""The model that a codec runs: exact networks, integer tables, and a lattice of latent vectors."""
+"""A VAE in integers, its networks too: the same bits on every machine."""
 
 import hashlib
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from pyro_vae import guides, likelihoods, priors
+from pyro_vae import guides
 from pyro_vae.applications.codec.errors import UnsupportedModelError
-from pyro_vae.applications.codec.exact_networks import UNIT, ExactNetwork, convert
+from pyro_vae.applications.codec.exact_networks import ExactNetwork, convert
 from pyro_vae.applications.codec.fixed_point import Integers, logistic_cdf_table, normal_cdf_table
 from pyro_vae.applications.codec.integer_probabilities import (
     BernoulliTables,
+    BetaBinomialTables,
     CountTables,
     Lattice,
     LogisticTables,
     Tables,
     positive_scale,
 )
-from pyro_vae.networks import positive
+from pyro_vae.applications.codec.lattice_model import LatticeModel, prior_units, tables_of, unsupported_part
 from pyro_vae.vae import VAE
 
-__all__ = ["CodecModel", "symbol_type"]
-
-_LARGEST_Z = 1 << 24  # 4096 in units of 2⁻¹², larger than any latent of a learned prior
+__all__ = ["CodecModel"]
 
 
 @dataclass(frozen=True)
-class CodecModel:
+class CodecModel(LatticeModel):
     """A VAE as integers: all that compression and decompression compute with.
 
-    Latent vectors are coordinates u of the prior, z = m + s u with p(u) = N(0, I), on a lattice.
+    Arguments as for `LatticeModel`, and:
 
     Args:
-        event_shape: Shape of one example.
-        latent_dim: K.
         guide: From x (N, *event_shape) to 2K numbers.
         likelihood: From z (N, K) to `tables.num_parameters` numbers per element of x.
-        tables: Tables of p(x|z).
-        prior: m and s of each latent dimension, int64 (2, K) in units of 2⁻¹².
-        lattice: Values of u.
     """
 
-    event_shape: tuple[int, ...]
-    latent_dim: int
     guide: ExactNetwork
     likelihood: ExactNetwork
-    tables: Tables
-    prior: Integers
-    lattice: Lattice
 
-    @property
-    def size(self) -> int:
-        """Number D of elements of one example."""
-        return math.prod(self.event_shape)
+    def posterior(self, symbols: np.ndarray) -> tuple[Integers, Integers]:
+        """Return location and scale of q(z|x)."""
+        raw = self.guide(self.tables.values(symbols).reshape(len(symbols), *self.event_shape))
+        return raw[:, : self.latent_dim], positive_scale(raw[:, self.latent_dim :])
 
-    @cached_property
-    def prior_tables(self) -> Integers:
-        """Excess counts (K, L) of p(u), the same for each latent dimension."""
-        table = self.lattice.excess(np.zeros(1, np.int64), np.full(1, 1 << 20, np.int64))
-        return np.repeat(table, self.latent_dim, 0)
-
-    def posterior_tables(self, symbols: np.ndarray) -> Integers:
-        """Return excess counts (N, K, L) of q(u|x) for symbols (N, D)."""
-        x = self.tables.values(symbols).reshape(len(symbols), *self.event_shape)
-        raw = self.guide(x)
-        loc, scale = raw[:, : self.latent_dim], positive_scale(raw[:, self.latent_dim :])
-        shift, unit = self.prior
-        loc = np.clip(loc - shift, -(1 << 40), 1 << 40) * UNIT // unit
-        return self.lattice.excess(loc, np.maximum(scale * UNIT // unit, 1))
-
-    def likelihood_tables(self, latents: np.ndarray) -> Integers:
-        """Return tables of p(x|u), (N, D) counts of 0 or (N, D, levels) excess, for positions (N, K)."""
-        shift, unit = self.prior
-        z = shift + ((unit * self.lattice.points[latents] + UNIT // 2) >> 12)
-        outputs = self.likelihood(z).reshape(len(latents), self.tables.num_parameters, self.size)
-        return self.tables.of(outputs)
+    def outputs(self, z: Integers) -> Integers:
+        """Return the outputs of the likelihood's network."""
+        return self.likelihood(z).reshape(len(z), self.tables.num_parameters, self.size)
 
     def to_plain(self) -> dict[str, Any]:
         """Return the model as nested plain values and tensors, for a file."""
@@ -146,20 +114,15 @@ class CodecModel:
         likelihood: Any = vae.likelihood
         guide: Any = vae.posterior
         if type(guide) is not guides.DiagonalNormal:
-            raise _unsupported("guide", guide, "guides.DiagonalNormal")
-        if type(likelihood) not in _LIKELIHOODS:
-            raise _unsupported(
-                "likelihood",
-                likelihood,
-                "likelihoods.Bernoulli, DiscretizedLogistic, Poisson or NegativeBinomial, which give each "
-                "value of x a probability",
-            )
-        tables = _LIKELIHOODS[type(likelihood)](likelihood, max_count)
-        prior = _prior_units(vae.prior)
+            raise unsupported_part("guide", guide, 'guides.DiagonalNormal (or take precision="float64")')
+        if guide.mask_input:
+            raise UnsupportedModelError('a guide with mask_input has no exact form: take precision="float64"')
+        tables = tables_of(likelihood, max_count)
+        prior = prior_units(vae.prior)
         return cls(
             event_shape=likelihood.event_shape,
             latent_dim=likelihood.latent_dim,
-            guide=convert(guide.network, tables.largest_value()),
+            guide=convert(guide.network, tables.largest_value(), tables.input_unit),
             likelihood=convert(likelihood.network, _largest_z(prior, lattice)),
             tables=tables,
             prior=prior,
@@ -167,55 +130,14 @@ class CodecModel:
         )
 
 
-def symbol_type(levels: int) -> np.dtype:
-    """Return the smallest unsigned integer type for symbols 0 … levels − 1, little-endian.
-
-    Example:
-        >>> symbol_type(256), symbol_type(257)
-        (dtype('uint8'), dtype('uint16'))
-    """
-    return np.dtype("u1" if levels <= 256 else "<u2")
-
-
 def _largest_z(prior: Integers, lattice: Lattice) -> int:
     return int(np.abs(prior[0]).max() + prior[1].max() * np.ceil(lattice.support)) + 1
 
 
-def _prior_units(prior: Any) -> Integers:
-    if type(prior) is priors.StandardNormal:
-        zeros = np.zeros(prior.latent_dim, np.int64)
-        return np.stack([zeros, zeros + UNIT])
-    if type(prior) is not priors.LearnedNormal:
-        raise _unsupported("prior", prior, "priors.StandardNormal or LearnedNormal")
-    with torch.no_grad():
-        parts = torch.stack([prior.loc, positive(prior.raw_scale)]).double().cpu().numpy()
-    if not (np.abs(parts) < _LARGEST_Z / UNIT).all():
-        raise UnsupportedModelError("the prior has a location or scale that is not finite, or beyond 4096")
-    units = np.rint(parts * UNIT).astype(np.int64)
-    return np.stack([units[0], np.maximum(units[1], 1)])
-
-
-def _unsupported(name: str, part: Any, expected: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"the {name} must be {expected}; got {type(part).__name__}")
-
-
-def _negative_binomial(likelihood: Any, max_count: int) -> Tables:
-    with torch.no_grad():
-        dispersion = positive(likelihood.raw_dispersion).double().cpu().numpy().flatten()
-    if not (dispersion < 2.0**20).all():
-        raise UnsupportedModelError("the dispersion must be finite and below 2²⁰")
-    return CountTables(max_count + 1, np.maximum(np.rint(dispersion * 2**20), 1).astype(np.int64))
-
-
-_LIKELIHOODS: dict[type[nn.Module], Callable[[Any, int], Tables]] = {
-    likelihoods.Bernoulli: lambda *_: BernoulliTables(),
-    likelihoods.DiscretizedLogistic: lambda *_: LogisticTables(),
-    likelihoods.Poisson: lambda _, max_count: CountTables(max_count + 1),
-    likelihoods.NegativeBinomial: _negative_binomial,
-}
 _TABLES: dict[str, Any] = {
     "bernoulli": BernoulliTables,
     "discretized logistic": LogisticTables,
+    "beta-binomial": BetaBinomialTables,
     "counts": CountTables,
 }
 

@@ -29,8 +29,8 @@ class Rate:
             −log (1/S) Σ_s w_s.
         minus_elbo: Negative ELBO of the VAE in floating point, by its own draws; None for a loaded codec.
         overhead: `net` minus the negative log weights of the VAE in floating point at the same z on the
-            lattice: what lattice and integers cost. None for a loaded codec, for S > 1, and where all rows
-            are raw.
+            lattice: what lattice and integers cost. None for a loaded codec, for S > 1, for a guide that
+            refines q(z|x), and where all rows are raw.
         initial: Bits of the stacks that are not of examples: what bits back borrows.
         header: Bits of header, index, check sums and lengths.
         num_raw: Rows stored without the model.
@@ -106,7 +106,8 @@ def _float_rates(
             costs.append(-log_weight.double().cpu())
     scale = model.size * math.log(2)
     minus_elbo = _estimate(torch.cat(elbos).numpy() / scale)
-    if codec.particles > 1 or not modelled.any():
+    is_refined = getattr(vae.posterior, "needs_log_joint", False)  # by draws, other ones than the codec's
+    if codec.particles > 1 or is_refined or not modelled.any():
         return minus_elbo, None
     difference = bits / model.size - torch.cat(costs).numpy() / scale
     return minus_elbo, _estimate(difference[modelled])

@@ -111,4 +111,5 @@ def _codec(args: argparse.Namespace) -> Codec:
     except serialization.CheckpointError as error:
         if "'pyro_vae VAE'" not in str(error):
             raise
-    return Codec(VAE.load(args.model), lattice_bits=args.lattice_bits, particles=args.particles)
+    settings = {"lattice_bits": args.lattice_bits, "particles": args.particles, "precision": args.precision}
+    return Codec(VAE.load(args.model), **settings)

@@ -250,6 +250,12 @@ def _add_codec(commands: Any) -> None:
         settings = sub.add_argument_group("of a VAE, the same for compress and decompress")
         settings.add_argument("--lattice-bits", type=int, default=8, help=_DEFAULT)
         settings.add_argument("--particles", type=int, default=1, help=_DEFAULT)
+        settings.add_argument(
+            "--precision",
+            choices=["exact", "float64"],
+            default="exact",
+            help=f"float64: any network, for this kind of machine alone {_DEFAULT}",
+        )
 
 
 def _add_list(commands: Any) -> None:
