@@ -383,6 +383,7 @@ def graph_on_one(processes: Processes) -> torch.Tensor:
 def interrupted(processes: Processes, folder: Path) -> dict:
     """Ctrl-C in the last process only: all stop after the same step, and the run is resumed."""
     pressed = folder / f"pressed-{processes.size}"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 
     class Slow(torch.utils.data.Dataset):
         reads = 0
