@@ -217,8 +217,11 @@ class VAE(OwnParameters):
             x = torch.where(observed, x, p.sample()[0])
         message = outside_support("x", x, type(self.likelihood).__name__, support)
         if message:
-            hint = "; if NaN means missing, pass missing='nan' to fit and evaluate" if x.isnan().any() else ""
-            raise ValueError(message + hint)
+            hint = (
+                "; if NaN means missing, pass missing='nan' to fit and evaluate, and to what does not take "
+                "it the mean of pyro_vae.applications.impute"
+            )
+            raise ValueError(message + hint * bool(x.isnan().any()))
 
     def _arguments(self, batch: Any) -> tuple[tuple, Tensor | None]:
         """Return x, with the context of a conditional VAE, and where x is observed; raise for others."""

@@ -40,6 +40,7 @@ PAGES = {  # the side bar
         docs/compression
         docs/scikit-learn
         docs/scale
+        docs/export
         docs/command-line
     """,
     "Understand": """

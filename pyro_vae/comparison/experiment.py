@@ -29,7 +29,7 @@ from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.importance_sampling import evaluate
 from pyro_vae.inference.guide_check import check_mean_field
 from pyro_vae.inference.guide_fit import run_fitting_pair
-from pyro_vae.objectives.estimators import family, label
+from pyro_vae.objectives.estimators import Estimator, family, label
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import terms
 from pyro_vae.objectives.pair import Programs, split_pair
@@ -148,9 +148,14 @@ def compare_estimators(
         step = _Step(model, guide, data, max_plate_nesting=max_plate_nesting)
         restore(step.parameters)
         for candidate in candidates:
+            inner = inner_estimator(candidate.estimator)
             if step.shared:
                 candidate.target = None
-            inner = inner_estimator(candidate.estimator)
+                if isinstance(inner, Estimator):
+                    raise NotSeparableError(
+                        f"{candidate.name} needs terms of single examples: {step.shared.partition('. ')[0]}. "
+                        "Compare Pyro's estimators alone, such as Trace_ELBO() and TraceMeanField_ELBO()"
+                    )
             run_fitting_pair(model, guide, args, kwargs, inner)
             if isinstance(inner, TraceMeanField_ELBO):
                 check_mean_field(model, guide, *args, **kwargs)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "column_names",
     "columns_of",
     "filled",
     "frame_like",
@@ -17,6 +18,7 @@ __all__ = [
     "is_frame",
     "is_series",
     "numbers",
+    "require_columns",
     "series_values",
 ]
 
@@ -46,6 +48,20 @@ def columns_of(frame: Any) -> list[tuple[str, Any]]:
         else frame.get_columns()
     )
     return [(str(name), column) for name, column in zip(frame.columns, found, strict=True)]
+
+
+def column_names(data: Any) -> list[str] | None:
+    """Return the names of the columns of a frame, None of other data."""
+    return [name for name, _ in columns_of(data)] if is_frame(data) else None
+
+
+def require_columns(expected: list[str] | None, data: Any) -> None:
+    """Raise ValueError if data are a frame of other columns than those trained on, or in another order."""
+    found = column_names(data)
+    if expected is None or found is None or found == expected:
+        return
+    remedy = f"pass frame[{expected}]" if set(expected) <= set(found) else "pass a frame of these"
+    raise ValueError(f"training was on the columns {expected}, in this order; got {found}: {remedy}")
 
 
 def has_numbers(column: Any) -> bool:

@@ -333,7 +333,8 @@ def _missing_site(name: str, p: Site, guide_sites: Sites, returned: Any) -> str:
         message += " (for a site that the model enumerates, use TraceEnum_ELBO)"
     if guide_sites or returned is None:
         return (
-            f"{message}: add pyro.sample({name!r}, ...) to it, or rename one of its sites {list(guide_sites)}"
+            f"{message}: add pyro.sample({name!r}, ...) to it, or rename one of its sites "
+            f"{list(guide_sites)}; or, if {name!r} is data, pass them in the model as obs="
         )
     return (
         f"{message}; it returned a {type(returned).__name__}: return a distribution, such as "
@@ -470,7 +471,7 @@ def _invalid_parameter(fn: Any) -> str | None:
             index, _ = _first_entry(torch.isnan(value), value)
             return f"{where} is nan at index {index}: inspect the data and its network's output"
         event_dims = value.dim() - valid.dim()  # which the constraint checks jointly
-        index, entry = _first_entry(~valid.reshape(*valid.shape, *[1] * event_dims).expand_as(value), value)
+        index, entry = _first_entry(~valid.reshape(valid.shape + (1,) * event_dims).expand_as(value), value)
         fix = "; pass the network's output through pyro_vae.networks.positive" if "scale" in name else ""
         return f"{where} must satisfy {constraint}; found {entry:.6g} at index {index}{fix}"
     return None

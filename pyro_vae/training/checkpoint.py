@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -23,6 +24,8 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Checkpoint"]
+
+logger = logging.getLogger("pyro_vae")
 
 
 class Checkpoint:
@@ -68,6 +71,10 @@ class Checkpoint:
             raise OSError(f"cannot make the folder {folder} for checkpoints: {error}") from error
         stack.enter_context(_locked(folder))
         path = folder / "last.pt"
+        if resume and not path.exists():
+            logger.info("no run in %s yet: one starts there", folder)
+        elif path.exists() and not resume:
+            logger.warning("the run in %s is replaced by a new one; resume=True would go on with it", folder)
         if not path.exists():
             self._save(folder, streams)
         elif resume:

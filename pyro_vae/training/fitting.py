@@ -14,10 +14,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
+from pyro_vae.data.frames import column_names, require_columns
 from pyro_vae.data.sources import arguments
 from pyro_vae.data.streams import Stream
 from pyro_vae.inference.guide_check import require_fit
@@ -179,9 +181,12 @@ def fit(
         processes=join(group),
     )
     require_callbacks(callbacks)
+    require_columns(column_names(data), validation)
     train, held_out = prepare_data(
         pair, data, validation, settings, steps_per_epoch=steps_per_epoch, binarize=binarize, missing=missing
     )
+    if isinstance(vae, nn.Module):
+        vae.column_names = column_names(data)  # type: ignore[assignment]  # which other frames must have
     with _surroundings(pair, train.device, seed), settings.processes.logging_once():
         settings.processes.gather(lambda: _make_parameters(pair, vae, train, batch_size))
         with evaluation_mode(pair):  # also of the modules that have just been met

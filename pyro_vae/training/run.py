@@ -29,6 +29,7 @@ from pyro_vae.objectives.sites import (
     NotSeparableError,
     plate_nesting,
     run_pair,
+    sample_sites,
     shared_latent,
     subsampling_factor,
 )
@@ -169,6 +170,10 @@ class Run:
                 with isolated(self.pair.model, self.pair.guide), torch.no_grad():
                     self.pair.train()
                     guide_trace, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
+                if not any(site["is_observed"] for site in sample_sites(model_trace).values()):
+                    raise ValueError(
+                        "the model observes nothing, so that no data can be learnt from: pass obs="
+                    )
                 factors[length] = subsampling_factor(model_trace, length)
                 self.nesting = max(1, plate_nesting(guide_trace, model_trace))
             except (RuntimeError, ValueError) as error:
@@ -346,7 +351,8 @@ class Run:
                 f"the ELBO of validation example {index} is {elbo[index]} after epoch "
                 f"{len(self.history) + 1}. {self._last_good()}"
             )
-        se = float(elbo.std()) / math.sqrt(len(elbo)) if len(elbo) > 1 else math.nan
+        several = self.separable and len(elbo) > 1  # else each has the mean of its batch
+        se = float(elbo.std()) / math.sqrt(len(elbo)) if several else math.nan
         return float(elbo.mean()), se
 
     def _validation_elbos(self, noise: int) -> list[Tensor]:

@@ -134,7 +134,8 @@ def require_floating(name: str, value: Any) -> None:
     if not value.is_floating_point():
         raise TypeError(
             f"{name} must be floating point; got {value.dtype}: divide grey levels 0..255 by 255, as "
-            "pyro_vae.data.from_array(x)[:] does, or convert counts and bits by .float()"
+            "pyro_vae.data.from_array(x)[:] does, or convert counts and bits by .float(), of an array "
+            ".astype('float32')"
         )
 
 
@@ -142,6 +143,12 @@ def to_shape(name: str, found: Sequence[int], expected: Sequence[int], part: str
     """Return advice to bring data of shape `found` to (N, *expected), the input of the module `part`."""
     if tuple(found) == tuple(expected):
         return f"add a dimension for the batch, {name}[None]"
+    own = [size for size in found[1:] if size != 1]
+    wanted = [size for size in expected if size != 1]
+    if own != wanted and len(own) > 1 and len(wanted) > 1:  # a reshape would mix rows, columns, channels
+        channels = len(expected) == 3 and tuple(found[1:]) == (*expected[1:], expected[0])
+        moved = f"move the channels, {name}.movedim(-1, 1), of an array numpy.moveaxis({name}, -1, 1); or "
+        return f"{moved * channels}build {part} for its shape"
     if len(found) > 0 and math.prod(found[1:]) == math.prod(expected):
         return f"{name}.reshape({', '.join(map(str, (-1, *expected)))}) has it"
     return f"reshape {name}, or build {part} for its shape"

@@ -197,3 +197,24 @@ def test_series_are_arguments():
     assert series_values(pd.Series([True, False], dtype="boolean")).tolist() == [True, False]
     with pytest.raises(TypeError, match=r"a column of category: .*pandas.factorize\(column\)"):
         series_values(pd.Series(["a", "b"], dtype="category"))
+
+
+def test_columns_in_another_order_are_refused_after_training():
+    """Their positions would be taken for those of the columns trained on."""
+    vae, frame = make(), mixed()
+    turned = frame[[*frame.columns[::-1]]]
+    with pytest.raises(ValueError, match="in this order; got"):
+        pv.fit(vae, frame, validation=turned, epochs=1, progress=False)
+    pv.fit(vae, frame, epochs=1, progress=False)
+    pv.evaluate(vae, frame, num_particles=3, progress=False)
+    pv.evaluate(vae, numbers(turned), num_particles=3, progress=False)  # an array has no names
+    for call in (
+        lambda: pv.evaluate(vae, turned, num_particles=3, progress=False),
+        lambda: impute(vae, turned, num_particles=3),
+        lambda: AnomalyDetector(vae).fit(turned),
+        lambda: pv.evaluate(vae, frame.rename(columns={"wage": "pay"}), progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"training was on the columns \['height'.*in this order; got"):
+            call()
+    pv.fit(vae, turned, epochs=1, progress=False)
+    pv.evaluate(vae, turned, num_particles=3, progress=False)

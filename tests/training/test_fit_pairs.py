@@ -1,6 +1,7 @@
 """`fit` for whatever is written as a model and a guide: several arguments, latents, plates, masks."""
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -362,3 +363,53 @@ def test_bounds_divide_by_the_subsampling_and_by_no_other_scale():
             )
             total += (log_likelihood - kl).sum().item()
         assert epoch.train_bound == pytest.approx(total / N, rel=1e-8)
+
+
+def test_a_model_that_observes_nothing_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0))
+
+    def guide(x, also=()):
+        scale = pyro.param("scale", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            for name in ("z", *also):
+                pyro.sample(name, dist.Normal(0.0, scale))
+
+    with pytest.raises(ValueError, match="or, if 'x' is data, pass them in the model as obs="):
+        pv.fit(pv.Pair(model, guide), torch.zeros(7), epochs=1, progress=False)
+    both = pv.Pair(model, lambda x: guide(x, ("x",)))
+    with pytest.raises(ValueError, match="the model observes nothing"):
+        pv.fit(both, torch.zeros(7), epochs=1, progress=False)
+
+
+def test_the_validation_elbo_of_a_shared_latent_has_no_error():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.3))
+
+    history = pv.fit(
+        pv.Pair(model, guide), torch.randn(9), validation=torch.randn(5), epochs=1, progress=False
+    )
+    assert math.isnan(history[0].validation_elbo_se)
+    assert math.isfinite(history[0].validation_elbo)
+
+
+def test_a_scale_below_zero_of_no_dimension_is_named():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample(
+            "mean", dist.Normal(pyro.param("m", torch.tensor(0.0)), pyro.param("s", torch.tensor(-1.0)))
+        )
+
+    with pytest.raises(ValueError, match=r"must satisfy GreaterThan\(lower_bound=0.0\); found -1"):
+        pv.fit(pv.Pair(model, guide), torch.randn(9), epochs=1, progress=False)

@@ -868,3 +868,21 @@ def test_another_number_of_shards_is_another_run(tmp_path):
     for shards in (1, 3):
         with pytest.raises(serialization.CheckpointError, match=f"shards was 2, is {shards}"):
             pv.fit(plain_vae(), torch.zeros(7, 6), shards=shards, resume=True, **options)
+
+
+def test_a_run_that_is_replaced_is_named(tmp_path, caplog):
+    caplog.set_level("INFO", "pyro_vae")
+    options = {"epochs": 1, "progress": False, "checkpoint_dir": tmp_path / "run"}
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(2, (3,), hidden_features=(4,)),
+        guide=pv.guides.DiagonalNormal((3,), 2, hidden_features=(4,)),
+    )
+    pv.fit(vae, torch.zeros(5, 3), **options)
+    assert not caplog.messages
+    pv.fit(vae, torch.zeros(5, 3), resume=True, **options)
+    assert not caplog.messages
+    pv.fit(vae, torch.zeros(5, 3), **options)
+    assert "is replaced by a new one; resume=True would go on with it" in caplog.text
+    pv.fit(vae, torch.zeros(5, 3), resume=True, **(options | {"checkpoint_dir": tmp_path / "rnu"}))
+    assert "rnu yet: one starts there" in caplog.text

@@ -1,10 +1,13 @@
 """Invalid arguments raise errors with the expected value, the value found, and a fix."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.utils.validation import to_shape
 
 EVENT, K = (2, 3), 5
 
@@ -67,3 +70,19 @@ def test_any_sequence_of_integers_is_a_shape():
         guide = guides.DiagonalNormal(shape, np.int64(K), hidden_features=[4])
         assert guide.event_shape == EVENT
         assert guide(torch.zeros(7, *EVENT)).event_shape == (K,)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "advice"),
+    [
+        ((50, 784), (1, 28, 28), r"x.reshape\(-1, 1, 28, 28\) has it"),
+        ((50, 1, 28, 28), (784,), r"x.reshape\(-1, 784\) has it"),
+        ((50, 28, 28), (1, 28, 28), r"x.reshape\(-1, 1, 28, 28\) has it"),
+        ((50, 8, 8, 3), (3, 8, 8), r"move the channels, x.movedim\(-1, 1\).* or build the VAE"),
+        ((50, 3, 16, 8), (3, 8, 16), "^build the VAE for its shape"),
+        ((50, 3, 16, 16), (16, 16, 3), "^build the VAE for its shape"),
+        ((50, 5), (6,), "^reshape x, or build the VAE"),
+    ],
+)
+def test_advice_on_shapes_mixes_no_axes(found, expected, advice):
+    assert re.search(advice, to_shape("x", found, expected, "the VAE"))
