@@ -36,7 +36,8 @@ def export(vae: VAE, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: If `vae` is not a VAE of x alone.
-        ValueError: If q(z|x) or p(x|z) has no mean, or the guide refines itself, which needs gradients.
+        ValueError: If q(z|x) or p(x|z) has no mean, the guide is a function, or it refines itself, which
+            needs gradients.
 
     Example:
         >>> import tempfile
@@ -53,6 +54,11 @@ def export(vae: VAE, folder: str | os.PathLike[str]) -> None:
         torch.Size([7, 6])
     """
     require_vae("export", vae)
+    if not isinstance(vae.posterior, nn.Module):
+        raise ValueError(
+            "the guide is a Pyro function, which draws: export a VAE whose guide is a module that returns "
+            "q(z|x), vae.with_guide(module)"
+        )
     if getattr(vae.posterior, "needs_log_joint", False):
         raise ValueError(
             f"a {type(vae.posterior).__name__} guide takes gradient steps, which no program of torch.export "

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from pyro_vae.applications.corruptions import CorruptionError, LinearMap
 from pyro_vae.applications.posterior_draws import Observed, Restored, draw_posterior
-from pyro_vae.data.frames import filled, frame_like, is_frame, numbers, require_columns
+from pyro_vae.data.frames import (
+    columns_trained_on,
+    filled,
+    frame_like,
+    is_frame,
+    numbers,
+    require_columns,
+)
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_floating
 from pyro_vae.vae import VAE, require_vae
@@ -98,7 +105,7 @@ def observe(vae: Any, name: str, y: Any, corruption: Any) -> Observed:
         "to_inference_data(vae, (x, y), missing='nan', oversample=10)" * (corruption is None),
     )
     parameter = next(vae.parameters(), torch.zeros(()))
-    require_columns(getattr(vae, "column_names", None), y)
+    require_columns(columns_trained_on(vae), y)
     y = _as_tensor(name, y, parameter.dtype).to(parameter.device)
     infinite = y.isinf().nonzero()
     if len(infinite):

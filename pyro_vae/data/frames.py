@@ -12,18 +12,21 @@ from numpy.typing import NDArray
 __all__ = [
     "column_names",
     "columns_of",
+    "columns_trained_on",
     "filled",
     "frame_like",
     "has_numbers",
     "is_frame",
     "is_series",
     "numbers",
+    "remember_columns",
     "require_columns",
     "series_values",
 ]
 
 _NUMBERS = "biuf"  # kinds of types: booleans, integers, floats
 _SHOWN = 5  # names in a message
+_NAMES = "_columns_trained_on"  # an attribute that no module of a user has
 
 
 def is_frame(data: Any) -> bool:
@@ -53,6 +56,18 @@ def columns_of(frame: Any) -> list[tuple[str, Any]]:
 def column_names(data: Any) -> list[str] | None:
     """Return the names of the columns of a frame, None of other data."""
     return [name for name, _ in columns_of(data)] if is_frame(data) else None
+
+
+def remember_columns(trained: Any, data: Any) -> None:
+    """Note at what is trained the columns of a frame, which other frames must have; forget those before."""
+    names = column_names(data)
+    if names is not None or hasattr(trained, _NAMES):
+        setattr(trained, _NAMES, names)
+
+
+def columns_trained_on(trained: Any) -> list[str] | None:
+    """Return what `remember_columns` noted, or None."""
+    return getattr(trained, _NAMES, None)
 
 
 def require_columns(expected: list[str] | None, data: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.frames import require_columns
+from pyro_vae.data.frames import columns_trained_on, require_columns
 from pyro_vae.data.images import Images
 from pyro_vae.data.sources import arguments, num_rows, told_of_missing
 from pyro_vae.inference.guide_check import require_fit
@@ -103,7 +103,7 @@ def prepare_data(
         ValueError: If the data are empty, have the wrong shape, or lie outside the likelihood's support.
         NonFiniteError: If a parameter is infinite or NaN.
     """
-    require_columns(getattr(pair, "column_names", None), data)
+    require_columns(columns_trained_on(pair), data)
     if isinstance(data, Images) and data.binarize == "dynamic" and binarize != "threshold":
         data, binarize = dataclasses.replace(data, binarize=None), binarize or "dynamic"
     parameters = dict(pair.named_parameters()) if isinstance(pair, nn.Module) else {}

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.frames import column_names, require_columns
+from pyro_vae.data.frames import column_names, remember_columns, require_columns
 from pyro_vae.data.sources import arguments
 from pyro_vae.data.streams import Stream
 from pyro_vae.inference.guide_check import require_fit
@@ -87,9 +87,10 @@ def fit(
         data: Training data (N, *event_shape) in the support of the likelihood: a tensor, `Images`, or
             whatever has a shape and returns rows by position (NumPy, memory maps, h5py, zarr, sparse
             matrices, data frames of numbers, map-style torch data sets). Only the rows of a batch are read
-            and copied, except of data frames and by `binarize="fixed"`. A tuple or dict of these for programs
-            of several arguments, which are called as f(*batch) or f(**batch); None for an argument that is
-            not there. Or an iterable of batches, such as a torch DataLoader or a stream without length.
+            and copied, except of data frames and by `binarize="fixed"`. After a data frame, others that the
+            pair is given must have its columns, in its order. A tuple or dict of these for programs of
+            several arguments, which are called as f(*batch) or f(**batch); None for an argument that is not
+            there. Or an iterable of batches, such as a torch DataLoader or a stream without length.
         estimator: A `pyro.infer.ELBO`; by default `TraceMeanField_ELBO()` where it is valid for the pair,
             `TraceEnum_ELBO()` where a site is marked to be enumerated, else `Trace_ELBO()`.
         epochs: Passes over the data, those before a resume included.
@@ -186,7 +187,7 @@ def fit(
         pair, data, validation, settings, steps_per_epoch=steps_per_epoch, binarize=binarize, missing=missing
     )
     if isinstance(vae, nn.Module):
-        vae.column_names = column_names(data)  # type: ignore[assignment]  # which other frames must have
+        remember_columns(vae, data)
     with _surroundings(pair, train.device, seed), settings.processes.logging_once():
         settings.processes.gather(lambda: _make_parameters(pair, vae, train, batch_size))
         with evaluation_mode(pair):  # also of the modules that have just been met

@@ -63,6 +63,8 @@ def test_what_has_no_mean_is_refused(tmp_path):
     refined = vae.with_guide(pv.guides.SemiAmortised(vae.posterior))
     with pytest.raises(ValueError, match=r"takes gradient steps.*vae.posterior"):
         pv.applications.export(refined, tmp_path)
+    with pytest.raises(ValueError, match="the guide is a Pyro function"):
+        pv.applications.export(vae.with_guide(vae.guide), tmp_path)
     with pytest.raises(TypeError, match="export takes a pyro_vae.VAE; got Linear"):
         pv.applications.export(torch.nn.Linear(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -385,26 +385,14 @@ def test_a_model_that_observes_nothing_is_refused():
 
 
 def test_the_validation_elbo_of_a_shared_latent_has_no_error():
-    def model(x):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-
-    def guide(x):
-        pyro.sample("mean", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.3))
-
-    history = pv.fit(
-        pv.Pair(model, guide), torch.randn(9), validation=torch.randn(5), epochs=1, progress=False
-    )
+    model, guide, x = a_global_latent()
+    history = pv.fit(pv.Pair(model, guide), x, validation=x[:5], epochs=1, progress=False)
     assert math.isnan(history[0].validation_elbo_se)
     assert math.isfinite(history[0].validation_elbo)
 
 
 def test_a_scale_below_zero_of_no_dimension_is_named():
-    def model(x):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    model, _, x = a_global_latent()
 
     def guide(x):
         pyro.sample(
@@ -412,4 +400,4 @@ def test_a_scale_below_zero_of_no_dimension_is_named():
         )
 
     with pytest.raises(ValueError, match=r"must satisfy GreaterThan\(lower_bound=0.0\); found -1"):
-        pv.fit(pv.Pair(model, guide), torch.randn(9), epochs=1, progress=False)
+        pv.fit(pv.Pair(model, guide), x, epochs=1, progress=False)
