@@ -16,7 +16,7 @@ from torch import Tensor, fx
 __all__ = ["NotCompiled", "choose_matmul_libraries", "compile_graph"]
 
 aten = torch.ops.aten
-_MIN_SIZE = 1_000_000  # multiplications; a smaller product takes no longer than a few Python calls
+_MIN_SIZE = 4_000_000  # multiplications; below, what oneDNN gains is lost in the Python that calls it
 _REPEATS = 9
 _MAX_TIME_RATIO = 0.95  # of oneDNN to MKL, so that timing noise seldom decides
 

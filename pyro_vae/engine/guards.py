@@ -57,7 +57,14 @@ PLAIN_TYPES = (
     Tensor, bool, int, float, complex, str, bytes, NoneType, np.generic,
     torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
-_LEAF_TYPES = (*PLAIN_TYPES, np.ndarray)
+_HELD = (
+    *PLAIN_TYPES,
+    np.ndarray,
+    FunctionType,
+    MethodType,
+    functools.partial,
+    tuple,
+)  # attributes of libraries
 _NUMBERS = (bool, int, float, complex, str, bytes)
 _NOISE_TYPES = (random.Random, np.random.Generator, np.random.RandomState)
 _MODULE_DICTS = (
@@ -100,8 +107,8 @@ class Guards:
     at run time, or reads `vars(...)` or `__dict__`, it includes all attributes of the objects that are read;
     where code names the environment, all its variables. For torch modules the search includes parameters,
     buffers, submodules and hooks; for objects of classes in torch, Pyro, zuko and pyro_vae, or derived from
-    such a class other than `nn.Module`, all attributes that are numbers, strings, tensors or arrays; for
-    Pyro's messengers, all attributes.
+    such a class other than `nn.Module`, all attributes that are numbers, strings, tensors, arrays, functions,
+    methods or tuples, such as the programs of a pair; for Pyro's messengers, all attributes.
 
     Not guarded are
 
@@ -394,7 +401,7 @@ class Guards:
             kind_of = attribute(item, "_concrete_type", None)  # its attributes are in C++
             self._visit_computed(item, kind_of.get_attributes() if kind_of is not None else ())
         if library_bases(kind):  # code of a library is not searched, and may read any attribute
-            names |= {name for name, value in attributes.items() if isinstance(value, _LEAF_TYPES)}
+            names |= {name for name, value in attributes.items() if isinstance(value, _HELD)}
             names |= self._methods_run(kind)
         if isinstance(item, nn.Module):
             names.add("forward")  # absent; if it is set later, it hides the method

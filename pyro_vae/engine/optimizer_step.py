@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from pyro_vae.engine.adam_kernel import AdamKernel
+from pyro_vae.utils.validation import flag_non_finite
+
 __all__ = ["OptimizerStep"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -23,7 +26,7 @@ class OptimizerStep:
 
     Learning rates and other options are read from the optimiser at each call, so that schedules work. Adam
     and AdamW use their fused kernel, which can skip the update by a flag on the device, without a
-    synchronisation. Other optimisers take their own step.
+    synchronisation; or, once `compile` was called, an `AdamKernel`. Other optimisers take their own step.
 
     Args:
         optimizer: A torch optimiser.
@@ -32,6 +35,7 @@ class OptimizerStep:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
         >>> step = OptimizerStep(torch.optim.Adam([weight], 0.1))
         >>> step([torch.tensor([1.0, -2.0, 3.0])], skip=torch.tensor(0.0))
+        tensor(0.)
         >>> weight.detach()
         tensor([-0.1000,  0.1000, -0.1000])
     """
@@ -40,9 +44,23 @@ class OptimizerStep:
         self.optimizer = optimizer
         self.kernels: list[_FusedAdam] = []
         self.has_gradient: list[bool] = []  # for each parameter, when the kernels were built
+        self.is_compiled = False
 
-    def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor) -> None:
-        """Take a step, given one gradient or None per parameter, unless `skip`, shape (), is 1.0."""
+    def compile(self) -> None:
+        """Use compiled kernels, where there are some, from the next step on."""
+        if not self.is_compiled and AdamKernel.is_available():
+            self.is_compiled, self.kernels = True, []
+
+    def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor) -> Tensor:
+        """Take a step, given one gradient or None per parameter.
+
+        Args:
+            gradients: One per parameter.
+            skip: 1.0 if the step is not to be taken, else 0.0, float32 ().
+
+        Returns:
+            1.0 if the step was not taken, since `skip` is 1.0 or a gradient is not finite; else 0.0.
+        """
         optimizer = self.optimizer
         for parameter, gradient in zip(self.parameters(), gradients, strict=True):
             parameter.grad = gradient  # as after an eager step
@@ -53,12 +71,16 @@ class OptimizerStep:
             self.kernels = []
         if not self.kernels and not hooked:
             self.kernels, self.has_gradient = self._build_kernels(has_gradient), has_gradient
-        for kernel in self.kernels:
-            kernel(gradients, skip)
         if self.kernels:
             optimizer._opt_called = True  # type: ignore[attr-defined] # else schedulers warn of a missing step
-        elif not skip:
+        if len(self.kernels) == 1 and self.kernels[0].compiled is not None:
+            return skip if skip else skip + (not self.kernels[0].compiled_step(gradients))
+        skip = flag_non_finite(gradients, skip)
+        for kernel in self.kernels:
+            kernel(gradients, skip)
+        if not (self.kernels or skip):
             optimizer.step()
+        return skip
 
     def zero_grad(self) -> None:
         """Remove all gradients, as an eager step does first; the new ones reuse their memory."""
@@ -104,7 +126,10 @@ class OptimizerStep:
                     key = (number, parameter.device, parameter.dtype)
                     members.setdefault(key, []).append((index, parameter))
                 index += 1
-        return [_FusedAdam(optimizer, number, chosen) for (number, *_), chosen in members.items()]
+        kernels = [_FusedAdam(optimizer, number, chosen) for (number, *_), chosen in members.items()]
+        if self.is_compiled and len(kernels) == 1:  # one tells whether all gradients are finite
+            kernels[0].compile()
+        return kernels
 
 
 def _needs_own_step(group: dict[str, Any], states: Sequence[dict[str, Any]]) -> bool:
@@ -136,13 +161,22 @@ class _FusedAdam:
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
         self.lists = [[state[name] for state in self.states if name in state] for name in _MOMENTS]
+        self.compiled: AdamKernel | None = None
+
+    def compile(self) -> None:
+        """Use the compiled kernel if it has the options of the group and supports the tensors."""
+        *moments, largest = self.lists
+        tensors = [*self.parameters, *moments[0], *moments[1]]
+        if not (self.group["maximize"] or largest) and AdamKernel.supports(tensors):
+            self.compiled = AdamKernel(self.parameters, moments, self.step)
 
     def is_current(self) -> bool:
         """Return True if the optimiser still holds the same group, parameters and state tensors."""
         groups = self.optimizer.param_groups
         if self.number >= len(groups) or groups[self.number] is not self.group:
             return False
-        if _needs_own_step(self.group, self.states):
+        is_changed = self.compiled and (self.group["maximize"] or not AdamKernel.supports(self.parameters))
+        if is_changed or _needs_own_step(self.group, self.states):
             return False
         parameters = [parameter for group in groups for parameter in group["params"]]
         if self.indices[-1] >= len(parameters):
@@ -157,6 +191,12 @@ class _FusedAdam:
             all(map(operator.is_, [state.get(name) for state in self.states if name in state], tensors))
             for name, tensors in zip(names, (self.steps, *self.lists), strict=True)
         )
+
+    def compiled_step(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Take a step; return False if a gradient is not finite, and none is taken."""
+        assert self.compiled is not None
+        given = [gradient for index in self.indices if (gradient := gradients[index]) is not None]
+        return self.compiled(given, self.group)
 
     def __call__(self, gradients: Sequence[Tensor | None], skip: Tensor) -> None:
         group = self.group

@@ -100,7 +100,7 @@ class Replay:
         watched: Returns model and guide as they run while a graph is recorded or compared.
         eager_step: Takes a step without a graph and returns its loss.
         fastest: The matrix-product library for each shape, see `choose_matmul_libraries`; None for torch's.
-        update: Called with the gradients, and a flag `skip` as for `OptimizerStep`, in its place.
+        update: Called in place of an `OptimizerStep`, with the same arguments and return value.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Replay:
         watched: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]],
         eager_step: Callable[..., float],
         fastest: dict[str, str] | None,
-        update: Callable[..., object] | None = None,
+        update: Callable[..., Tensor] | None = None,
     ):
         self.model, self.guide, self.watched = model, guide, watched
         self.estimator: Any = estimator
@@ -130,6 +130,7 @@ class Replay:
         self.num_recordings = self.num_compilations = 0
         self.unpaid = 0  # recordings that have not been used for long
         self.disabled = False  # every step is eager
+        self.last: tuple[_Key, _Recording, tuple] | None = None  # of a step that the next may repeat
         self.device_types = sorted({"cpu", *(p.device.type for p in self.optimizer_step.parameters())})
         some = self.optimizer_step.parameters()[0]
         if some.device.type == "cpu":
@@ -142,6 +143,7 @@ class Replay:
 
     def step(self, number: int, /, *args: Any, **kwargs: Any) -> float:
         """Take step `number`, counted from 0, and return its loss."""
+        self.last = None
         if self.disabled or _PYRO_STACK or _is_within_torch_mode():  # these may have any effect
             return self.eager_step(*args, **kwargs)
         if self.is_scheduled:
@@ -150,11 +152,43 @@ class Replay:
             key, recording, tensors = self._recording(args, kwargs)
             self._prepare(recording, tensors, number)
         except Untraceable as reason:
-            loss = self.eager_step(*args, **kwargs)  # raises if the arguments are invalid
-            if not isinstance(reason, _EagerOnce):
-                self._disable(reason)
-            return loss
+            return self._step_eagerly(reason, args, kwargs)
+        if shapes := _shapes(args, kwargs):
+            self.last = key, recording, shapes
+        return self._run(key, recording, tensors, args, kwargs)
 
+    def can_repeat(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Return whether a graph took the last step, with arguments of the same shapes."""
+        return self.last is not None and self.last[2] == _shapes(args, kwargs)
+
+    def step_again(self, number: int, /, *args: Any, **kwargs: Any) -> float:
+        """Take step `number`, which `can_repeat` allows, and return its loss.
+
+        What the model reads is not compared with what was recorded: nothing but steps may have run since.
+        """
+        assert self.last is not None
+        key, recording, _ = self.last
+        tensors = [*args, *kwargs.values()]
+        if self.is_scheduled:
+            self.weight.fill_(self.estimator.beta)
+        try:
+            self._prepare(recording, tensors, number)
+        except Untraceable as reason:
+            return self._step_eagerly(reason, args, kwargs)
+        return self._run(key, recording, tensors, args, kwargs)
+
+    def _step_eagerly(self, reason: Untraceable, args: tuple, kwargs: dict[str, Any]) -> float:
+        """Take a step without a graph, and so all later ones unless the reason is of this step alone."""
+        self.last = None
+        loss = self.eager_step(*args, **kwargs)  # raises if the arguments are invalid
+        if not isinstance(reason, _EagerOnce):
+            self._disable(reason)
+        return loss
+
+    def _run(
+        self, key: "_Key", recording: "_Recording", tensors: list[Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> float:
+        """Take a step by the graph, or, if it is invalid, eagerly."""
         graph = recording.graph
         states = [generator.get_state() for generator in graph.generators]
         values = [tensor.clone() for tensor in graph.mutated]
@@ -163,8 +197,7 @@ class Replay:
             loss, invalid, *gradients = recording.run(*tensors, *graph.captured)
             num_trained = len(gradients) - len(recording.others)
             gradients, others = gradients[:num_trained], gradients[num_trained:]
-            invalid = flag_non_finite(gradients, invalid)
-            self.update(gradients, skip=invalid)
+            invalid = self.update(gradients, skip=invalid)
             value = loss.item()
             if math.isfinite(value) and not invalid:
                 if self.is_scheduled:
@@ -177,6 +210,7 @@ class Replay:
                 generator.set_state(state)
             for tensor, before in zip(graph.mutated, values, strict=True):
                 tensor.copy_(before)
+        self.last = None
         loss = self.eager_step(*args, **kwargs)
         self._count_miss(key, recording)
         return loss
@@ -308,6 +342,7 @@ class Replay:
         try:
             if self.engine == "compiled" or (self.engine == "auto" and number >= recording.break_even):
                 self.num_compilations += recording.compile(tensors)
+                self.optimizer_step.compile()
             recording.use(tensors)
         except NotCompiled as reason:
             self.engine = "traced"
@@ -558,6 +593,14 @@ def _without_shared_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | 
         result.append(gradient.clone() if gradient is not None and storage in seen else gradient)
         seen.add(storage)
     return result
+
+
+def _shapes(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """Return what the arguments of a repeated step share; None unless they are different tensors."""
+    tensors = [*args, *kwargs.values()]
+    if len({*map(id, tensors)}) < len(tensors) or not all(isinstance(each, Tensor) for each in tensors):
+        return None
+    return (len(args), *kwargs, *map(_signature, tensors))
 
 
 def _signature(tensor: Tensor) -> tuple:

@@ -100,11 +100,13 @@ class BatchParts:
 
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
         loss = self.svi.eager_gradients(*args, **kwargs)
-        self._note([parameter.grad for parameter in self.parameters])
+        self.sum.add_gradients([parameter.grad for parameter in self.parameters])
         return loss
 
-    def _note(self, gradients: list[Tensor | None], skip: Any = None) -> None:
+    def _note(self, gradients: list[Tensor | None], *, skip: Tensor) -> Tensor:
+        """Note the gradients of a part, in place of an `OptimizerStep`."""
         self.sum.add_gradients(gradients)
+        return flag_non_finite(gradients, skip)
 
     def _count(self, steps: int, counted: int | None) -> None:
         """Count one step for all parts."""

@@ -196,6 +196,18 @@ class SVI:
             return self.step_in_parts([(args, kwargs)])
         return self.take_step(self._eager_step, args, kwargs)
 
+    def step_again(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step as `step` does, where nothing but steps has run since the last one.
+
+        So nothing that the programs read can have changed but arguments and parameters, and the engine does
+        not look for it, which takes as long as a small matrix product.
+        """
+        if self._replay is None or not self._replay.can_repeat(args, kwargs):
+            return self.step(*args, **kwargs)
+        loss = self._replay.step_again(self.steps, *args, **kwargs)
+        self.steps += 1
+        return loss
+
     def step_in_parts(self, parts: Iterable[tuple[tuple, dict[str, Any]]], *, stop: bool = False) -> float:
         """Take one step on a batch that comes in parts, here and in other processes; return its loss.
 

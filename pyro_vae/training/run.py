@@ -244,12 +244,18 @@ class Run:
     def _whole_steps(self, epoch: int, is_interrupted: Callable[[], int]) -> Iterator[tuple[int, float]]:
         """Take the remaining steps in this process alone, yielding length and loss of each batch."""
         noise = derived_seed(self.settings.seed, _NOISE, epoch)
+        take_step = self.svi.step  # compares what the programs read, which callbacks may have changed
+        is_in_memory = (
+            isinstance(self.train, Batches) and self.train.source.in_memory
+        )  # else others' code runs
         for batch in self.train.epoch(epoch, batch_size=self.batch_size, start=len(self.done)):
             seed_generators(self.device, seed_at(noise, len(self.done)))
             args, kwargs = arguments(batch)
             started = time.perf_counter()
             with self._autocast():
-                loss = self.svi.step(*args, **kwargs)
+                loss = take_step(*args, **kwargs)
+            if is_in_memory:
+                take_step = self.svi.step_again
             self.pace.note(time.perf_counter() - started)
             self.interrupted = bool(is_interrupted())
             yield num_rows(batch), loss
