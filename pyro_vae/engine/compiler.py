@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["NotCompiled", "choose_matmul_libraries", "compile_graph"]
+__all__ = ["NotCompiled", "calls_to_pay", "choose_matmul_libraries", "compile_graph"]
 
 aten = torch.ops.aten
 _MIN_SIZE = 4_000_000  # multiplications; below, what oneDNN gains is lost in the Python that calls it
 _REPEATS = 9
 _MAX_TIME_RATIO = 0.95  # of oneDNN to MKL, so that timing noise seldom decides
+
+# Rough costs in seconds, the same on every machine, so that a resumed run starts to compile at the same step
+_COMPILE_TIME = 20.0
+_SAVED_PER_OPERATION = 4e-6
+_SAVED_PER_VALUE = 1e-9  # per element of an operation's output
 
 _OPTIONS = {
     "fallback_random": True,  # the random numbers of eager torch
@@ -68,6 +73,17 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
         raise NotCompiled(f"{type(error).__name__}: {reason[0]}") from error
     finally:
         logger.setLevel(level)
+
+
+def calls_to_pay(module: fx.GraphModule) -> float:
+    """Return the number of calls after which a compiled graph has saved as much time as compiling takes.
+
+    Args:
+        module: A graph with `meta["output"]` as for `choose_matmul_libraries`.
+    """
+    metas = [node.meta for node in module.graph.nodes]
+    sizes = [meta["output"].numel() for meta in metas if "output" in meta]
+    return _COMPILE_TIME / (_SAVED_PER_OPERATION * len(sizes) + _SAVED_PER_VALUE * sum(sizes))
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

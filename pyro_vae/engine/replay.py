@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 
-from pyro_vae.engine.compiler import NotCompiled, choose_matmul_libraries, compile_graph
+from pyro_vae.engine.compiler import NotCompiled, calls_to_pay, choose_matmul_libraries, compile_graph
 from pyro_vae.engine.guards import PLAIN_TYPES
 from pyro_vae.engine.optimizer_step import OptimizerStep
 from pyro_vae.engine.recorder import LossAndGradients, Untraceable
@@ -59,12 +59,6 @@ _MAX_RECORDINGS = 32  # that have not paid; if shapes keep changing, recording c
 _STEPS_TO_PAY = 100
 _MAX_VALUES = 8  # recordings for other values of arguments that are not tensors, each used once
 _MAX_MISSES = 8  # invalid uses in a row
-
-# Rough costs in seconds, the same on every machine, so that a resumed run starts to compile at the same step
-_COMPILE_TIME = 20.0
-_SAVED_PER_OPERATION = 4e-6
-_SAVED_PER_VALUE = 1e-9  # per element of an operation's output
-
 
 _PROPERTIES = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 _Key = tuple[tuple, tuple]
@@ -444,10 +438,7 @@ class _Recording:
         self.steps = self.misses = (
             0  # taken by the graph; in a row by the eager step, as the graph was invalid
         )
-        metas = [node.meta for node in self.graph.module.graph.nodes]
-        sizes = [meta["output"].numel() for meta in metas if "output" in meta]
-        saved = _SAVED_PER_OPERATION * len(sizes) + _SAVED_PER_VALUE * sum(sizes)
-        self.break_even = _COMPILE_TIME / saved  # steps
+        self.break_even = calls_to_pay(self.graph.module)  # steps
 
     def holds(self) -> bool:
         """Return True if the guards hold and no captured tensor has another shape, dtype or device."""

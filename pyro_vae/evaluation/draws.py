@@ -20,6 +20,7 @@ from pyro_vae.data.batches import Batches
 from pyro_vae.data.frames import columns_trained_on, require_columns
 from pyro_vae.data.images import Images
 from pyro_vae.data.sources import arguments, num_rows, told_of_missing
+from pyro_vae.engine.repeated import Repeated
 from pyro_vae.inference.guide_check import require_fit
 from pyro_vae.inference.observed_values import check_of
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
@@ -190,6 +191,8 @@ def chunks(
         NonFiniteError: If an importance weight is infinite or NaN.
     """
     size, particles = chunk_sizes(batches, num_particles)
+    runs = len(batches) // size * (num_particles // particles - 1)
+    repeated = _Runs(pair, particles, runs, max_plate_nesting=max_plate_nesting)
     for first_index, batch in in_chunks(batches, size, _DRAWS, processes=processes):
         args, kwargs = arguments(batch)
         if first_index == 0:
@@ -197,6 +200,10 @@ def chunks(
         log_terms: list[Tensor] = []
         draws: dict[str, list[Tensor]] = defaultdict(list)
         for num_draws in chunk_lengths(num_particles, particles):
+            if log_terms and num_draws == particles and not keep_draws:
+                log_terms.append(repeated(args, kwargs))
+                advance(num_draws * num_rows(batch))
+                continue
             t = terms(
                 pair.model,
                 pair.guide,
@@ -207,7 +214,7 @@ def chunks(
             )
             if not log_terms:
                 first_terms = t
-            log_terms.append(torch.stack([t.log_likelihood, t.log_prior, t.log_guide]))
+            log_terms.append(_stacked(t))
             for name in t.sites.latent if keep_draws else ():
                 draws[name].append(by_example(t.sites, t.sites.guide[name], t.sites.draws[name]))
             advance(num_draws * num_rows(batch))
@@ -216,6 +223,39 @@ def chunks(
         chunk = Chunk(first_index, batch, first_terms, log_likelihood, log_prior, log_guide, joined)
         require_finite(chunk.log_weight, first_index=first_index)
         yield chunk
+
+
+def _stacked(t: Terms) -> Tensor:
+    """Return log p(x|z), log p(z) and log q(z|x), (3, S, n)."""
+    return torch.stack([t.log_likelihood, t.log_prior, t.log_guide])
+
+
+class _Runs:
+    """Further runs of a pair on draws of the same examples, by a compiled graph where that pays.
+
+    Args:
+        pair: The pair.
+        particles: S, of each run.
+        calls: Number of runs to expect.
+        max_plate_nesting: See `terms`.
+    """
+
+    def __init__(self, pair: Pair, particles: int, calls: int, *, max_plate_nesting: int):
+        self.pair, self.particles, self.names = pair, particles, list[str]()
+        self.options = {"num_particles": particles, "max_plate_nesting": max_plate_nesting}
+        self.repeated = Repeated(self._run, [pair.model, pair.guide], calls=calls)
+
+    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        self.names = list(kwargs)
+        values = [*args, *kwargs.values()]
+        if all(isinstance(value, Tensor) for value in values):
+            return self.repeated(*values)
+        return self._run(*values)
+
+    def _run(self, *values: Any) -> Tensor:
+        cut = len(values) - len(self.names)
+        named = dict(zip(self.names, values[cut:], strict=True))
+        return _stacked(terms(self.pair.model, self.pair.guide, *values[:cut], **self.options, **named))
 
 
 def by_example(sites: PairSites, site: Site, values: Tensor) -> Tensor:

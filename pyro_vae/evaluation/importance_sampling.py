@@ -49,7 +49,8 @@ def evaluate(
 
     Memory is bounded: a few thousand draws are decoded at once. The VAE runs in evaluation mode, and its mode
     is restored. Random numbers come from `seed` alone, and torch's generators are restored, so that
-    evaluation does not change training.
+    evaluation does not change training. Where there are many draws, and a compiler, a graph of these
+    operations is compiled; it rounds differently.
 
     Args:
         vae: A `VAE`, a `Pair`, any object with Pyro functions `model` and `guide`, or a tuple of these two.
