@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -20,8 +21,9 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.data.frames import is_frame, numbers
-from pyro_vae.data.sources import arguments
+from pyro_vae.data.frames import columns_trained_on, is_frame, is_series, require_columns
+from pyro_vae.data.images import Images
+from pyro_vae.data.sources import arguments, as_source
 from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
 from pyro_vae.utils.elements import check_observed, observe_elements
@@ -142,27 +144,44 @@ class VAE(OwnParameters):
         """Return p(z), with batch shape () and event shape (K,)."""
         return self.prior(*context)
 
-    def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
-        """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape) or a frame."""
-        x = self._as_tensor(x)
+    def encode(self, x: Any, *context: Any, observed: Any = None) -> dist.Distribution:
+        """Return q(z|x), with batch shape (N,) and event shape (K,).
+
+        Here and in the methods below, arguments are tensors, or NumPy arrays, data frames or `Images`, which
+        become tensors as in `fit`.
+
+        Args:
+            x: (N, *event_shape).
+            *context: y, of a `ConditionalVAE`.
+            observed: Where x is observed, bool (N, *event_shape); by default everywhere.
+        """
+        x, observed = self._as_tensor(x), self._as_tensor(observed)
+        context = tuple(map(self._as_tensor, context))
         # not around the call, as Pyro would add its table of shapes to an error
         with explaining_nan(x), poutine.block(), self._own_store(), poutine.trace() as tracer:
             q = self._call_posterior(x, *context, observed=observed)
         return q if isinstance(q, dist.Distribution) else tracer.trace.nodes["z"]["fn"]
 
-    def _as_tensor(self, x: Any) -> Tensor:
-        """Return a data frame as a tensor like the parameters, and anything else as it is."""
-        if not is_frame(x):
-            return x
+    def _as_tensor(self, value: Any) -> Any:
+        """Return an array, a data frame or images as `fit` makes tensors of them, anything else as it is."""
+        if value is None or isinstance(value, Tensor):
+            return value
+        if not (isinstance(value, np.ndarray | Images) or is_frame(value) or is_series(value)):
+            return value
+        require_columns(columns_trained_on(self), value)
         parameter = next(self.parameters(), torch.zeros(()))
-        return torch.from_numpy(numbers(x)).to(parameter)
+        source = as_source(value, binarize=None, seed=0, dtype=parameter.dtype)
+        every = torch.arange(len(source), device=source.device)
+        return source.batch(every, torch.default_generator).to(parameter.device)
 
-    def decode(self, z: Tensor, *context: Tensor) -> dist.Distribution:
+    def decode(self, z: Any, *context: Any) -> dist.Distribution:
         """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""
-        return self.likelihood(z, *context)
+        return self.likelihood(*map(self._as_tensor, (z, *context)))
 
-    def log_joint(self, x: Tensor, z: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
+    def log_joint(self, x: Any, z: Any, *context: Any, observed: Any = None) -> Tensor:
         """Return log p(x, z) = log p(x|z) + log p(z), (*, N), for x (N, *event_shape) and z (*, N, K)."""
+        x, z, observed = map(self._as_tensor, (x, z, observed))
+        context = tuple(map(self._as_tensor, context))
         p, x = self._observable(z, x, *context, observed=observed)
         return p.log_prob(x) + self.p_z(*context).log_prob(z)
 
@@ -179,7 +198,7 @@ class VAE(OwnParameters):
         return p.mean if mean else p.sample()
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Any, *context: Any, observed: Any = None) -> Tensor:
         """Return E[x|z], (N, *event_shape), at the mean of q(z|x), or at a draw if q has no analytic mean."""
         q = self.encode(x, *context, observed=observed)
         try:
@@ -246,7 +265,7 @@ class VAE(OwnParameters):
                 f"a {type(self).__name__} takes {takes}; got {len(given)} arguments, a "
                 f"{type(batch).__name__}: {remedy}"
             )
-        return given, observed
+        return tuple(map(self._as_tensor, given)), self._as_tensor(observed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters and constructor arguments of the VAE to a file.

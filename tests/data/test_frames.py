@@ -80,7 +80,16 @@ def test_a_frame_gives_what_its_array_gives(kind):
     tensor = torch.from_numpy(x)
     assert torch.equal(vae.encode(frame).mean, vae.encode(tensor).mean)
     assert torch.equal(vae.reconstruct(frame), vae.reconstruct(tensor))
+    assert torch.equal(vae.encode(x).mean, vae.encode(tensor).mean)
     assert make(torch.float32).encode(frame).mean.dtype == torch.float32
+
+
+def test_encoding_refuses_a_frame_in_another_order():
+    vae, frame = make(), mixed()
+    pv.fit(vae, frame, epochs=1, engine="eager", progress=False)
+    for method in (vae.encode, vae.reconstruct):
+        with pytest.raises(ValueError, match="training was on the columns"):
+            method(frame[frame.columns[::-1]])
 
 
 def test_a_frame_with_holes_trains():
