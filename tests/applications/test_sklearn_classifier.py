@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -58,6 +59,40 @@ def test_labels_of_any_type(names):
     assert (model.predict(X) == names[y]).mean() > 0.9
     mixed = np.where(np.arange(len(y)) < 60, names[y].astype(object), -1)
     assert list(small().fit(X, mixed).classes_) == sorted(names.tolist())
+
+
+@pytest.mark.parametrize("mark", [None, np.nan, pd.NA, -1], ids=["None", "NaN", "NA", "-1"])
+@pytest.mark.parametrize("names", [["red", "blue", "green"], [4, 0, 7]], ids=["text", "numbers"])
+def test_all_marks_of_missing_labels_mean_the_same(names, mark):
+    X, y = blobs()
+    given = np.arange(len(y)) < 31
+    labels = np.where(given, np.array(names, dtype=object)[y], mark)
+    expected = small().fit(X, hidden(y, 31)).predict_proba(X)
+    for form in (labels, labels.tolist(), pd.Series(labels)):
+        model = small().fit(X, form)
+        assert list(model.classes_) == sorted(names)
+        found = model.predict_proba(X)[:, np.searchsorted(model.classes_, names)]
+        assert (found.argmax(1) == expected.argmax(1)).mean() > 0.9
+        assert model.vae_.class_log_prior.exp().numpy() == pytest.approx(
+            np.bincount(y[given])[np.argsort(names)] / 31
+        )
+    if isinstance(names[0], int):
+        floats = np.where(given, np.array(names, dtype=float)[y], np.nan)
+        assert list(small().fit(X, floats).classes_) == sorted(names)
+
+
+@pytest.mark.parametrize("mark", ["", -1])
+def test_marks_that_became_text_are_refused(mark):
+    X, y = blobs()
+    names = ["red", "blue", "green"]
+    labels = np.array([names[label] if row < 31 else mark for row, label in enumerate(y)])
+    assert labels.dtype.kind == "U"
+    with pytest.raises(ValueError, match=rf"y\[31\] is the text '{mark}', which would be a class"):
+        small().fit(X, labels)
+    given = labels != str(mark)
+    assert list(small().fit(X, np.where(given, labels, None)).classes_) == ["blue", "green", "red"]
+    grades = np.array(["-1", "0", "1"])[y]
+    assert list(small().fit(X, grades).classes_) == ["-1", "0", "1"]
 
 
 def test_rows_without_labels_matter_and_frequencies_are_the_prior():
