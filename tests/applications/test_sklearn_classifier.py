@@ -131,6 +131,9 @@ def test_other_likelihoods_and_options():
     assert small(likelihood="student_t", standardize=False, early_stopping=True).fit(X, y).score(X, y) > 0.8
     bits = (blobs()[0] > 1).astype(float)
     assert small(likelihood="bernoulli").fit(bits, y).score(bits, y) > 0.7
+    bits[5, 2] = 0.25
+    with pytest.raises(ValueError, match=r'"bernoulli" takes 0 and 1 here; X\[5, 2\] is 0.25: round X'):
+        small(likelihood="bernoulli").fit(bits, y)
 
 
 def factory(features, latent, classes):

@@ -158,6 +158,18 @@ def test_an_error_while_reading_ahead_is_raised_here():
         list(Batches(Broken()).in_order(4))
 
 
+def test_a_wrong_value_is_named_by_its_row_in_all_the_data(monkeypatch):
+    monkeypatch.setattr(batches_module, "_CHUNK", 4)
+    for row in (2, 22):
+        spoilt = X.clone()
+        spoilt[row, 1] = torch.nan
+        place = "" if row == 2 else r".*\(in a part; it is row 22 of the data\)"
+        with pytest.raises(ValueError, match=rf"x\[2, 1\] = nan{place}"):
+            pv.fit(make(), spoilt, epochs=1, batch_size=8, progress=False)
+        with pytest.raises(ValueError, match=f"the validation data.*it is row {row + 31}"):
+            pv.fit(make(), X, validation=torch.cat([X[:31], spoilt[: row + 1]]), epochs=1, progress=False)
+
+
 @pytest.mark.usefixtures("_all_are_large")
 def test_large_data_are_checked_when_they_are_first_read(monkeypatch):
     monkeypatch.setattr(batches_module, "_CHUNK", 4)
