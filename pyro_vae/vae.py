@@ -21,7 +21,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.data.frames import columns_trained_on, is_frame, is_series, require_columns
+from pyro_vae.data.frames import columns_trained_on, is_frame, is_series, note_columns, require_columns
 from pyro_vae.data.images import Images
 from pyro_vae.data.sources import arguments, as_source
 from pyro_vae.objectives.pair import OwnParameters
@@ -270,12 +270,14 @@ class VAE(OwnParameters):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters and constructor arguments of the VAE to a file.
 
+        After training on a data frame, also the names of its columns, which other frames must have.
+
         Load it with `VAE.load(path)`, or with `VAE.load(path, into=vae)` if it has user-defined modules.
 
         Raises:
             OSError: If the file cannot be written; an existing file is then unchanged.
         """
-        serialization.write(path, "VAE", {"spec": spec(self), "state": self.state_dict()})
+        serialization.write(path, "VAE", file_content(self))
 
     @classmethod
     def load(
@@ -311,6 +313,7 @@ class VAE(OwnParameters):
             if not isinstance(vae, cls):
                 raise ValueError(f"it is a {type(vae).__name__}: call {type(vae).__name__}.load")
             vae.load_state_dict(state)
+            note_columns(vae, content.get("columns"))
             return vae
 
         return serialization.fitting(path, restore)
@@ -337,6 +340,11 @@ def require_no_nan(x: Tensor) -> None:
             f"x{x.isnan().nonzero()[0].tolist()} is nan: where NaN means missing, pass observed=~x.isnan(), "
             "or missing='nan' to fit, evaluate and their like"
         )
+
+
+def file_content(vae: VAE) -> dict[str, Any]:
+    """Return what a file of a VAE holds: description, parameters, and the columns of the frame trained on."""
+    return {"spec": spec(vae), "state": vae.state_dict(), "columns": columns_trained_on(vae)}
 
 
 def require_vae(caller: str, vae: Any, *, instead: str = "") -> None:

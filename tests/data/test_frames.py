@@ -10,6 +10,7 @@ import pyro_vae as pv
 from pyro_vae.applications import AnomalyDetector, anomaly_scores, impute
 from pyro_vae.data.frames import filled, frame_like, numbers, series_values
 from pyro_vae.data.sources import as_source
+from pyro_vae.utils import serialization
 
 N, D, K = 7, 4, 2
 ROWS = [f"row {number}" for number in range(N)]
@@ -58,6 +59,25 @@ FRAMES = {
 @pytest.mark.parametrize("kind", FRAMES)
 def test_numbers_are_those_of_the_columns(kind, missing):
     np.testing.assert_array_equal(numbers(FRAMES[kind](missing)), array(mixed(missing)))
+
+
+def test_columns_are_kept_in_a_file(tmp_path):
+    vae, frame = make(), mixed()
+    pv.fit(vae, frame, epochs=1, engine="eager", progress=False, checkpoint_dir=tmp_path)
+    vae.save(tmp_path / "vae.pt")
+    other = frame[frame.columns[::-1]]
+    for path in (tmp_path / "vae.pt", tmp_path / "best.pt"):
+        for loaded in (pv.VAE.load(path), pv.VAE.load(path, into=make())):
+            assert torch.equal(loaded.encode(frame).mean, vae.encode(frame).mean)
+            with pytest.raises(ValueError, match=r"training was on the columns \['height', "):
+                pv.evaluate(loaded, other, num_particles=2, progress=False)
+    into = pv.VAE.load(tmp_path / "vae.pt")
+    make().save(tmp_path / "vae.pt")
+    assert pv.VAE.load(tmp_path / "vae.pt", into=into).encode(other).batch_shape == (len(other),)
+    content = serialization.read(tmp_path / "vae.pt", "VAE")
+    del content["columns"]  # as files of earlier releases are
+    serialization.write(tmp_path / "vae.pt", "VAE", content)
+    assert pv.VAE.load(tmp_path / "vae.pt").encode(other).batch_shape == (len(other),)
 
 
 @pytest.mark.parametrize("kind", ["pandas", "polars"])
