@@ -28,6 +28,14 @@ from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
 from pyro_vae.utils.elements import check_observed, observe_elements
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
+from pyro_vae.utils.model_card import (
+    ModelCard,
+    count_parameters,
+    describe_part,
+    describe_scores,
+    describe_support,
+    describe_versions,
+)
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
 from pyro_vae.utils.validation import (
     known_support,
@@ -210,6 +218,61 @@ class VAE(OwnParameters):
     def with_guide(self, guide: nn.Module | Callable[[Tensor], Any]) -> "VAE":
         """Return a VAE with another q(z|x) that shares (does not copy) the prior and likelihood."""
         return type(self)(prior=self.prior, likelihood=self.likelihood, guide=guide)
+
+    def describe(self, scores: Any = None) -> ModelCard:
+        """Return a card of the model: parts, the data that it takes, versions; text, HTML or Markdown.
+
+        Args:
+            scores: What `evaluate` returned for held-out data, or a dict of names and values, to show.
+
+        Raises:
+            TypeError: If the scores are neither.
+
+        Example:
+            >>> from pyro_vae import guides, likelihoods, priors
+            >>> vae = VAE(
+            ...     prior=priors.StandardNormal(2),
+            ...     likelihood=likelihoods.Poisson(2, (6,), hidden_features=(5,)),
+            ...     guide=guides.DiagonalNormal((6,), 2, hidden_features=(5,)),
+            ... )
+            >>> vae.describe({"log p(x)": -9.5})
+            VAE: 110 parameters, float32
+            prior       StandardNormal(latent_dim=2)
+            likelihood  Poisson(latent_dim=2, ...): 51 parameters, weights 5 × 2, 6 × 5
+            guide       DiagonalNormal(event_shape=(6,), ...): 59 parameters, weights 5 × 6, 4 × 5
+            data        x (N, 6), whole numbers ≥ 0
+            log p(x)    -9.5
+            versions    pyro_vae ..., pyro-ppl ..., torch ...
+        """
+        parts: dict[str, Any] = {"prior": self.prior, "likelihood": self.likelihood, "guide": self.posterior}
+        if hasattr(self, "classifier"):
+            parts["classifier"] = self.classifier
+        columns = columns_trained_on(self)
+        parameter = next(self.parameters(), torch.zeros(()))
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        rows = [(name, describe_part(part)) for name, part in parts.items()]
+        rows += [("data", text) for text in [self._described_data()] if text]
+        rows += [("columns", ", ".join(columns))] if columns else []
+        rows += [*describe_scores(scores), ("versions", describe_versions())]
+        title = f"{type(self).__name__}: {count_parameters(self):,} parameters, {dtype}"
+        return ModelCard(title, tuple(rows))
+
+    def _described_data(self) -> str:
+        """Return shape and values of x, and the size of a context, as far as the likelihood tells them."""
+        event_shape = getattr(self.likelihood, "event_shape", None)
+        latent_dim = getattr(self.likelihood, "latent_dim", None)
+        if event_shape is None or latent_dim is None:
+            return ""
+        size = getattr(self.likelihood, "context_dim", 0)
+        parameter = next(self.parameters(), torch.zeros(()))
+        context = [parameter.new_zeros(1, size)] if size else []
+        with evaluation_mode(self), torch.no_grad(), isolated_generators(parameter.device, seed=0):
+            p = self.decode(parameter.new_zeros(1, latent_dim), *context)
+        shape = ", ".join(map(str, event_shape))
+        values = describe_support(known_support(p))
+        other = "−1 where missing" if hasattr(self, "classifier") else f"or numbers (N, {size})"
+        y = f"; y, classes 0 … {size - 1}, {other}" if size else ""
+        return f"x (N, {shape})" + f", {values}" * bool(values) + y
 
     def check_data(self, batch: Any) -> None:
         """Raise if data have the wrong shape or lie outside the likelihood's support.
