@@ -107,6 +107,26 @@ class ConditionalVAE(VAE):
         """Run the guide q(z|x, y)."""
         return super().guide(x, y, observed=observed)
 
+    def encode(  # type: ignore[override]
+        self, x: Any, y: Any, *, observed: Any = None
+    ) -> dist.Distribution:
+        """Return q(z|x, y), with batch shape (N,) and event shape (K,); arguments as in `VAE.encode`."""
+        return super().encode(x, y, observed=observed)
+
+    def decode(self, z: Any, y: Any) -> dist.Distribution:
+        """Return p(x|z, y), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""
+        return super().decode(z, y)
+
+    def log_joint(self, x: Any, z: Any, y: Any, *, observed: Any = None) -> Tensor:  # type: ignore[override]
+        """Return log p(x, z|y) = log p(x|z, y) + log p(z|y), (*, N), for z (*, N, K)."""
+        return super().log_joint(x, z, y, observed=observed)
+
+    def reconstruct(  # type: ignore[override]
+        self, x: Any, y: Any, *, observed: Any = None
+    ) -> Tensor:
+        """Return E[x|z, y], (N, *event_shape), at the mean of q(z|x, y); see `VAE.reconstruct`."""
+        return super().reconstruct(x, y, observed=observed)
+
     def p_z(self, *context: Tensor) -> dist.Distribution:
         """Return p(z|y), of batch shape () if the prior does not depend on y."""
         parameters = inspect.signature(self.prior.forward).parameters.values()
@@ -140,10 +160,10 @@ class ConditionalVAE(VAE):
     @torch.no_grad()
     def class_log_evidence(
         self,
-        x: Tensor,
+        x: Any,
         num_classes: int,
         *,
-        observed: Tensor | None = None,
+        observed: Any = None,
         num_particles: int = 50,
         seed: int = 0,
     ) -> Tensor:
@@ -167,6 +187,7 @@ class ConditionalVAE(VAE):
         """
         require_count("num_classes", num_classes)
         require_count("num_particles", num_particles)
+        x, observed = self._as_tensor(x), self._as_tensor(observed)
         for part in (self.prior, self.likelihood, self.posterior):
             size = getattr(part, "context_dim", 0)
             if size not in (0, num_classes):
@@ -208,11 +229,11 @@ class ConditionalVAE(VAE):
 
     def class_probabilities(
         self,
-        x: Tensor,
+        x: Any,
         num_classes: int,
         *,
         class_log_prior: Any = None,
-        observed: Tensor | None = None,
+        observed: Any = None,
         num_particles: int = 50,
         seed: int = 0,
     ) -> Tensor:
@@ -236,7 +257,7 @@ class ConditionalVAE(VAE):
         return (scores + torch.as_tensor(log_prior).to(scores)).softmax(-1)
 
     @torch.no_grad()
-    def sample(self, num_samples: int, *, y: Tensor | None = None, mean: bool = False) -> Tensor:
+    def sample(self, num_samples: int, y: Any = None, *, mean: bool = False) -> Tensor:
         """Draw examples, (N, *event_shape), from the model given y: z ~ p(z|y), then x ~ p(x|z, y).
 
         Args:
@@ -248,6 +269,7 @@ class ConditionalVAE(VAE):
             ValueError: If y is missing, or has another length than N.
         """
         require_count("num_samples", num_samples)
+        y = self._as_tensor(y)
         if y is not None:
             require_tensor("y", y)
         if y is None or len(y) != num_samples:
@@ -402,8 +424,9 @@ class SemiSupervisedVAE(ConditionalVAE):
         """Return whether the loss of an example depends on which others of its batch are labelled."""
         return bool(self.classification_weight) and not bool(_given(x, y)[0].all())
 
-    def q_y(self, x: Tensor) -> dist.Distribution:
+    def q_y(self, x: Any) -> dist.Distribution:
         """Return q(y|x), of batch shape (N,)."""
+        x = self._as_tensor(x)
         self._require_events(x)
         logits = self.classifier(x)
         if logits.shape != (len(x), self.num_classes):
@@ -414,24 +437,29 @@ class SemiSupervisedVAE(ConditionalVAE):
         with explaining_nan(x):
             return dist.Categorical(logits=logits)
 
-    def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
+    def encode(  # type: ignore[override]
+        self, x: Any, y: Any = None, *, observed: Any = None
+    ) -> dist.Distribution:
         """Return q(z|x, y), with the most probable y where it is missing."""
-        x = x if observed is None else torch.where(observed, x, 0.0)
-        return super().encode(x, self._filled(x, *context), observed=observed)
+        return super().encode(*self._filled(x, y, observed), observed=observed)
 
-    def reconstruct(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
+    def reconstruct(  # type: ignore[override]
+        self, x: Any, y: Any = None, *, observed: Any = None
+    ) -> Tensor:
         """Return E[x|z, y] at the mean of q(z|x, y), with the most probable y where it is missing."""
         with torch.no_grad():
-            x = x if observed is None else torch.where(observed, x, 0.0)
-            return super().reconstruct(x, self._filled(x, *context), observed=observed)
+            return super().reconstruct(*self._filled(x, y, observed), observed=observed)
 
-    def _filled(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def _filled(self, x: Any, y: Any, observed: Any) -> tuple[Tensor, Tensor]:
+        """Return x with 0 where it is missing, and y with the most probable class where that is."""
+        x, y, observed = map(self._as_tensor, (x, y, observed))
+        x = x if observed is None else torch.where(observed, x, 0.0)
         self._require_events(x)
         given, labels = _given(x, y)
-        return torch.where(given, labels, self.q_y(x).probs.argmax(-1))
+        return x, torch.where(given, labels, self.q_y(x).probs.argmax(-1))
 
     @torch.no_grad()
-    def predict_proba(self, x: Tensor, *, observed: Tensor | None = None) -> Tensor:
+    def predict_proba(self, x: Any, *, observed: Any = None) -> Tensor:
         """Return the classifier's q(y|x), (N, C), in evaluation mode.
 
         `class_probabilities` gives the model's own p(y|x) ∝ p(y) p(x|y) instead, which costs more.
@@ -444,17 +472,18 @@ class SemiSupervisedVAE(ConditionalVAE):
             TypeError: If x is not a floating-point tensor.
             ValueError: If x has another shape than the likelihood, or is NaN where it is observed.
         """
+        x, observed = self._as_tensor(x), self._as_tensor(observed)
         self._require_examples(x, observed)
         with evaluation_mode(self):
             return self.q_y(x if observed is None else torch.where(observed, x, 0.0)).probs
 
     def class_probabilities(
         self,
-        x: Tensor,
+        x: Any,
         num_classes: int | None = None,
         *,
         class_log_prior: Any = None,
-        observed: Tensor | None = None,
+        observed: Any = None,
         num_particles: int = 50,
         seed: int = 0,
     ) -> Tensor:
@@ -471,7 +500,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         )
 
     @torch.no_grad()
-    def sample(self, num_samples: int, *, y: Tensor | None = None, mean: bool = False) -> Tensor:
+    def sample(self, num_samples: int, y: Any = None, *, mean: bool = False) -> Tensor:
         """Draw examples given classes y (N,), or y ~ p(y); see `ConditionalVAE.sample`."""
         if y is None:
             require_count("num_samples", num_samples)
@@ -537,7 +566,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         except TypeError as error:
             raise TypeError(f"a {type(self).__name__} takes (x, y), or x alone: {error}") from error
         bound.apply_defaults()
-        return bound.args, bound.kwargs["observed"]
+        return tuple(map(self._as_tensor, bound.args)), self._as_tensor(bound.kwargs["observed"])
 
 
 def _parts(x: Tensor, observed: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -20,12 +21,21 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.data.frames import is_frame, numbers
-from pyro_vae.data.sources import arguments
+from pyro_vae.data.frames import columns_trained_on, is_frame, is_series, note_columns, require_columns
+from pyro_vae.data.images import Images
+from pyro_vae.data.sources import arguments, as_source
 from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
 from pyro_vae.utils.elements import check_observed, observe_elements
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
+from pyro_vae.utils.model_card import (
+    ModelCard,
+    count_parameters,
+    describe_part,
+    describe_scores,
+    describe_support,
+    describe_versions,
+)
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
 from pyro_vae.utils.validation import (
     known_support,
@@ -142,27 +152,44 @@ class VAE(OwnParameters):
         """Return p(z), with batch shape () and event shape (K,)."""
         return self.prior(*context)
 
-    def encode(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> dist.Distribution:
-        """Return q(z|x), with batch shape (N,) and event shape (K,), for x (N, *event_shape) or a frame."""
-        x = self._as_tensor(x)
+    def encode(self, x: Any, *context: Any, observed: Any = None) -> dist.Distribution:
+        """Return q(z|x), with batch shape (N,) and event shape (K,).
+
+        Here and in the methods below, arguments are tensors, or NumPy arrays, data frames or `Images`, which
+        become tensors as in `fit`.
+
+        Args:
+            x: (N, *event_shape).
+            *context: y, of a `ConditionalVAE`.
+            observed: Where x is observed, bool (N, *event_shape); by default everywhere.
+        """
+        x, observed = self._as_tensor(x), self._as_tensor(observed)
+        context = tuple(map(self._as_tensor, context))
         # not around the call, as Pyro would add its table of shapes to an error
         with explaining_nan(x), poutine.block(), self._own_store(), poutine.trace() as tracer:
             q = self._call_posterior(x, *context, observed=observed)
         return q if isinstance(q, dist.Distribution) else tracer.trace.nodes["z"]["fn"]
 
-    def _as_tensor(self, x: Any) -> Tensor:
-        """Return a data frame as a tensor like the parameters, and anything else as it is."""
-        if not is_frame(x):
-            return x
+    def _as_tensor(self, value: Any) -> Any:
+        """Return an array, a data frame or images as `fit` makes tensors of them, anything else as it is."""
+        if value is None or isinstance(value, Tensor):
+            return value
+        if not (isinstance(value, np.ndarray | Images) or is_frame(value) or is_series(value)):
+            return value
+        require_columns(columns_trained_on(self), value)
         parameter = next(self.parameters(), torch.zeros(()))
-        return torch.from_numpy(numbers(x)).to(parameter)
+        source = as_source(value, binarize=None, seed=0, dtype=parameter.dtype)
+        every = torch.arange(len(source), device=source.device)
+        return source.batch(every, torch.default_generator).to(parameter.device)
 
-    def decode(self, z: Tensor, *context: Tensor) -> dist.Distribution:
+    def decode(self, z: Any, *context: Any) -> dist.Distribution:
         """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""
-        return self.likelihood(z, *context)
+        return self.likelihood(*map(self._as_tensor, (z, *context)))
 
-    def log_joint(self, x: Tensor, z: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
+    def log_joint(self, x: Any, z: Any, *context: Any, observed: Any = None) -> Tensor:
         """Return log p(x, z) = log p(x|z) + log p(z), (*, N), for x (N, *event_shape) and z (*, N, K)."""
+        x, z, observed = map(self._as_tensor, (x, z, observed))
+        context = tuple(map(self._as_tensor, context))
         p, x = self._observable(z, x, *context, observed=observed)
         return p.log_prob(x) + self.p_z(*context).log_prob(z)
 
@@ -179,7 +206,7 @@ class VAE(OwnParameters):
         return p.mean if mean else p.sample()
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *context: Tensor, observed: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Any, *context: Any, observed: Any = None) -> Tensor:
         """Return E[x|z], (N, *event_shape), at the mean of q(z|x), or at a draw if q has no analytic mean."""
         q = self.encode(x, *context, observed=observed)
         try:
@@ -191,6 +218,61 @@ class VAE(OwnParameters):
     def with_guide(self, guide: nn.Module | Callable[[Tensor], Any]) -> "VAE":
         """Return a VAE with another q(z|x) that shares (does not copy) the prior and likelihood."""
         return type(self)(prior=self.prior, likelihood=self.likelihood, guide=guide)
+
+    def describe(self, scores: Any = None) -> ModelCard:
+        """Return a card of the model: parts, the data that it takes, versions; text, HTML or Markdown.
+
+        Args:
+            scores: What `evaluate` returned for held-out data, or a dict of names and values, to show.
+
+        Raises:
+            TypeError: If the scores are neither.
+
+        Example:
+            >>> from pyro_vae import guides, likelihoods, priors
+            >>> vae = VAE(
+            ...     prior=priors.StandardNormal(2),
+            ...     likelihood=likelihoods.Poisson(2, (6,), hidden_features=(5,)),
+            ...     guide=guides.DiagonalNormal((6,), 2, hidden_features=(5,)),
+            ... )
+            >>> vae.describe({"log p(x)": -9.5})
+            VAE: 110 parameters, float32
+            prior       StandardNormal(latent_dim=2)
+            likelihood  Poisson(latent_dim=2, ...): 51 parameters, weights 5 × 2, 6 × 5
+            guide       DiagonalNormal(event_shape=(6,), ...): 59 parameters, weights 5 × 6, 4 × 5
+            data        x (N, 6), whole numbers ≥ 0
+            log p(x)    -9.5
+            versions    pyro_vae ..., pyro-ppl ..., torch ...
+        """
+        parts: dict[str, Any] = {"prior": self.prior, "likelihood": self.likelihood, "guide": self.posterior}
+        if hasattr(self, "classifier"):
+            parts["classifier"] = self.classifier
+        columns = columns_trained_on(self)
+        parameter = next(self.parameters(), torch.zeros(()))
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        rows = [(name, describe_part(part)) for name, part in parts.items()]
+        rows += [("data", text) for text in [self._described_data()] if text]
+        rows += [("columns", ", ".join(columns))] if columns else []
+        rows += [*describe_scores(scores), ("versions", describe_versions())]
+        title = f"{type(self).__name__}: {count_parameters(self):,} parameters, {dtype}"
+        return ModelCard(title, tuple(rows))
+
+    def _described_data(self) -> str:
+        """Return shape and values of x, and the size of a context, as far as the likelihood tells them."""
+        event_shape = getattr(self.likelihood, "event_shape", None)
+        latent_dim = getattr(self.likelihood, "latent_dim", None)
+        if event_shape is None or latent_dim is None:
+            return ""
+        size = getattr(self.likelihood, "context_dim", 0)
+        parameter = next(self.parameters(), torch.zeros(()))
+        context = [parameter.new_zeros(1, size)] if size else []
+        with evaluation_mode(self), torch.no_grad(), isolated_generators(parameter.device, seed=0):
+            p = self.decode(parameter.new_zeros(1, latent_dim), *context)
+        shape = ", ".join(map(str, event_shape))
+        values = describe_support(known_support(p))
+        other = "−1 where missing" if hasattr(self, "classifier") else f"or numbers (N, {size})"
+        y = f"; y, classes 0 … {size - 1}, {other}" if size else ""
+        return f"x (N, {shape})" + f", {values}" * bool(values) + y
 
     def check_data(self, batch: Any) -> None:
         """Raise if data have the wrong shape or lie outside the likelihood's support.
@@ -246,17 +328,19 @@ class VAE(OwnParameters):
                 f"a {type(self).__name__} takes {takes}; got {len(given)} arguments, a "
                 f"{type(batch).__name__}: {remedy}"
             )
-        return given, observed
+        return tuple(map(self._as_tensor, given)), self._as_tensor(observed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters and constructor arguments of the VAE to a file.
+
+        After training on a data frame, also the names of its columns, which other frames must have.
 
         Load it with `VAE.load(path)`, or with `VAE.load(path, into=vae)` if it has user-defined modules.
 
         Raises:
             OSError: If the file cannot be written; an existing file is then unchanged.
         """
-        serialization.write(path, "VAE", {"spec": spec(self), "state": self.state_dict()})
+        serialization.write(path, "VAE", file_content(self))
 
     @classmethod
     def load(
@@ -292,6 +376,7 @@ class VAE(OwnParameters):
             if not isinstance(vae, cls):
                 raise ValueError(f"it is a {type(vae).__name__}: call {type(vae).__name__}.load")
             vae.load_state_dict(state)
+            note_columns(vae, content.get("columns"))
             return vae
 
         return serialization.fitting(path, restore)
@@ -318,6 +403,11 @@ def require_no_nan(x: Tensor) -> None:
             f"x{x.isnan().nonzero()[0].tolist()} is nan: where NaN means missing, pass observed=~x.isnan(), "
             "or missing='nan' to fit, evaluate and their like"
         )
+
+
+def file_content(vae: VAE) -> dict[str, Any]:
+    """Return what a file of a VAE holds: description, parameters, and the columns of the frame trained on."""
+    return {"spec": spec(vae), "state": vae.state_dict(), "columns": columns_trained_on(vae)}
 
 
 def require_vae(caller: str, vae: Any, *, instead: str = "") -> None:

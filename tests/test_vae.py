@@ -90,6 +90,18 @@ def test_the_loss_is_the_negative_elbo_of_the_two_functions():
     assert loss == pytest.approx(-elbo.sum().item(), rel=1e-10)
 
 
+def test_images_are_encoded_as_their_grey_levels():
+    images = pv.data.from_array(np.random.default_rng(0).integers(0, 256, (N, 2, 3), dtype=np.uint8))
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(K),
+        likelihood=pv.likelihoods.ContinuousBernoulli(K, (1, 2, 3)),
+        guide=pv.guides.DiagonalNormal((1, 2, 3), K),
+    )
+    assert torch.equal(vae.encode(images).mean, vae.encode(images[:]).mean)
+    assert torch.equal(vae.reconstruct(images), vae.reconstruct(images[:]))
+    vae.check_data(images)
+
+
 def test_encoding_uses_no_random_numbers():
     vae, x = make(), data()
     before = torch.get_rng_state()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pyro_vae.applications.anomaly import AnomalyDetector
     from pyro_vae.applications.codec import Codec, CodecError
     from pyro_vae.applications.denoising import denoise
-    from pyro_vae.applications.exporting import export
+    from pyro_vae.applications.exporting import export, export_weights
     from pyro_vae.applications.imputation import Pooled, impute, pool
     from pyro_vae.applications.mixed_tables import table_vae
     from pyro_vae.applications.posterior_draws import Restored
@@ -31,6 +31,7 @@ __all__ = [
     "corruptions",
     "denoise",
     "export",
+    "export_weights",
     "impute",
     "pool",
     "table_vae",
@@ -48,6 +49,7 @@ _FILES = {
     "corruptions": "corruptions",
     "denoise": "denoising",
     "export": "exporting",
+    "export_weights": "exporting",
     "impute": "imputation",
     "pool": "imputation",
     "sklearn": "sklearn",

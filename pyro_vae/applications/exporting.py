@@ -1,5 +1,6 @@
-"""Encoder and decoder of a VAE as programs of torch alone, which run without this package."""
+"""A VAE for other programs: encoder and decoder as programs of torch alone, weights as safetensors."""
 
+import importlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.serialization import replacing
 from pyro_vae.vae import VAE, require_vae
 
-__all__ = ["export"]
+__all__ = ["export", "export_weights"]
 
 _ROWS = 3  # of the check
 
@@ -78,6 +79,47 @@ def export(vae: VAE, folder: str | os.PathLike[str]) -> None:
             described[name] = {"input": {argument: _shape(value)}, "output": outputs}
     with replacing(path / "programs.json") as partial:
         partial.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def export_weights(vae: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the parameters and buffers of a VAE to a file of safetensors, which many programs read.
+
+    The tensors have the names of `vae.state_dict()`, and their shapes and dtypes; the metadata "model" is the
+    class of the VAE. `vae.load_state_dict(safetensors.torch.load_file(path))` reads them back. `VAE.save`
+    also keeps how the VAE was built.
+
+    Args:
+        vae: A VAE, or any module whose state is tensors.
+        path: The file, such as "vae.safetensors"; an earlier one is replaced when it is complete.
+
+    Raises:
+        ImportError: If safetensors is not installed: `pip install "pyro_vae[safetensors]"`.
+        TypeError: If `vae` is not a module, or its state holds other things than tensors.
+        OSError: If the file cannot be written; an earlier one is unchanged.
+    """
+    if not isinstance(vae, nn.Module):
+        raise TypeError(f"export_weights takes a pyro_vae.VAE or another module; got {type(vae).__name__}")
+    state = vae.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name!r} of the state is a {type(value).__name__}, and safetensors hold tensors alone: "
+                "keep it elsewhere"
+            )
+    # copies, as the format takes no tensors that share memory
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    write = _safetensors().save_file
+    with replacing(path) as partial:
+        write(tensors, partial, metadata={"format": "pt", "model": type(vae).__name__})
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(
+            'weights as safetensors need the package: pip install "pyro_vae[safetensors]"'
+        ) from error
 
 
 class _Encoder(nn.Module):

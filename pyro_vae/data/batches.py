@@ -280,10 +280,10 @@ class Batches:
         try:
             self.unchecked(batch)
         except ValueError as error:
-            index = re.search(r"x(?:\['?\w+'?\])?\[(\d+)[,\]]", str(error))  # after that of the argument
+            index = _row_in(error)
             if index is None:
                 raise
-            row = int(self.rows_of(positions)[int(index[1])])
+            row = int(self.rows_of(positions)[index])
             raise ValueError(f"{error} (in a batch; it is row {row} of the data)") from error
 
     def check(self, check_data: Callable[[Any], None]) -> None:
@@ -292,7 +292,7 @@ class Batches:
         Of data above 1 GiB the first chunk is checked now, the others when they are first read.
 
         Raises:
-            ValueError: Of the check, with the first index of the chunk that it refers to.
+            ValueError: Of the check, with the row of the data that it refers to.
         """
         size = max(1, min(_CHUNK, _CHUNK_BYTES // self.source.row_bytes))
         if self.source.is_large or (self.source.itemsize == 1 and self.source.is_random):
@@ -303,9 +303,11 @@ class Batches:
             try:
                 check_data(chunk)
             except ValueError as error:
-                if number:
-                    raise ValueError(f"{error} (counting from example {number * size})") from error
-                raise
+                index = _row_in(error)
+                if not number or index is None:
+                    raise
+                row = int(self.rows_of(torch.tensor([number * size + index])))
+                raise ValueError(f"{error} (in a part; it is row {row} of the data)") from error
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that tell these data from others; see `Source.fingerprint`."""
@@ -316,6 +318,12 @@ class Batches:
 
     def load_state_dict(self, state: Any) -> None:
         """Restore nothing; see `state_dict`."""
+
+
+def _row_in(error: ValueError) -> int | None:
+    """Return the index of the example that an error of x names, or None."""
+    index = re.search(r"x(?:\['?\w+'?\])?\[(\d+)[,\]]", str(error))  # after that of the argument
+    return None if index is None else int(index[1])
 
 
 def _with_weight(batch: Any, weight: Tensor) -> Any:

@@ -18,6 +18,7 @@ __all__ = [
     "has_numbers",
     "is_frame",
     "is_series",
+    "note_columns",
     "numbers",
     "remember_columns",
     "require_columns",
@@ -60,13 +61,17 @@ def column_names(data: Any) -> list[str] | None:
 
 def remember_columns(trained: Any, data: Any) -> None:
     """Note at what is trained the columns of a frame, which other frames must have; forget those before."""
-    names = column_names(data)
+    note_columns(trained, column_names(data))
+
+
+def note_columns(trained: Any, names: list[str] | None) -> None:
+    """Note names of columns at what was trained on them; forget those before."""
     if names is not None or hasattr(trained, _NAMES):
         setattr(trained, _NAMES, names)
 
 
 def columns_trained_on(trained: Any) -> list[str] | None:
-    """Return what `remember_columns` noted, or None."""
+    """Return what `note_columns` noted, or None."""
     return getattr(trained, _NAMES, None)
 
 

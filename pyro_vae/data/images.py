@@ -6,6 +6,7 @@ H rows, W columns, a grey level k in 0..255, and the value x = k / 255 that a mo
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = ["BINARIZE_MODES", "DataError", "Images", "from_array"]
 
 BINARIZE_MODES = ("dynamic", "fixed", "threshold")
 _CHANNELS = (1, 3, 4)  # grey, colours, colours with transparency
+_PART = 256  # images of a memory map that are looked at together
 
 
 class DataError(ValueError):
@@ -189,6 +191,9 @@ def from_array(
 ) -> Images:
     """Create an image set from an array, a tensor or nested lists, copied to 256 grey levels.
 
+    An 8-bit memory map, as of `numpy.load(path, mmap_mode="r")`, is not copied, unless it is black and white:
+    the rows of a batch are read from the file when they are needed.
+
     Args:
         array: (N, H, W), (N, C, H, W) or (N, H, W, C), or (N, D) for flattened square images, D = H². Floats
             must be in [0, 1], and are rounded to the nearest k / 255. Integers must be in 0..255. Booleans,
@@ -213,7 +218,9 @@ def from_array(
         >>> from_array(np.zeros((2, 32, 24, 3))).shape
         torch.Size([2, 3, 32, 24])
     """
-    pixels = _grey_levels(_as_numpy(array, name), name, channels_last)
+    pixels = _mapped(array, name, channels_last) if isinstance(array, np.memmap) else None
+    if pixels is None:
+        pixels = _grey_levels(_as_numpy(array, name), name, channels_last)
     if labels is None:
         return Images(pixels, name=name)
     numbers = _as_numpy(labels, f"{name}: labels")
@@ -230,6 +237,21 @@ def _as_numpy(values: Any, name: str) -> np.ndarray:
         return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; sparse or bfloat16 tensors
         raise DataError(f"{name}: not an array ({error})") from error
+
+
+def _mapped(array: np.memmap, name: str, channels_last: bool | None) -> torch.Tensor | None:
+    """Return pixels, uint8 (N, C, H, W), in the memory of a map, or None if they must be copied."""
+    if array.dtype != np.uint8 or any(step < 0 for step in array.strides):
+        return None
+    shape = _image_shape(array.shape, name)
+    is_last = _has_channels_last(array.shape, name, channels_last)
+    parts = (array[start : start + _PART] for start in range(0, len(array), _PART))
+    if all(part.max() <= 1 for part in parts):  # mostly decided by the first part
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory that may not be written, nor is
+        pixels = torch.from_numpy(array)
+    return pixels.movedim(-1, 1) if is_last else pixels.reshape(shape)
 
 
 def _grey_levels(array: np.ndarray, name: str, channels_last: bool | None) -> torch.Tensor:

@@ -200,10 +200,13 @@ class Source(ABC):
 
 
 class _ImageRows(Source):
-    itemsize, in_memory = 1, True
+    itemsize = 1
 
     def __init__(self, images: Images):
         self.images, self.shape, self.device = images, images.shape, images.pixels.device
+        self.in_memory = (
+            self.device.type != "cpu" or not self.is_large
+        )  # else it may be a file that is mapped
         self.binarize = images.binarize
         self.is_random = images.binarize == "dynamic"
 

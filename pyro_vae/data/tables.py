@@ -19,6 +19,7 @@ says otherwise. Shapes: N rows, D columns.
 import csv
 import dataclasses
 import importlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,10 @@ MISSING = ("", "?", "n/a", "na", "nan", "none", "null")  # how files mark holes,
 _OVERDISPERSED = 2  # variance over mean of counts
 _SKEWED, _HEAVY = 1.0, 3.0  # skewness, excess kurtosis
 _FEW = 10  # levels of text that are always categories
+_REPEATS = 5  # pairs of equal numbers expected by chance, where none says that numbers identify rows
 _LEVELLED = ("binary", *LEVELS)
+
+logger = logging.getLogger("pyro_vae")
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,12 @@ class TableColumn:
                 )
             return found
         if not has_numbers(series):
-            raise DataError(f"column {self.name!r} holds {series.dtype}, where {self.family} needs numbers")
+            where = _first_text(series)
+            raise DataError(
+                f"column {self.name!r} holds {series.dtype}, where {self.family} needs numbers"
+                + ("" if where is None else f", and {series.iloc[where]!r} in row {where} is not a number")
+                + f": {_as_numbers(self.name)}"
+            )
         found = series_values(series, dtype=np.float64)
         wrong = np.isinf(found)
         if self.family in COUNTS:
@@ -218,8 +227,9 @@ def table(source: Any, *, families: Mapping[str, str] | None = None, drop: Seque
         drop: Names of columns to leave out.
 
     Raises:
-        DataError: If a file is damaged, a name is unknown, a column is empty, is text that hardly repeats, or
-            has values that its family does not allow; the message names the column.
+        DataError: If a file is damaged, a name is unknown, a column is empty, is text that hardly repeats, is
+            numbers except for some entries, or has values that its family does not allow; the message names
+            the column, and the entry.
         FileNotFoundError: If there is no such file.
         ImportError: If pandas is missing, or pyarrow for a .parquet file.
 
@@ -302,6 +312,7 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
         if hasattr(series, "cat"):
             ordered = series.cat.ordered
             return ("ordinal", "ordered categories") if ordered else ("categorical", "categories")
+        _require_no_stray_text(name, series)
         if len(levels) > max(_FEW, len(present) / 2):
             raise DataError(
                 f"column {name!r} is text with {len(levels)} values in {len(present)} rows, such as "
@@ -310,7 +321,57 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
             )
         return "categorical", f"text of {len(levels)} values"
     values = TableColumn(name, series.dtype, "normal", "").codes(series)
+    if _seem_to_identify_rows(values):
+        logger.warning(
+            "column %r holds whole numbers of which no two are the same, as those of rows, customers or "
+            "orders: if these mean nothing else, leave it out, by drop=[%r]",
+            name,
+            name,
+        )
     return _of_numbers(values[~np.isnan(values)])
+
+
+def _require_no_stray_text(name: Any, series: Any) -> None:
+    """Raise if a column is one of numbers but for some entries, which would make categories of all numbers.
+
+    Few numbers, such as 0, 1, 2 and "3+", may be meant as categories.
+    """
+    present = series.dropna()
+    numbers = _parsed(present).dropna()
+    many = len(numbers) > len(present) / 2 and numbers.nunique() > min(_FEW, len(present) / 2)
+    if many and len(numbers) < len(present):
+        where = _first_text(series)
+        raise DataError(
+            f"column {name!r} has {series.iloc[where]!r} in row {where}, where {len(numbers)} of its "
+            f"{len(present)} values are numbers: correct it, leave it empty, make holes of all such values, "
+            f"by {_as_numbers(name)}, or say that text is meant, by families={{{name!r}: 'categorical'}}"
+        )
+
+
+def _parsed(series: Any) -> Any:
+    """Return a column of any values as numbers, NaN where they are not."""
+    return _pandas().to_numeric(series, errors="coerce")
+
+
+def _first_text(series: Any) -> int | None:
+    """Return the row of the first value that is neither missing nor a number."""
+    rows = np.flatnonzero(series.notna() & _parsed(series).isna())
+    return int(rows[0]) if len(rows) else None
+
+
+def _as_numbers(name: Any) -> str:
+    return f"frame[{name!r}] = pandas.to_numeric(frame[{name!r}], errors='coerce')"
+
+
+def _seem_to_identify_rows(values: NDArray) -> bool:
+    """Return whether numbers are like those that identify rows: whole, and no two the same.
+
+    They ascend, or lie so densely that of as many numbers drawn from their range some would be the same.
+    """
+    if len(values) <= _FEW or not (values == np.rint(values)).all() or len(np.unique(values)) < len(values):
+        return False
+    ascend = bool((np.diff(values) > 0).all())
+    return ascend or len(values) ** 2 / 2 > _REPEATS * (values.max() - values.min())
 
 
 def _of_numbers(values: NDArray) -> tuple[str, str]:

@@ -5,6 +5,7 @@ Reported values are in nats per datum, higher is better; only the loss inside is
 
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ from pyro_vae.utils.signals import deferred_signals
 from pyro_vae.vae import VAE
 
 __all__ = ["fit"]
+
+logger = logging.getLogger("pyro_vae")
 
 
 def fit(
@@ -186,6 +189,11 @@ def fit(
     train, held_out = prepare_data(
         pair, data, validation, settings, steps_per_epoch=steps_per_epoch, binarize=binarize, missing=missing
     )
+    if patience is not None and held_out is None:
+        logger.warning(
+            "patience without validation data watches the bound on the training data, which mostly goes on "
+            "rising: pass validation=0.1, or data of their own"
+        )
     if isinstance(vae, nn.Module):
         remember_columns(vae, data)
     with _surroundings(pair, train.device, seed), settings.processes.logging_once():

@@ -417,5 +417,9 @@ class Run:
         """Return what an interrupted user can do."""
         folder = self.settings.directory
         if folder is None:
-            return "training interrupted; without checkpoint_dir nothing was saved"
+            return (
+                f"training interrupted after {len(self.history)} epochs and {len(self.done)} steps: the "
+                "model keeps the parameters of the last step; nothing was saved, since fit had no "
+                "checkpoint_dir, from which resume=True would continue"
+            )
         return f"training interrupted, and saved in {folder}: fit(..., resume=True) continues it"

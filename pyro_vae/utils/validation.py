@@ -134,8 +134,8 @@ def require_floating(name: str, value: Any) -> None:
     if not value.is_floating_point():
         raise TypeError(
             f"{name} must be floating point; got {value.dtype}: divide grey levels 0..255 by 255, as "
-            "pyro_vae.data.from_array(x)[:] does, or convert counts and bits by .float(), of an array "
-            ".astype('float32')"
+            "pyro_vae.data.from_array(x) does, whose [:] is a tensor, or convert counts and bits by "
+            ".float(), of an array .astype('float32')"
         )
 
 

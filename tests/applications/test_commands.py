@@ -69,6 +69,18 @@ def test_a_model_of_a_table_is_one_of_the_library_in_the_units_of_the_table(fold
     torch.testing.assert_close(vae.decode(z).log_prob(x), inner, rtol=1e-9, atol=1e-7)
 
 
+def test_a_model_is_written_once_with_the_columns_of_its_table(tmp_path, monkeypatch):
+    written, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda *arguments: written.append(1) or save(*arguments))
+    write(tmp_path / "x.csv", NAMES, values().tolist())
+    assert run("train", tmp_path / "x.csv", "--out", tmp_path / "vae.pt", *QUICK) == 0
+    assert len(written) == 1
+    vae, frame = pv.VAE.load(tmp_path / "vae.pt"), pd.read_csv(tmp_path / "x.csv")
+    assert vae.encode(frame).batch_shape == (40,)
+    with pytest.raises(ValueError, match="training was on the columns"):
+        vae.encode(frame[NAMES[::-1]])
+
+
 @pytest.mark.parametrize("name", ["Normal", "StudentT"])
 def test_units_take_context_free_parts_and_missing_values(name, double):
     inner = getattr(pv.likelihoods, name)(2, (3,), hidden_features=(4,))

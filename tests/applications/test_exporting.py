@@ -1,5 +1,6 @@
 """Exported programs compute what the VAE does, without it; what has no mean is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -68,3 +69,49 @@ def test_what_has_no_mean_is_refused(tmp_path):
     with pytest.raises(TypeError, match="export takes a pyro_vae.VAE; got Linear"):
         pv.applications.export(torch.nn.Linear(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["flow", "shared"])
+def test_weights_are_read_back_as_they_were(name, tmp_path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    guide = pv.guides.Flow((6,), 2, flow="nsf") if name == "flow" else pv.guides.DiagonalNormal((6,), 2)
+    prior = (
+        pv.priors.VampPrior(guide, num_components=4, event_shape=(6,))
+        if name == "shared"
+        else pv.priors.StandardNormal(2)
+    )
+    vae = pv.VAE(prior=prior, likelihood=pv.likelihoods.Normal(2, (6,), variance="shared"), guide=guide)
+    vae = vae.double() if name == "flow" else vae
+    path = tmp_path / "vae.safetensors"
+    path.write_text("an earlier file")
+    pv.applications.export_weights(vae, path)
+    found, expected = load_file(path), vae.state_dict()
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+    other = copy.deepcopy(vae)
+    torch.nn.init.zeros_(next(other.parameters()))
+    other.load_state_dict(found)
+    x = torch.rand(5, 6, dtype=next(vae.parameters()).dtype)
+    torch.manual_seed(1)
+    first = vae.reconstruct(x)
+    torch.manual_seed(1)
+    assert torch.equal(other.reconstruct(x), first)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_weights_need_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install .pyro_vae\[safetensors\]"):
+        pv.applications.export_weights(make(network=None), tmp_path / "vae.safetensors")
+    with pytest.raises(TypeError, match="takes a pyro_vae.VAE or another module; got dict"):
+        pv.applications.export_weights({}, tmp_path / "vae.safetensors")
+
+    class WithState(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    with pytest.raises(TypeError, match="'_extra_state' of the state is a dict"):
+        pv.applications.export_weights(WithState(2, 3), tmp_path / "vae.safetensors")
+    assert not any(tmp_path.iterdir())

@@ -22,6 +22,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pyro_vae as pv
@@ -327,8 +328,13 @@ def test_bernoulli_trains_on_probabilities_and_scores_bits():
     with pytest.raises(ValueError, match="round X"):
         model.score_samples(X)
     assert np.isfinite(model.score_samples(X.round())).all()
-    with pytest.raises(ValueError, match="grey levels|\\[0, 1\\]"):
-        model.fit(X + 1)
+    X[7, 4], X[9, 1] = -0.5, 3
+    for likelihood in ("bernoulli", "continuous_bernoulli"):
+        with pytest.raises(
+            ValueError, match=f'"{likelihood}" takes numbers in .0, 1.; X.7, 4. is -0.5: scale'
+        ):
+            small(likelihood=likelihood).fit(X)
+        assert small(likelihood=likelihood).fit(MinMaxScaler(clip=True).fit_transform(X)).n_iter_
 
 
 def test_a_trained_vae_is_used_as_it_is():

@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -60,6 +61,38 @@ def test_labels_of_any_type(names):
     assert list(small().fit(X, mixed).classes_) == sorted(names.tolist())
 
 
+@pytest.mark.parametrize("mark", [None, np.nan, pd.NA, -1], ids=["None", "NaN", "NA", "-1"])
+@pytest.mark.parametrize("names", [["red", "blue", "green"], [4, 0, 7]], ids=["text", "numbers"])
+def test_all_marks_of_missing_labels_mean_the_same(names, mark):
+    X, y = blobs()
+    given = np.arange(len(y)) < 31
+    labels = np.where(given, np.array(names, dtype=object)[y], mark)
+    expected = np.where(given, np.argsort(np.argsort(names))[y], -1)
+    forms = [labels, labels.tolist(), pd.Series(labels)]
+    if isinstance(names[0], int):
+        forms.append(np.where(given, np.array(names, dtype=float)[y], np.nan))
+    for form in forms:
+        model = small()
+        _, codes = model._checked_training(X, form, reset=True)
+        assert codes.tolist() == expected.tolist()
+        assert list(model.classes_) == sorted(names)
+    assert small(max_epochs=2).fit(X, labels).predict(X).shape == y.shape
+
+
+@pytest.mark.parametrize("mark", ["", -1])
+def test_marks_that_became_text_are_refused(mark):
+    X, y = blobs()
+    names = ["red", "blue", "green"]
+    labels = np.array([names[label] if row < 31 else mark for row, label in enumerate(y)])
+    assert labels.dtype.kind == "U"
+    with pytest.raises(ValueError, match=rf"y\[31\] is the text '{mark}', which would be a class"):
+        small().fit(X, labels)
+    given = labels != str(mark)
+    quick = small(max_epochs=1)
+    assert list(quick.fit(X, np.where(given, labels, None)).classes_) == ["blue", "green", "red"]
+    assert list(quick.fit(X, np.array(["-1", "0", "1"])[y]).classes_) == ["-1", "0", "1"]
+
+
 def test_rows_without_labels_matter_and_frequencies_are_the_prior():
     X, y = blobs()
     labels = hidden(y)
@@ -96,6 +129,9 @@ def test_other_likelihoods_and_options():
     assert small(likelihood="student_t", standardize=False, early_stopping=True).fit(X, y).score(X, y) > 0.8
     bits = (blobs()[0] > 1).astype(float)
     assert small(likelihood="bernoulli").fit(bits, y).score(bits, y) > 0.7
+    bits[5, 2] = 0.25
+    with pytest.raises(ValueError, match=r'"bernoulli" takes 0 and 1 here; X\[5, 2\] is 0.25: round X'):
+        small(likelihood="bernoulli").fit(bits, y)
 
 
 def factory(features, latent, classes):

@@ -10,6 +10,7 @@ import pyro_vae as pv
 from pyro_vae.applications import AnomalyDetector, anomaly_scores, impute
 from pyro_vae.data.frames import filled, frame_like, numbers, series_values
 from pyro_vae.data.sources import as_source
+from pyro_vae.utils import serialization
 
 N, D, K = 7, 4, 2
 ROWS = [f"row {number}" for number in range(N)]
@@ -60,6 +61,25 @@ def test_numbers_are_those_of_the_columns(kind, missing):
     np.testing.assert_array_equal(numbers(FRAMES[kind](missing)), array(mixed(missing)))
 
 
+def test_columns_are_kept_in_a_file(tmp_path):
+    vae, frame = make(), mixed()
+    pv.fit(vae, frame, epochs=1, engine="eager", progress=False, checkpoint_dir=tmp_path)
+    vae.save(tmp_path / "vae.pt")
+    other = frame[frame.columns[::-1]]
+    for path in (tmp_path / "vae.pt", tmp_path / "best.pt"):
+        for loaded in (pv.VAE.load(path), pv.VAE.load(path, into=make())):
+            assert torch.equal(loaded.encode(frame).mean, vae.encode(frame).mean)
+            with pytest.raises(ValueError, match=r"training was on the columns \['height', "):
+                pv.evaluate(loaded, other, num_particles=2, progress=False)
+    into = pv.VAE.load(tmp_path / "vae.pt")
+    make().save(tmp_path / "vae.pt")
+    assert pv.VAE.load(tmp_path / "vae.pt", into=into).encode(other).batch_shape == (len(other),)
+    content = serialization.read(tmp_path / "vae.pt", "VAE")
+    del content["columns"]  # as files of earlier releases are
+    serialization.write(tmp_path / "vae.pt", "VAE", content)
+    assert pv.VAE.load(tmp_path / "vae.pt").encode(other).batch_shape == (len(other),)
+
+
 @pytest.mark.parametrize("kind", ["pandas", "polars"])
 def test_a_frame_gives_what_its_array_gives(kind):
     frame, x = FRAMES[kind](False), array(mixed())
@@ -80,7 +100,16 @@ def test_a_frame_gives_what_its_array_gives(kind):
     tensor = torch.from_numpy(x)
     assert torch.equal(vae.encode(frame).mean, vae.encode(tensor).mean)
     assert torch.equal(vae.reconstruct(frame), vae.reconstruct(tensor))
+    assert torch.equal(vae.encode(x).mean, vae.encode(tensor).mean)
     assert make(torch.float32).encode(frame).mean.dtype == torch.float32
+
+
+def test_encoding_refuses_a_frame_in_another_order():
+    vae, frame = make(), mixed()
+    pv.fit(vae, frame, epochs=1, engine="eager", progress=False)
+    for method in (vae.encode, vae.reconstruct):
+        with pytest.raises(ValueError, match="training was on the columns"):
+            method(frame[frame.columns[::-1]])
 
 
 def test_a_frame_with_holes_trains():

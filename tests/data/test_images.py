@@ -239,6 +239,35 @@ def test_from_array_copies():
     assert torch.equal(images.pixels, torch.from_numpy(LEVELS))
 
 
+def mapped(array, folder):
+    np.save(folder / "array.npy", array)
+    return np.load(folder / "array.npy", mmap_mode="r")
+
+
+GREYS = random_pixels(7, 3, 5, 6, seed=9).numpy()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [GREYS, GREYS[:, 0], GREYS.reshape(35, 18)[:, :16], np.ascontiguousarray(np.moveaxis(GREYS, 1, -1))],
+    ids=["channels", "rows and columns", "flattened", "channels last"],
+)
+def test_a_memory_map_of_8_bits_is_not_copied(array, tmp_path):
+    found = mapped(array, tmp_path)
+    images = from_array(found)
+    assert images.pixels.data_ptr() == found.ctypes.data
+    assert torch.equal(images.pixels, from_array(array).pixels)
+    assert torch.equal(images[torch.tensor([5, 2])], from_array(array)[[5, 2]])
+
+
+def test_memory_maps_that_need_other_numbers_are_copied(tmp_path):
+    for array in (GREYS // 128, GREYS / 255, GREYS.astype(np.int64)):
+        found = mapped(array, tmp_path)
+        assert torch.equal(from_array(found).pixels, from_array(array).pixels)
+        assert torch.equal(from_array(found[::-1]).pixels, from_array(array[::-1]).pixels)
+    assert torch.equal(from_array(mapped(GREYS, tmp_path)[::-1]).pixels, from_array(GREYS[::-1]).pixels)
+
+
 @pytest.mark.parametrize("labels", [[3, 1, 2, 0, 9, -1], np.array([3, 1, 2, 0, 9, -1], np.int8)])
 def test_labels_become_int64(labels):
     assert from_array(LEVELS, labels).labels.tolist() == [3, 1, 2, 0, 9, -1]

@@ -158,6 +158,18 @@ def test_an_error_while_reading_ahead_is_raised_here():
         list(Batches(Broken()).in_order(4))
 
 
+def test_a_wrong_value_is_named_by_its_row_in_all_the_data(monkeypatch):
+    monkeypatch.setattr(batches_module, "_CHUNK", 4)
+    for row in (2, 22):
+        spoilt = X.clone()
+        spoilt[row, 1] = torch.nan
+        place = "" if row == 2 else r".*\(in a part; it is row 22 of the data\)"
+        with pytest.raises(ValueError, match=rf"x\[2, 1\] = nan{place}"):
+            pv.fit(make(), spoilt, epochs=1, batch_size=8, progress=False)
+        with pytest.raises(ValueError, match=f"the validation data.*it is row {row + 31}"):
+            pv.fit(make(), X, validation=torch.cat([X[:31], spoilt[: row + 1]]), epochs=1, progress=False)
+
+
 @pytest.mark.usefixtures("_all_are_large")
 def test_large_data_are_checked_when_they_are_first_read(monkeypatch):
     monkeypatch.setattr(batches_module, "_CHUNK", 4)
@@ -312,3 +324,24 @@ def test_chunks_that_are_not_numbers_of_rows_or_too_large_to_mix(monkeypatch):
     batches = Batches(OneChunk(X.numpy()))
     assert batches.source.chunks == (6, 4)
     assert torch.cat(list(batches.in_order(5))).equal(X)
+
+
+@pytest.mark.parametrize("checked_in_full", [0, 2**30])
+def test_a_run_on_images_in_a_file_is_that_on_images_in_memory(checked_in_full, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHECKED_IN_FULL", checked_in_full)
+    levels = np.random.default_rng(0).integers(0, 256, (31, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "levels.npy", levels)
+    runs = []
+    for array in (levels, np.load(tmp_path / "levels.npy", mmap_mode="r")):
+        torch.manual_seed(0)
+        vae = pv.VAE(
+            prior=pv.priors.StandardNormal(2),
+            likelihood=pv.likelihoods.Bernoulli(2, (1, 4, 3), hidden_features=(5,)),
+            guide=pv.guides.DiagonalNormal((1, 4, 3), 2, hidden_features=(5,)),
+        )
+        images = pv.data.from_array(array)
+        history = pv.fit(
+            vae, images, binarize="dynamic", epochs=2, batch_size=8, validation=0.2, progress=False
+        )
+        runs.append([*history.column("train_bound"), *history.column("validation_elbo")])
+    assert runs[0] == runs[1]

@@ -267,3 +267,59 @@ def test_numbers_that_are_no_codes_are_refused():
             found.frame(torch.tensor([[code, 0.0]]))
     with pytest.raises(DataError, match=r"must have shape \(N, 2\); got \(3,\)"):
         found.frame(torch.zeros(3))
+
+
+def with_stray(entry, numbers):
+    return pd.DataFrame({"age": [*numbers[:7], entry, *numbers[7:]], "x": range(len(numbers) + 1)})
+
+
+def test_a_stray_text_among_numbers_is_named_and_each_remedy_works():
+    numbers = [20.5 + number for number in range(23)]
+    frame = with_stray("twenty", numbers)
+    with pytest.raises(DataError, match=r"column 'age' has 'twenty' in row 7, where 23 of its 24 values"):
+        table(frame)
+    assert table(frame, families={"age": "categorical"}).families[0] == ("categorical", 24)
+    with pytest.raises(
+        DataError, match=r"needs numbers, and 'twenty' in row 7 is not a number: frame\['age'\] = pandas"
+    ):
+        table(frame, families={"age": "normal"})
+    frame["age"] = pd.to_numeric(frame["age"], errors="coerce")
+    found = table(frame)
+    assert found.families[0] == "normal"
+    assert found.values[:, 0].isnan().nonzero().tolist() == [[7]]
+
+
+def test_a_stray_text_in_a_file_is_named(tmp_path):
+    path = tmp_path / "people.csv"
+    with_stray("4o", [30 + number % 13 for number in range(40)]).to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"column 'age' has '4o' in row 7, where 40 of its 41 values"):
+        table(path)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [["0", "1", "2", "3+"] * 9, [*(["red", "green", "blue"] * 9), "7"], ["02139", "10115", "53111"] * 9],
+    ids=["few numbers", "mostly text", "numbers alone"],
+)
+def test_text_that_may_be_meant_stays_categorical(entries):
+    assert table(pd.DataFrame({"x": entries})).families == [("categorical", len(set(entries)))]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "hinted"),
+    [
+        (range(100, 140), True),
+        (np.random.default_rng(0).permutation(40), True),
+        (np.random.default_rng(0).integers(0, 10**6, 40), False),
+        ([1, *range(1, 40)], False),
+        (np.arange(40) + 0.5, False),
+    ],
+    ids=["ascending", "dense", "incomes", "with a pair", "fractions"],
+)
+def test_numbers_that_identify_rows_get_a_hint(numbers, hinted, caplog):
+    frame = pd.DataFrame({"key": numbers})
+    table(frame)
+    assert ("drop=['key']" in caplog.text) == hinted
+    caplog.clear()
+    table(frame, families={"key": "normal"})
+    assert not caplog.text

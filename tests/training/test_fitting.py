@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import math
 import os
 import random
@@ -120,6 +121,37 @@ def in_the_foreground():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_ctrl_c_without_a_folder_says_what_is_kept(monkeypatch):
+    taken, step = [], pv.SVI.step
+
+    def step_and_press(self, *args):
+        taken.append(1)
+        if len(taken) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(pv.SVI, "step", step_and_press)
+    vae, x = make_vae(), torch.rand(10, *make_vae().likelihood.event_shape)
+    before = copy.deepcopy(vae.state_dict())
+    with pytest.raises(
+        KeyboardInterrupt, match="after 1 epochs and 2 steps: the model keeps.*nothing was saved"
+    ):
+        pv.fit(vae, x, binarize="dynamic", epochs=5, batch_size=2, progress=False)
+    assert any(not torch.equal(before[name], value) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(("validation", "hinted"), [(None, True), (0.2, False)])
+def test_patience_without_validation_data_gets_a_hint(validation, hinted, caplog):
+    vae, x = make_vae(), torch.rand(10, *make_vae().likelihood.event_shape)
+    options = {"binarize": "dynamic", "epochs": 1, "progress": False, "validation": validation}
+    pv.fit(vae, x, patience=3, **options)
+    assert ("patience without validation data" in caplog.text) == hinted
+    caplog.clear()
+    pv.fit(vae, x, **options)
+    assert "patience" not in caplog.text
 
 
 @pytest.mark.usefixtures("in_the_foreground")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from pyro_vae import likelihoods
+from pyro_vae.data.frames import note_columns
 from pyro_vae.utils import serialization
 from pyro_vae.utils.isolation import evaluating
-from pyro_vae.vae import VAE, require_vae
+from pyro_vae.vae import VAE, file_content, require_vae
 
 __all__ = ["DataKind", "Model", "load_model", "save_model"]
 
@@ -63,10 +64,8 @@ class Model:
 
 def save_model(path: Path, vae: VAE, kind: DataKind) -> None:
     """Write a file for `VAE.load` and `load_model`; an earlier one is replaced when it is complete."""
-    with serialization.replacing(path) as partial:
-        vae.save(partial)
-        content = serialization.read(partial, "VAE")
-        serialization.write(partial, "VAE", {**content, _ENTRY: asdict(kind)})
+    note_columns(vae, kind.columns)
+    serialization.write(path, "VAE", {**file_content(vae), _ENTRY: asdict(kind)})
 
 
 def load_model(path: Path, device: str) -> Model:

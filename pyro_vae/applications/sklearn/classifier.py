@@ -1,6 +1,7 @@
 """Classes of the rows of a table by a VAE that also learns from rows without a label."""
 
 import dataclasses
+import math
 from numbers import Real
 from typing import Any, ClassVar, Self
 
@@ -28,9 +29,10 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
 
     .. math:: p(x, y, z) = p(y) \, N(z; 0, I) \, p(x|z, y), \qquad \mathrm{predict\_proba}(x) = q(y|x)
 
-    A label of −1 is missing, as in scikit-learn's semi-supervised estimators; labels are numbers or strings,
-    and an array of dtype object holds strings and −1. Rows without a label teach q(y|x) what the model thinks
-    of them; p(y) is the frequency of the labels. `vae_.class_probabilities` gives the model's own p(y|x).
+    A label of −1 is missing, as in scikit-learn's semi-supervised estimators, and so are None, NaN and
+    `pandas.NA`; labels are numbers or strings, and an array of dtype object holds strings and marks. Rows
+    without a label teach q(y|x) what the model thinks of them; p(y) is the frequency of the labels.
+    `vae_.class_probabilities` gives the model's own p(y|x).
 
     Args:
         n_components: K, the number of latent dimensions.
@@ -66,10 +68,13 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
     }
 
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Train on X (N, D), N ≥ 2, and labels y (N,), −1 where missing; see `VAETransformer.fit`.
+        """Train on X (N, D), N ≥ 2, and labels y (N,), −1, None or NaN where missing.
+
+        See `VAETransformer.fit`.
 
         Raises:
-            ValueError: If y holds fewer than two classes, or, with `warm_start`, a new one.
+            ValueError: If y holds fewer than two classes, or, with `warm_start`, a new one; or if it is text
+                in which a missing label has become "" or "-1".
         """
         return super().fit(X, y)
 
@@ -86,10 +91,12 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
         return self.classes_[best]
 
     def _checked_training(self, X: ArrayLike, y: Any, **options: Any) -> tuple[NDArray, NDArray | None]:
+        y = _with_missing_as_number(y)
         rows, y = validate_data(self, X, y, dtype=[np.float64, np.float32], **options)
         is_given = np.full(len(y), True) if y.dtype.kind in "US" else y != _MISSING
         labels = np.asarray(y[is_given].tolist())  # numbers or strings, also from dtype object
         check_classification_targets(labels)
+        _require_no_mark_as_text(y)
         found = np.unique(labels)
         if options["reset"]:
             if len(found) < 2:
@@ -126,3 +133,41 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
             class_prior=self._frequencies.tolist(),
             classification_weight=self.classification_weight,
         )
+
+
+def _with_missing_as_number(y: Any) -> Any:
+    """Return labels with −1 for None, NaN and `pandas.NA`, or as they are if none is missing."""
+    if isinstance(y, list) and any(isinstance(label, str) for label in y):
+        y = np.asarray(y, dtype=object)  # else -1 and NaN would become text
+    labels = np.asarray(y)
+    if labels.ndim == 0 or labels.dtype.kind not in "fO":
+        return y
+    missing = np.isnan(labels) if labels.dtype.kind == "f" else _is_missing(labels).astype(bool)
+    return np.where(missing, _MISSING, labels) if missing.any() else y
+
+
+def _is_none_or_nan(label: Any) -> bool:
+    try:
+        return label is None or math.isnan(label)
+    except TypeError:  # of text, and of pandas.NA
+        return type(label).__name__ == "NAType"
+
+
+_is_missing = np.frompyfunc(_is_none_or_nan, 1, 1)
+
+
+def _require_no_mark_as_text(y: NDArray) -> None:
+    """Raise if a mark of missing labels has become text, and would be a class."""
+    texts = [label for label in set(y.tolist()) if isinstance(label, str)]
+    wrong = [mark for mark in ("", str(_MISSING)) if mark in texts]
+    if not wrong or (wrong == [str(_MISSING)] and all(map(_is_whole, texts))):
+        return
+    row = y.tolist().index(wrong[0])
+    raise ValueError(
+        f"y[{row}] is the text {wrong[0]!r}, which would be a class: if it means a missing "
+        "label, mark it by None in an array of objects, as in numpy.where(given, y, None)"
+    )
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdigit()

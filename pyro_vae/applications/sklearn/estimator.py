@@ -197,7 +197,24 @@ class VAEEstimator(BaseEstimator):
         """Return keyword arguments of `fit` that depend on the kind of the estimator."""
         return {"binarize": "dynamic" if self._is_bernoulli() else None}
 
+    def _require_range(self, X: NDArray, *, has_classes: bool) -> None:
+        """Raise ValueError if the likelihood is of bits, or of numbers in [0, 1], and X holds others."""
+        if self.vae_factory is not None or "bernoulli" not in self.likelihood:
+            return
+        bits = has_classes and self.likelihood == "bernoulli"  # which are not drawn where there are classes
+        outside = (X != 0) & (X != 1) if bits else (X < 0) | (X > 1)
+        outside &= ~np.isnan(X)
+        if outside.any():
+            row, column = np.argwhere(outside)[0]
+            raise ValueError(
+                f'likelihood="{self.likelihood}" takes {"0 and 1 here" if bits else "numbers in [0, 1]"}; '
+                f"X[{row}, {column}] is {X[row, column]:.6g}: "
+                + ("round X" if bits else "scale the columns, as MinMaxScaler(clip=True) does")
+                + ', or set likelihood="normal"'
+            )
+
     def _train(self, X: NDArray, classes: NDArray | None, epochs: int, held_out: float | None) -> None:
+        self._require_range(X, has_classes=classes is not None)
         x = self._tensor(X)
         fraction = None
         count = 0
