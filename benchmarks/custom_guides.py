@@ -1,6 +1,6 @@
 """Write your own guide in three ways. All three approximate the posterior of one model of digits.
 
-    uv run examples/custom_guide.py
+    uv run benchmarks/custom_guides.py
 
 (a) A module from x to a distribution over z, which is all that a `VAE` requires.
 (b) A plain Pyro guide: a function that draws the model's site "z" in the model's plate "data".
