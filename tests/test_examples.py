@@ -143,22 +143,53 @@ def test_the_start_answers_a_mistake_in_a_sentence(monkeypatch, tmp_path, capsys
     assert "Traceback" not in said
 
 
-def test_conditional_vae(monkeypatch, tmp_path, capsys):
-    path = EXAMPLES / "conditional_vae.py"
-    options = ["--epochs", "1", "--width", "10", "--test-size", "20", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [str(path), *options])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "error of p(y|x)" in capsys.readouterr().out
-    assert (tmp_path / "samples.png").stat().st_size > 1000
+# ---- recipes, each with few epochs: what is printed, what is drawn
 
 
-def test_semi_supervised(monkeypatch, tmp_path, capsys):
-    path = EXAMPLES / "semi_supervised.py"
-    options = ["--epochs", "1", "--epochs-features", "1", "--latent-dim", "3", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [str(path), *options])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "semi-supervised  error" in capsys.readouterr().out
-    assert (tmp_path / "samples.png").exists()
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        ("anomalies.py --epochs 1", "false alarms at 5 %"),
+        ("compress.py --epochs 1 --images 9 --particles 2", "VAE .* bits per pixel"),
+        ("conditional_vae.py --epochs 1 --width 10 --test-size 20", "error of p\\(y\\|x\\)"),
+        ("denoise.py --epochs 1", "denoise .* mean squared error"),
+        ("semi_supervised.py --epochs 1 --epochs-features 1 --latent-dim 3", "semi-supervised  error"),
+        ("two_stochastic_layers.py --epochs 1 --particles 2", r"IWAE\(2\) .* ± .* ± "),
+    ],
+)
+def test_a_recipe_prints_and_draws(monkeypatch, tmp_path, capsys, command, printed):
+    file, *options = command.split()
+    run(monkeypatch, tmp_path, *options, file=file)
+    said = capsys.readouterr().out
+    assert re.search(printed, said)
+    [*figures] = re.findall(r"figure in (.+)", said)
+    assert len(figures) == (file != "compress.py")
+    assert all(Path(figure).stat().st_size > 1000 for figure in figures)
+
+
+def test_each_guide_is_compared_on_the_same_digits(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["custom_guide.py", "--epochs", "1"])
+    runpy.run_path(str(EXAMPLES / "custom_guide.py"), run_name="__main__")
+    rows = capsys.readouterr().out.split("gained\n")[1].splitlines()
+    assert [row[:3] for row in rows] == ["the", "(a)", "(b)", "(c)"]
+    assert all(row.count(" ± ") == 2 for row in rows)
+
+
+def test_the_gaps_of_both_guides_are_those_of_theory(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, tmp_path, file="linear_gaussian.py")
+    rows = [row.split() for row in capsys.readouterr().out.splitlines() if row[:4] in ("diag", "full")]
+    gaps = {name: (float(gap), float(theory)) for name, gap, theory in rows}
+    for gap, theory in gaps.values():
+        assert theory <= gap < theory + 0.05  # no guide of the family has a smaller gap
+    assert gaps["diagonal"][1] > 0.5
+    assert (tmp_path / "gap.png").exists()
+
+
+def test_missing_values_are_imputed_better_than_by_means(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["missing.py", "--epochs", "2"])
+    runpy.run_path(str(EXAMPLES / "missing.py"), run_name="__main__")
+    error, of_means = re.findall(r"(?:error|means) (\d\.\d+)", capsys.readouterr().out)[-2:]
+    assert float(error) < float(of_means)
 
 
 def test_sequences(monkeypatch, tmp_path, capsys):
@@ -175,23 +206,3 @@ def test_sequences(monkeypatch, tmp_path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert "log p(x)" in capsys.readouterr().out
     assert (tmp_path / "continued.png").exists()
-
-
-def test_two_stochastic_layers(monkeypatch, tmp_path, capsys):
-    path = EXAMPLES / "two_stochastic_layers.py"
-    options = [
-        "--epochs",
-        "1",
-        "--estimators",
-        "IWAE",
-        "--batch-size",
-        "250",
-        "--test-size",
-        "9",
-        "--draws",
-        "9",
-    ]
-    monkeypatch.setattr("sys.argv", [str(path), *options, "--output", str(tmp_path)])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "IWAE, 5 particles" in capsys.readouterr().out
-    assert (tmp_path / "samples_IWAE.png").stat().st_size > 1000
