@@ -1,6 +1,6 @@
 """Find odd images with a VAE of digits: AUROC of every score, p-values, and where an image is odd.
 
-    uv run examples/anomalies.py                  # half a minute on two idle cores
+    uv run examples/anomalies.py
     uv run examples/anomalies.py --epochs 100
 
 Look at which scores find black and dark images, and which hold them for normal (below 0.5). explained.png

@@ -1,6 +1,6 @@
 """Compress images by a VAE without loss, beside gzip and xz.
 
-    uv run examples/compress.py                                # about a minute on two idle cores
+    uv run examples/compress.py                                # half a minute on two idle cores
     uv run examples/compress.py --particles 10                 # fewer bits, in more time
     uv run examples/compress.py --epochs 300
 

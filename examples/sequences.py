@@ -1,6 +1,6 @@
 """A deep Markov model of sequences of unequal length, trained by `fit`: digits drawn from top to bottom.
 
-    uv run examples/sequences.py                   # a minute or two on two idle cores
+    uv run examples/sequences.py
     uv run examples/sequences.py --epochs 200
 
 A digit is a sequence of strips of two rows of pixels, up to the last that has ink. The model is
@@ -98,7 +98,7 @@ class DeepMarkovModel(nn.Module):
 def main() -> None:
     """Train, evaluate and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--latent-dim", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--width", type=int, default=128)

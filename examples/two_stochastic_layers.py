@@ -1,6 +1,6 @@
 """Train a model with two layers of latent variables and a bottom-up guide, by the ELBO and by IWAE.
 
-    uv run examples/two_stochastic_layers.py                  # about a minute on two idle cores
+    uv run examples/two_stochastic_layers.py                  # half a minute on two idle cores
     uv run examples/two_stochastic_layers.py --particles 50 --epochs 80 --dataset mnist
 
 As in Burda, Grosse and Salakhutdinov, 2016, Importance weighted autoencoders, arXiv:1509.00519:
