@@ -234,6 +234,7 @@ def test_snr_joins_the_estimators_of_a_family_in_order_of_particles():
     [errors] = lines["DReG(S)"].lines[2]
     heights = [np.ptp(segment[:, 1]) for segment in errors.get_segments()]
     np.testing.assert_allclose(heights, [0.2, 0.2])
+    assert errors.get_zorder() > lines["DReG(S)"].lines[0].get_zorder()  # seen on their markers
     for label, power in (("as √S", 0.5), ("as 1/√S", -0.5)):
         (left, right), (start, end) = lines[label].get_data()
         assert (left, right) == (1, 24)
