@@ -503,7 +503,8 @@ def _draw_line(axes: "Axes", particles: Array, snr: Array, se: Array, *, label: 
     """Draw SNRs with their standard errors, and an SNR of 0 as an arrow down from its standard error."""
     found = snr > 0
     below = np.minimum(se, 0.9 * snr)  # a logarithmic scale has no zero
-    bars = {"ecolor": _BLACK, "elinewidth": 1, "capsize": 5, "barsabove": True}  # seen on their markers too
+    # black bars above the markers, which would hide them
+    bars: dict[str, Any] = {"ecolor": _BLACK, "elinewidth": 1, "capsize": 5, "barsabove": True}
     axes.errorbar(
         particles[found],
         snr[found],
