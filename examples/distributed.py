@@ -23,13 +23,14 @@ def main() -> None:
     """Train and evaluate; the first process prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--batch-size", type=int, default=200, help="of all processes together")
     parser.add_argument("--shards", type=int, default=4, help="at least the number of processes")
     parser.add_argument("--test-size", type=int, default=500)
     parser.add_argument("--output", type=Path, default=Path("runs/distributed"))
     options = parser.parse_args()
 
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(LATENT),
         likelihood=pv.likelihoods.Bernoulli(LATENT, SHAPE),
@@ -41,6 +42,7 @@ def main() -> None:
         epochs=options.epochs,
         batch_size=options.batch_size,
         shards=options.shards,
+        seed=options.seed,
         checkpoint_dir=options.output,
     )
     test = pv.data.load("digits", split="test", binarize="fixed").subset(slice(options.test_size))

@@ -1,9 +1,12 @@
 """Impute a table with half of its entries missing, in training too, and compare with the column means.
 
-    uv run python examples/missing.py
+    uv run examples/missing.py                  # half a minute on two idle cores
 
-trains on scikit-learn's breast cancer table with half of it missing, and imputes what is.
+The table is scikit-learn's breast_cancer. Look at the squared error beside that of the column means, and at
+the share of true values within the 90 % intervals: more epochs make the intervals too narrow.
 """
+
+import argparse
 
 import torch
 from sklearn.datasets import load_breast_cancer
@@ -13,7 +16,12 @@ import pyro_vae as pv
 
 def main() -> None:
     """Train, impute and print."""
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=100, help="passes over the data (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
     table = torch.tensor(load_breast_cancer().data).float()
     missing = torch.rand(table.shape) < 0.5
     holes = torch.where(missing, torch.nan, table)
@@ -25,8 +33,8 @@ def main() -> None:
         likelihood=pv.likelihoods.StudentT(10, (30,), hidden_features=(128,)),
         guide=pv.guides.DiagonalNormal((30,), 10, hidden_features=(128,)),
     )
-    # more epochs make the intervals too narrow
-    pv.fit(vae, x, estimator=pv.IWAE(num_particles=20), epochs=100, batch_size=64, seed=0, missing="nan")
+    estimator = pv.IWAE(num_particles=20)
+    pv.fit(vae, x, estimator=estimator, epochs=args.epochs, batch_size=64, seed=args.seed, missing="nan")
     imputed = pv.applications.impute(vae, x, num_particles=500)
     low, high = imputed.quantile(0.05), imputed.quantile(0.95)
     covered = ((low <= truth) & (truth <= high))[missing].double().mean()

@@ -1,13 +1,14 @@
 """A deep Markov model of sequences of unequal length, trained by `fit`: digits drawn from top to bottom.
 
     uv run examples/sequences.py
+    uv run examples/sequences.py --epochs 200
 
 A digit is a sequence of strips of two rows of pixels, up to the last that has ink. The model is
 
     z_t ~ N(f(z_{t−1})),  x_t ~ Bernoulli(g(z_t)),  t = 1 … length
 
-and the guide draws z_t given z_{t−1} and a recurrent network's summary of x_t … x_length. It prints log p(x)
-on the test set, and lets the model continue digits of which it has seen the upper half.
+and the guide draws z_t given z_{t−1} and a recurrent network's summary of x_t … x_length. Look
+at log p(x) on the test set, and at continued.png: digits continued from their upper half.
 """
 
 import argparse
@@ -97,17 +98,19 @@ class DeepMarkovModel(nn.Module):
 def main() -> None:
     """Train, evaluate and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--latent-dim", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--test-size", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("runs/sequences"))
     options = parser.parse_args()
 
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     dmm = DeepMarkovModel(options.latent_dim, options.width)
     train, test = load("train"), load("test")
-    pv.fit(dmm, train, epochs=options.epochs, batch_size=100, learning_rate=3e-3, clip_norm=1000)
+    settings = {"batch_size": 100, "learning_rate": 3e-3, "clip_norm": 1000, "seed": options.seed}
+    pv.fit(dmm, train, epochs=options.epochs, **settings)
 
     part = {name: values[: options.test_size] for name, values in test.items()}
     report = pv.evaluate(dmm, part, num_particles=200, aggregate_size=0)
@@ -123,7 +126,7 @@ def main() -> None:
     images = torch.stack(rows, 1).reshape(-1, 1, 28, 28)
     axes = pv.plots.image_grid(images, columns=6, title="a digit, and five ways to go on from its upper half")
     pv.plots.save(axes, options.output / "continued.png")
-    print(f"picture: {options.output / 'continued.png'}")
+    print(f"figure in {options.output / 'continued.png'}")
 
 
 if __name__ == "__main__":

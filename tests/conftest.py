@@ -6,6 +6,8 @@ import pyro
 import pytest
 import torch
 
+import pyro_vae as pv
+
 collect_ignore = ["mutate.py"]  # a program, of packages that the tests do not need
 
 
@@ -36,3 +38,15 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the bundled digits be 500 for training and 125 for tests."""
+    load = pv.data.load
+
+    def load_few(dataset: str, **options: object) -> pv.data.Images:
+        images = load(dataset, **options)
+        return images.subset(torch.arange(len(images)) % 8 == 0) if dataset == "digits" else images
+
+    monkeypatch.setattr(pv.data, "load", load_few)

@@ -1,93 +1,67 @@
 """The examples run with their options, and report invalid options in one line."""
 
-import csv
 import json
 import re
 import runpy
+import textwrap
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
-import xarray
-from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer import TraceMeanField_ELBO
 
 import pyro_vae as pv
-from pyro_vae.data import Images
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist_svi.py"
-FILES = {"best.pt", "elbo.png", "history.csv", "last.pt", "latent.png", "metrics.json", "reconstructions.png"}
+EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.usefixtures("few_digits")
 
-
-@pytest.fixture
-def _few_digits(monkeypatch):
-    """Let the bundled digits be 500 for training and 125 for tests."""
-    load = pv.data.load
-
-    def load_few(dataset, **options) -> Images:
-        images = load(dataset, **options)
-        return images.subset(torch.arange(len(images)) % 8 == 0) if dataset == "digits" else images
-
-    monkeypatch.setattr(pv.data, "load", load_few)
+FILES = {"best.pt", "elbo.png", "history.csv", "last.pt", "metrics.json"}
+FILES |= {"reconstructions.png", "samples.png"}
 
 
-pytestmark = pytest.mark.usefixtures("_few_digits")
+def run(monkeypatch, folder, *options, file="mnist_svi.py"):
+    monkeypatch.setattr("sys.argv", [str(EXAMPLES / file), *options, "--output", str(folder)])
+    runpy.run_path(str(EXAMPLES / file), run_name="__main__")
 
 
-def run(monkeypatch, folder, *options):
-    arguments = [
-        str(EXAMPLE),
-        "--dataset",
-        "digits",
-        "--epochs",
-        "1",
-        "--hidden",
-        "20",
-        "--output",
-        str(folder),
-    ]
-    if "--conv" in options:
-        arguments[5:7] = []
-    monkeypatch.setattr("sys.argv", [*arguments, *options])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
+def train(monkeypatch, folder, *options):
+    small = ("--dataset", "digits", "--epochs", "1", "--hidden", "20")
+    run(monkeypatch, folder, *small, *options)
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "figures"),
     [
-        (),
-        ("--latent-dim", "1", "--estimator", "trace", "--particles", "3"),
-        ("--likelihood", "discretized-logistic", "--latent-dim", "2", "--estimator", "iwae", "--groups", "2"),
-        ("--likelihood", "normal", "--conv", "--beta", "0.5", "--free-bits", "0.1", "--batch-size", "250"),
-        ("--guide", "full", "--prior", "learned", "--batch-size", "250"),
-        ("--guide", "iaf", "--prior", "mixture", "--conv", "--batch-size", "250"),
-        ("--guide", "semi-amortised", "--prior", "vamp", "--latent-dim", "1", "--batch-size", "250"),
-        (
-            "--likelihood",
-            "continuous-bernoulli",
-            "--estimator",
-            "dreg",
-            "--particles",
-            "2",
-            "--engine",
-            "traced",
-        ),
+        ((), {"latent.png"}),
+        (("--latent-dim", "2", "--hidden", "20", "9"), {"latent.png", "manifold.png"}),
+        (("--latent-dim", "1", "--batch-size", "250"), set()),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_the_example_writes_model_metrics_and_figures(monkeypatch, tmp_path, capsys, options):
-    run(monkeypatch, tmp_path, *options)
-    assert {path.name for path in tmp_path.iterdir()} >= FILES | {"samples.png", "vae.pt"}
+def test_the_start_writes_model_metrics_and_figures(monkeypatch, tmp_path, capsys, options, figures):
+    train(monkeypatch, tmp_path, *options)
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"vae.pt"} | figures
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     printed = capsys.readouterr().out
-    assert f"test ELBO {metrics['test_elbo']:.2f} ± {metrics['test_elbo_se']:.2f} nats per image" in printed
-    closed = "mixture" not in options and "vamp" not in options
-    if "--estimator" not in options:
-        assert metrics["settings"]["estimator"] == ("trace-mean-field" if closed else "trace")
-    is_discrete = metrics["settings"]["likelihood"] in ("bernoulli", "discretized-logistic")
-    assert (metrics["bits_per_dimension"] is not None) == is_discrete
-    if is_discrete:
-        assert metrics["bits_per_dimension"] == pytest.approx(-metrics["test_elbo"] / 784 / np.log(2))
+    assert f"test ELBO {metrics['test_elbo']:.2f} ± {metrics['test_elbo_se']:.2f} nats" in printed
+    assert "Ctrl-C is safe" in printed
+    assert "a minute or two" in printed
+
+
+def test_the_start_shows_the_model_and_guide_that_it_trains():
+    build = runpy.run_path(str(EXAMPLES / "mnist_svi.py"))["build"]
+    vae = build(3, (1, 4, 5), [6])
+    parts = {"prior": vae.prior, "likelihood": vae.likelihood, "posterior": vae.posterior}
+    shown = dict(parts, pyro=pyro)
+    exec(textwrap.dedent(build.__doc__.partition("distributions.")[2]), shown)
+    x = (torch.rand(7, 1, 4, 5) < 0.5).float()
+    losses = []
+    for model, guide in ((vae.model, vae.guide), (shown["model"], shown["guide"])):
+        torch.manual_seed(1)
+        losses.append(TraceMeanField_ELBO().loss(model, guide, x))
+    assert losses[0] == losses[1]
 
 
 class SeenError(ValueError):
@@ -99,9 +73,9 @@ def test_judge_evaluates_the_test_images_of_training(monkeypatch, tmp_path):
         raise SeenError(args[1] if validation is None else validation)
 
     def seen(file, *options):
-        monkeypatch.setattr("sys.argv", [str(EXAMPLE.with_name(file)), *options])
+        monkeypatch.setattr("sys.argv", [str(EXAMPLES / file), *options])
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(EXAMPLE.with_name(file)), run_name="__main__")
+            runpy.run_path(str(EXAMPLES / file), run_name="__main__")
         return stop.value.__context__.args[0]
 
     parts = {
@@ -119,16 +93,34 @@ def test_judge_evaluates_the_test_images_of_training(monkeypatch, tmp_path):
     assert torch.equal(tested[:], tested[:])  # the same in each epoch
 
 
-def test_the_example_resumes(monkeypatch, tmp_path):
-    run(monkeypatch, tmp_path)
-    run(monkeypatch, tmp_path, "--epochs", "2", "--resume")
-    rows = (tmp_path / "history.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["1", "2"]
+def test_judge_writes_report_figures_and_draws(monkeypatch, tmp_path, capsys):
+    parts = {"guide": pv.guides.Flow((1, 28, 28), 2, hidden_features=(3,))}
+    likelihood = pv.likelihoods.Bernoulli(2, (1, 28, 28), hidden_features=(3,))
+    pv.VAE(prior=pv.priors.StandardNormal(2), likelihood=likelihood, **parts).save(tmp_path / "flow.pt")
+    data = ("--dataset", "digits", "--images", "20", "--annealed", "2")
+    run(monkeypatch, tmp_path / "few", str(tmp_path / "flow.pt"), *data, "--particles", "3", file="judge.py")
+    written = {path.name for path in (tmp_path / "few").iterdir()}
+    assert written == {"report.json", "draws.nc", "latent.png"}  # neither k̂ nor a KL by dimension
+    assert "annealed" in capsys.readouterr().out
+
+    train(monkeypatch, tmp_path)
+    run(monkeypatch, tmp_path / "out", str(tmp_path / "vae.pt"), *data, "--particles", "40", file="judge.py")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"report.json", "draws.nc", "latent.png", "pareto_k.png", "kl_per_dimension.png"}
 
 
-def test_the_example_accepts_user_images(monkeypatch, tmp_path):
+def test_the_start_resumes(monkeypatch, tmp_path):
+    train(monkeypatch, tmp_path)
+    first = (tmp_path / "history.csv").read_text()
+    train(monkeypatch, tmp_path, "--epochs", "2", "--resume")
+    both = (tmp_path / "history.csv").read_text()
+    assert both.startswith(first)  # with its seconds: the first epoch was not taken again
+    assert [row.split(",")[0] for row in both.splitlines()[1:]] == ["1", "2"]
+
+
+def test_the_start_accepts_user_images(monkeypatch, tmp_path):
     np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (50, 3, 6, 8), dtype=np.uint8))
-    run(monkeypatch, tmp_path / "out", "--dataset", str(tmp_path / "mine.npy"), "--batch-size", "10")
+    train(monkeypatch, tmp_path / "out", "--dataset", str(tmp_path / "mine.npy"), "--batch-size", "10")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["data"]
 
 
@@ -136,174 +128,72 @@ def test_the_example_accepts_user_images(monkeypatch, tmp_path):
     ("options", "message"),
     [
         (("--dataset", "mnits"), "mnist"),
-        (("--device", "tpu"), "--device tpu cannot be used here"),
-        (
-            ("--guide", "nsf", "--estimator", "trace-mean-field"),
-            "none is known for --guide nsf .*use --estimator trace",
-        ),
-        (
-            ("--prior", "mixture", "--free-bits", "0.1"),
-            "free bits need the KL of the site 'z' in closed form",
-        ),
-        (("--estimator", "vimco"), "num_particles must be at least 2"),
-        (("--binarize", "none"), r"outside the support of Bernoulli.*binarize="),
-        (("--conv", "--hidden", "30"), "--hidden cannot be combined with --conv"),
-        (("--epochs", "0"), "--epochs must be at least 1"),
+        (("--device", "tpu"), "error: .*tpu"),
+        (("--latent-dim", "0"), "latent_dim must be at least 1"),
+        (("--epochs", "0"), "epochs must be at least 1"),
+        (("--prior", "flow"), "unrecognized arguments: --prior flow"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_the_example_answers_a_mistake_in_a_sentence(monkeypatch, tmp_path, capsys, options, message):
+def test_the_start_answers_a_mistake_in_a_sentence(monkeypatch, tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, tmp_path / "out", *options)
+        train(monkeypatch, tmp_path / "out", *options)
     said = capsys.readouterr().err + str(stop.value)
     assert re.search(message, said)
     assert "Traceback" not in said
 
 
-# Estimators compared
-
-COMPARE = EXAMPLE.with_name("compare_elbos.py")
-SMALL = "--epochs 1 --particles 2 --compare-size 4 --repeats 10 --batch-size 1000 --curve-size 5"
-SMALL += " --curve-particles 3 --test-size 20 --test-particles 4 --budget 8steps"
-
-
-def compare(monkeypatch, folder, *options):
-    monkeypatch.setattr("sys.argv", [str(COMPARE), *SMALL.split(), "--output", str(folder), *options])
-    runpy.run_path(str(COMPARE), run_name="__main__")
-
-
-def rows(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_estimators_are_compared_on_digits(monkeypatch, tmp_path, capsys):
-    compare(monkeypatch, tmp_path, "--train", "elbo:1", "miwae:2")
-    figures = {"values.png", "snr_model.png", "snr_guide.png", "training.png"}
-    tables = {"estimators.csv", "estimators.nc", "training.csv"}
-    assert {path.name for path in tmp_path.iterdir()} == figures | tables
-    names = [row["estimator"] for row in rows(tmp_path / "estimators.csv")]
-    assert len(set(names)) >= 8
-    assert xarray.load_dataset(tmp_path / "estimators.nc")["estimator"].values.tolist() == names
-    trained = rows(tmp_path / "training.csv")
-    assert [row["trained_with"] for row in trained] == ["Trace_ELBO()", "IWAE(2, num_groups=4)"]
-    assert [row["steps"] for row in trained] == ["8", "8"]
-    printed = capsys.readouterr().out
-    assert f"{float(trained[1]['log_evidence']):.1f} ±" in printed
-
-
-def test_estimators_are_compared_with_known_values(monkeypatch, tmp_path, capsys):
-    compare(monkeypatch, tmp_path, "--model", "linear-gaussian", "--repeats", "20")
-    _, table = capsys.readouterr().out.split("from 20 steps, and known; nats per datum\n")
-    lines = [line for line in table.splitlines()[1:] if "±" in line]
-    assert len(lines) == len(rows(tmp_path / "estimators.csv"))
-    assert sum("exactly" in line for line in lines) == 5
-    assert all(abs(float(line.split()[-1])) < 4 for line in lines)
+# ---- recipes, each with few epochs: what is printed, what is drawn
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("command", "printed"),
     [
-        (("--train", "elob:1"), 'a name among elbo, .*; got "elob:1"'),
-        (("--train", "stl"), 'must have the form "dreg:8"'),
-        (("--train", "vimco:1"), "vimco:1: num_particles must be at least 2"),
-        (("--budget", "soon"), 'must have the form "800steps"'),
-        (("--budget", "0s"), 'must have the form "800steps"'),
-        (("--repeats", "9"), "--repeats must be at least 10"),
-        (("--checkpoint", "nowhere.pt"), "nowhere.pt"),
-        (("--checkpoint", "damaged.pt"), "damaged.pt"),
-        (("--checkpoint", "other.pt"), r"shape \(\*, 6\).*got \(4, 1, 28, 28\)"),
-        (("--checkpoint", "other.pt", "--model", "linear-gaussian"), "--checkpoint requires --model digits"),
-        (("--output", "damaged.pt"), "damaged.pt"),
+        ("anomalies.py --epochs 1", "false alarms at 5 %"),
+        ("compress.py --epochs 1 --images 9 --particles 2", "VAE .* bits per pixel"),
+        ("conditional_vae.py --epochs 1 --width 10 --test-size 20", "error of p\\(y\\|x\\)"),
+        ("denoise.py --epochs 1", "denoise .* mean squared error"),
+        ("semi_supervised.py --epochs 1 --epochs-features 1 --latent-dim 3", "semi-supervised  error"),
+        ("two_stochastic_layers.py --epochs 1 --particles 2", r"IWAE\(2\) .* ± .* ± "),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_comparing_answers_a_mistake_in_a_sentence(monkeypatch, tmp_path, capsys, options, message):
-    monkeypatch.chdir(tmp_path)
-    Path("damaged.pt").write_bytes(b"no checkpoint")
-    parts = {"likelihood": pv.likelihoods.Normal(2, (6,)), "guide": pv.guides.DiagonalNormal((6,), 2)}
-    pv.VAE(prior=pv.priors.StandardNormal(2), **parts).save("other.pt")
-    with pytest.raises(SystemExit) as stop:
-        compare(monkeypatch, tmp_path / "out", *options)
-    assert re.search(message, capsys.readouterr().err + str(stop.value))
-    assert not (tmp_path / "out" / "estimators.csv").exists()
+def test_a_recipe_prints_and_draws(monkeypatch, tmp_path, capsys, command, printed):
+    file, *options = command.split()
+    run(monkeypatch, tmp_path, *options, file=file)
+    said = capsys.readouterr().out
+    assert re.search(printed, said)
+    [*figures] = re.findall(r"figure in (.+)", said)
+    assert len(figures) == (file != "compress.py")
+    assert all(Path(figure).stat().st_size > 1000 for figure in figures)
 
 
-# A categorical and a continuous latent
-
-MIXTURE = EXAMPLE.with_name("mixture.py")
-
-
-def test_a_mixture_is_trained_in_three_ways(monkeypatch, tmp_path, capsys):
-    options = "--particles 3 --steps 4 --batch-size 5 --test-size 7 --draws 6 --output"
-    monkeypatch.setattr("sys.argv", [str(MIXTURE), *options.split(), str(tmp_path)])
-    runpy.run_path(str(MIXTURE), run_name="__main__")
-    assert {path.name for path in tmp_path.iterdir()} == {"evidence.png", "digits.png", "classes.png"}
-    printed = capsys.readouterr().out
-    for name in ("TraceEnum_ELBO", "TraceGraph_ELBO", "VIMCO"):
-        assert len(re.findall(rf"^{name} .* ± ", printed, re.M)) == 2
-    monkeypatch.setattr("sys.argv", [str(MIXTURE), "--particles", "1"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(MIXTURE), run_name="__main__")
-    assert "--particles must be at least 2" in capsys.readouterr().err
+def test_each_guide_is_compared_on_the_same_digits(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["custom_guide.py", "--epochs", "1"])
+    runpy.run_path(str(EXAMPLES / "custom_guide.py"), run_name="__main__")
+    rows = capsys.readouterr().out.split("gained\n")[1].splitlines()
+    assert [row[:3] for row in rows] == ["the", "(a)", "(b)", "(c)"]
+    assert all(row.count(" ± ") == 2 for row in rows)
 
 
-def test_at_the_exact_posterior_the_enumerated_elbo_is_the_evidence():
-    example = runpy.run_path(str(MIXTURE))
-    vae = example["solved"](seed=2)[0].double()
-    W = vae.likelihood.network.weight
-    W.data = torch.linalg.qr(W.data).Q * W.data.norm(dim=0)  # at right angles in float64 too
-    mixture = example["marginal"](vae)
-    x = example["sample"](mixture, 7)
-    with torch.no_grad():
-        set_to_posterior(vae)
-        posterior = vae.encode(x)[0].softmax(-1)
-    torch.testing.assert_close(posterior, mixture.posterior(x), rtol=0, atol=1e-10)
-    evidence = mixture.log_evidence(x)
-    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(vae.model, config_enumerate(vae.guide), x)
-    assert loss == pytest.approx(-evidence.sum().item(), abs=1e-10)
-    found = pv.terms(vae.model, vae.guide, x, num_particles=3).log_weight
-    torch.testing.assert_close(found, evidence.expand(3, 7), rtol=0, atol=1e-10)
+def test_the_gaps_of_both_guides_are_those_of_theory(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, tmp_path, file="linear_gaussian.py")
+    rows = [row.split() for row in capsys.readouterr().out.splitlines() if row[:4] in ("diag", "full")]
+    gaps = {name: (float(gap), float(theory)) for name, gap, theory in rows}
+    for gap, theory in gaps.values():
+        assert theory <= gap < theory + 0.05  # no guide of the family has a smaller gap
+    assert gaps["diagonal"][1] > 0.5
+    assert (tmp_path / "gap.png").exists()
 
 
-def set_to_posterior(vae):
-    """Let the guide of a linear model be p(c|x) p(z|x, c), from Bayes' rule for normals."""
-    W, b = vae.likelihood.network.weight, vae.likelihood.network.bias
-    noise, scale = vae.likelihood.scale**2, torch.nn.functional.softplus(vae.raw_scales[0]) + 1e-6
-    means = vae.locs @ W.T  # of x − b, given c
-    covariance = (W * scale.square()) @ W.T + noise * torch.eye(len(b), dtype=b.dtype)
-    # log p(c|x) is linear in x, as the classes share their covariance
-    slope = torch.linalg.solve(covariance, means.T).T
-    offset = vae.logits.log_softmax(0) - (slope * means).sum(-1) / 2 - slope @ b
-    # p(z|x, c) by adding up precisions, diagonal as the columns of W are at right angles
-    variance = 1 / (scale**-2 + W.square().sum(0) / noise)
-    gain = (variance.unsqueeze(-1) * W.T / noise).repeat(len(vae.logits), 1)
-    loc = (variance * vae.locs / scale.square()).flatten() - gain @ b
-    raw = torch.log(torch.expm1(variance.sqrt() - 1e-6)).repeat(len(vae.logits))
-    vae.network.weight.copy_(torch.cat([slope, gain, torch.zeros_like(gain)]))
-    vae.network.bias.copy_(torch.cat([offset, loc, raw]))
-
-
-def test_conditional_vae(monkeypatch, tmp_path, capsys):
-    path = EXAMPLE.parent / "conditional_vae.py"
-    options = ["--epochs", "1", "--width", "10", "--test-size", "20", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [str(path), *options])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "error of p(y|x)" in capsys.readouterr().out
-    assert (tmp_path / "samples.png").stat().st_size > 1000
-
-
-def test_semi_supervised(monkeypatch, tmp_path, capsys):
-    path = EXAMPLE.parent / "semi_supervised.py"
-    options = ["--epochs", "1", "--epochs-features", "1", "--latent-dim", "3", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [str(path), *options])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "semi-supervised  error" in capsys.readouterr().out
-    assert (tmp_path / "samples.png").exists()
+def test_missing_values_are_imputed_better_than_by_means(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["missing.py", "--epochs", "2"])
+    runpy.run_path(str(EXAMPLES / "missing.py"), run_name="__main__")
+    error, of_means = re.findall(r"(?:error|means) (\d\.\d+)", capsys.readouterr().out)[-2:]
+    assert float(error) < float(of_means)
 
 
 def test_sequences(monkeypatch, tmp_path, capsys):
-    path = EXAMPLE.parent / "sequences.py"
+    path = EXAMPLES / "sequences.py"
     options = ["--epochs", "1", "--width", "8", "--test-size", "5", "--output", str(tmp_path)]
     module = runpy.run_path(str(path))
     x, mask = torch.zeros(3, 14, 56), torch.arange(14) < torch.tensor([[14], [9], [5]])
@@ -316,23 +206,3 @@ def test_sequences(monkeypatch, tmp_path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert "log p(x)" in capsys.readouterr().out
     assert (tmp_path / "continued.png").exists()
-
-
-def test_two_stochastic_layers(monkeypatch, tmp_path, capsys):
-    path = EXAMPLE.parent / "two_stochastic_layers.py"
-    options = [
-        "--epochs",
-        "1",
-        "--estimators",
-        "IWAE",
-        "--batch-size",
-        "250",
-        "--test-size",
-        "9",
-        "--draws",
-        "9",
-    ]
-    monkeypatch.setattr("sys.argv", [str(path), *options, "--output", str(tmp_path)])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "IWAE, 5 particles" in capsys.readouterr().out
-    assert (tmp_path / "samples_IWAE.png").stat().st_size > 1000

@@ -60,14 +60,21 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
         >>> compiled(torch.tensor([1.0, 2.0, 3.0]))[0]
         tensor([2., 4., 6.])
     """
+    # which import sympy, for a second
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
+
     options = {**_OPTIONS, "triton.cudagraphs": any(a.device.type == "cuda" for a in arguments)}
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)  # hides a warning about machines without a GPU
     try:
+        # only a graph that was compiled for shapes, not for values, is found on disk by the next process
+        fakes = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        shapes = [fakes.from_tensor(argument, static_shapes=True) for argument in arguments]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates functions that Inductor calls
-            return torch._inductor.compile(module, list(arguments), options=options)
+            return torch._inductor.compile(module, shapes, options=options)
     except Exception as error:  # Inductor and the C++ compiler document no common error type
         reason = str(error).strip().splitlines() or [""]
         raise NotCompiled(f"{type(error).__name__}: {reason[0]}") from error

@@ -252,6 +252,8 @@ class Evaluation:
 
     def plot(self, **options: Any) -> "Axes":
         """Draw the KL of each latent dimension by `plots.kl_per_dimension`, which takes the options."""
+        if self.num_data > 1:
+            options.setdefault("se", self.kl_per_dimension_se)
         return plots.kl_per_dimension(self.kl_per_dimension, **options)
 
 

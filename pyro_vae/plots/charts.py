@@ -1,5 +1,6 @@
 """Charts of latent vectors, training and evaluation."""
 
+import importlib.util
 import itertools
 import math
 import os
@@ -37,6 +38,7 @@ __all__ = [
     "training_curves",
 ]
 
+_FEWEST, _MOST = 10, 5_000  # vectors that t-SNE shows well, and in less than a minute
 _BLUE, _, _GREEN, _PURPLE, _SKY, _ORANGE, _BLACK = PALETTE[:7]
 
 
@@ -45,26 +47,33 @@ def latent_scatter(
     labels: Numbers | None = None,
     *,
     names: Sequence[str] | None = None,
+    projection: str | None = None,
     title: str | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draw latent vectors as points in the plane, coloured by label.
 
-    Vectors of more than two dimensions are projected on the first two principal components of z, named by
-    the axes. Points are drawn in a fixed, shuffled order, so that no label hides another.
+    Vectors of more than two dimensions are projected, and the axes say how: by t-SNE, which keeps neighbours
+    together, whereas distances between groups and their sizes mean little; or on the first two principal
+    components, which are linear, and hide groups that differ in other directions. Points are drawn in a
+    fixed, shuffled order, so that no label hides another.
 
     Args:
         z: (N, K) latent vectors with K >= 2, such as the posterior means of N examples.
         labels: (N,) integers from 0 to 99; 0 to 9 differ by colour, each further ten by marker.
         names: Names of the labels 0, 1, ... in the legend; by default their numbers.
+        projection: "t-sne", which needs scikit-learn and takes seconds for a thousand vectors, or
+            "principal"; by default "t-sne" for 10 to 5,000 vectors where scikit-learn is installed.
         title: Title of the figure; by default describes what is drawn.
         ax: Axes to draw in; by default of a new figure.
+
+    Source: van der Maaten and Hinton, 2008, Visualizing data using t-SNE.
 
     Example:
         >>> axes = latent_scatter(torch.randn(50, 2), torch.arange(50) % 3, names=["cat", "dog", "owl"])
         >>> [text.get_text() for text in axes.get_legend().get_texts()]
         ['cat', 'dog', 'owl']
-        >>> latent_scatter(torch.randn(50, 20)).get_title()
+        >>> latent_scatter(torch.randn(50, 20), projection="principal").get_title()
         'First two principal components of 50 latent vectors'
     """
     points = finite_array("z", z)
@@ -74,11 +83,8 @@ def latent_scatter(
     kinds = np.zeros(count, dtype=int) if labels is None else _labels(labels, count, names)
     axis_names, what = ["z[0]", "z[1]"], f"{count:,} latent vectors"
     if latent_dim > 2:
-        points, shares = _principal_components(points)
-        axis_names = [
-            f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)
-        ]
-        what = f"First two principal components of {what}"
+        points, axis_names, projected = _in_the_plane(points, projection)
+        what = f"{projected} of {what}"
 
     present = np.unique(kinds)
     legend_columns = 0 if labels is None else math.ceil(len(present) / 16)
@@ -204,18 +210,21 @@ def kl_per_dimension(
     place = np.arange(len(values))
     active = int((values > threshold).sum())
     axes = axes_of(ax, float(np.clip(1.5 + 0.25 * len(values), 5, 10)), 3.6)
-    axes.bar(place, values, yerr=None if se is None else errors, color=_BLUE)
-    axes.axhline(threshold, color=_BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:g} nats")
-    # Inactive dimensions are shaded because their bars are too low to be visible.
-    inactive = f"inactive: {len(values) - active} of {len(values)}"
-    axes.axvspan(
-        active - 0.5, len(values) - 0.5, color=_ORANGE, alpha=0.2, linewidth=0, zorder=0, label=inactive
-    )
+    axes.bar(place, values, yerr=None if se is None else errors, color=_BLUE, capsize=2)
     every = math.ceil(len(values) / 40)  # more labels would overlap
     axes.set_xticks(place[::every], [str(k) for k in order[::every]], fontsize="small")
     axes.set(xlim=(-0.75, len(values) - 0.25), xlabel="latent dimension, sorted", title=title)
     axes.set_ylabel("nats per datum" if se is None else "nats per datum ± SE")
     axes.margins(y=0.25)
+    if active == len(values):  # a line at the threshold would hide behind the axis
+        axes.set_xlabel(f"latent dimension, sorted; all above {threshold:g} nats")
+        return axes
+    # Inactive dimensions are shaded because their bars are too low to be visible.
+    axes.axhline(threshold, color=_BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:g} nats")
+    inactive = f"inactive: {len(values) - active} of {len(values)}"
+    axes.axvspan(
+        active - 0.5, len(values) - 0.5, color=_ORANGE, alpha=0.2, linewidth=0, zorder=0, label=inactive
+    )
     axes.legend(**LEGEND)
     return axes
 
@@ -277,7 +286,8 @@ def training_curves(
     for style, (label, level) in zip(itertools.cycle(["--", ":", "-."]), levels.items(), strict=False):
         axes.axhline(level, color=_BLACK, linestyle=style, linewidth=1, label=label)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.set(xlabel="epoch", ylabel="nats per datum", title=title)
+    late = f" (from {first:g})" if (first := epoch.min()) > 1 else ""
+    axes.set(xlabel=f"epoch{late}", ylabel="nats per datum", title=title)
     axes.legend(**LEGEND)
     return axes
 
@@ -304,9 +314,13 @@ def pareto_k_histogram(k: Numbers, *, title: str | None = None, ax: "Axes | None
         raise ValueError(f"k must have shape (N,), one per example; got {values.shape}")
     good, bad = values < 0.5, values > 0.7
     parts = [
-        (r"good, $\hat{k} < 0.5$", good, _GREEN),
-        (r"usable, $0.5 \leq \hat{k} \leq 0.7$", ~good & ~bad, _ORANGE),
-        (r"not usable, $\hat{k} > 0.7$", bad, _PURPLE),
+        part
+        for part in (
+            (r"good, $\hat{k} < 0.5$", good, _GREEN),
+            (r"usable, $0.5 \leq \hat{k} \leq 0.7$", ~good & ~bad, _ORANGE),
+            (r"not usable, $\hat{k} > 0.7$", bad, _PURPLE),
+        )
+        if part[1].any()
     ]
     width = 0.05 * max(1, math.ceil(np.ptp(values) / 5))  # bars end at the limits, in a bounded number
     rounding = 1e-9  # keeps values at the outermost edges
@@ -453,6 +467,22 @@ def _labels(labels: Numbers, count: int, names: Sequence[str] | None) -> npt.NDA
     return kinds.astype(np.int64)
 
 
+def _in_the_plane(z: Array, projection: str | None) -> tuple[Array, list[str], str]:
+    """Return z (N, K) in two dimensions, the names of these, and the name of the projection."""
+    if projection not in (None, "t-sne", "principal"):
+        raise ValueError(f'projection must be "t-sne" or "principal"; got {projection!r}')
+    installed = importlib.util.find_spec("sklearn") is not None
+    if projection == "t-sne" and not installed:
+        raise ImportError('projection="t-sne" needs scikit-learn: pip install scikit-learn')
+    if projection == "t-sne" and len(z) < _FEWEST:
+        raise ValueError(f"t-SNE needs {_FEWEST} vectors or more; got {len(z)}: use projection='principal'")
+    if projection == "t-sne" or (projection is None and installed and _FEWEST <= len(z) <= _MOST):
+        return _t_sne(z), ["t-SNE 1", "t-SNE 2"], "t-SNE"
+    points, shares = _principal_components(z)
+    names = [f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
+    return points, names, "First two principal components"
+
+
 def _principal_components(z: Array) -> tuple[Array, Array]:
     """Return the first two principal components (N, 2) of z (N, K), and their shares of the variance."""
     variances, directions = np.linalg.eigh(np.cov(z, rowvar=False, bias=True))
@@ -461,12 +491,28 @@ def _principal_components(z: Array) -> tuple[Array, Array]:
     return (z - z.mean(0)) @ directions[:, first_two], shares
 
 
+def _t_sne(z: Array) -> Array:
+    """Return the t-SNE embedding of z (N, K) in the plane, (N, 2), the same in each run."""
+    from sklearn.manifold import TSNE  # noqa: PLC0415 (optional)
+
+    perplexity = min(30.0, (len(z) - 1) / 3)
+    return np.asarray(TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(z))
+
+
 def _draw_line(axes: "Axes", particles: Array, snr: Array, se: Array, *, label: str, **style: Any) -> None:
     """Draw SNRs with their standard errors, and an SNR of 0 as an arrow down from its standard error."""
     found = snr > 0
     below = np.minimum(se, 0.9 * snr)  # a logarithmic scale has no zero
+    # black bars above the markers, which would hide them
+    bars: dict[str, Any] = {"ecolor": _BLACK, "elinewidth": 1, "capsize": 5, "barsabove": True}
     axes.errorbar(
-        particles[found], snr[found], np.stack([below, se])[:, found], linestyle="-", label=label, **style
+        particles[found],
+        snr[found],
+        np.stack([below, se])[:, found],
+        linestyle="-",
+        label=label,
+        **bars,
+        **style,
     )
     lost = ~found
     axes.errorbar(

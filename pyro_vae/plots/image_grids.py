@@ -109,6 +109,7 @@ def reconstructions(
     originals: Numbers,
     reconstructions: Numbers,
     *,
+    binarized: Numbers | None = None,
     columns: int = 10,
     title: str = "Originals and their reconstructions",
     names: tuple[str, str] = ("original", "reconstruction"),
@@ -119,6 +120,8 @@ def reconstructions(
     Args:
         originals: (N, H, W) or (N, C, H, W), in [0, 1].
         reconstructions: Images of the same shape, such as means of p(x|z) with z ~ q(z|x).
+        binarized: Images of the same shape, drawn between the two: the bits that were drawn from originals in
+            grey levels, and reconstructed.
         columns: Pairs per row, at most.
         title: Title of the figure.
         names: Labels of the rows of originals and of reconstructions.
@@ -130,14 +133,17 @@ def reconstructions(
         >>> [label.get_text() for label in axes.get_yticklabels()]
         ['original', 'reconstruction', 'original', 'reconstruction']
     """
-    above = _opaque(_images("originals", originals, "N"))
-    below = _opaque(_images("reconstructions", reconstructions, "N"))
-    if above.shape != below.shape:
-        raise ValueError(
-            f"originals and reconstructions must have the same shape; got {len(above)} originals of "
-            f"{above.shape[2:]} pixels and {len(below)} reconstructions of {below.shape[2:]}"
-        )
-    return _draw_pairs(above, below, names, columns=columns, title=title, ax=ax)
+    rows = {"originals": originals, "binarized": binarized, "reconstructions": reconstructions}
+    images = {name: _opaque(_images(name, row, "N")) for name, row in rows.items() if row is not None}
+    first = images["originals"]
+    for name, row in images.items():
+        if row.shape != first.shape:
+            raise ValueError(
+                f"originals and {name} must have the same shape; got {len(first)} originals of "
+                f"{first.shape[2:]} pixels and {len(row)} {name} of {row.shape[2:]}"
+            )
+    all_names = names if binarized is None else (names[0], "binarised", names[1])
+    return _draw_stacks(list(images.values()), all_names, columns=columns, title=title, ax=ax)
 
 
 def heat_map(
@@ -178,7 +184,7 @@ def heat_map(
     numbers = numbers.sum(1) if numbers.ndim == 4 else numbers
     scale = ScalarMappable(Normalize(numbers.min(), numbers.max()), colormaps["inferno"])
     below = np.asarray(scale.cmap(scale.norm(numbers))).transpose(0, 3, 1, 2)
-    axes = _draw_pairs(above, below, ("image", "map"), columns=columns, title=title, ax=ax)
+    axes = _draw_stacks([above, below], ("image", "map"), columns=columns, title=title, ax=ax)
     figure = axes.get_figure(root=False)
     assert figure is not None  # an Axes of a figure was given or made
     figure.colorbar(scale, cax=axes.inset_axes((1.03, 0, 0.03, 1)), label=label)  # inside the one Axes
@@ -292,22 +298,23 @@ def _gap(tiles: Array) -> int:
     return max(1, tiles.shape[-1] // 12)
 
 
-def _draw_pairs(
-    above: Array,
-    below: Array,
-    names: tuple[str, str],
+def _draw_stacks(
+    layers: Sequence[Array],
+    names: Sequence[str],
     *,
     columns: int,
     title: str,
     ax: "Axes | None",
 ) -> "Axes":
-    """Draw tiles (N, 4, H, W) above others of the same shape, and name both kinds at each row."""
-    seam = np.zeros_like(above[:, :, :1])  # a transparent line between the two images
-    pairs = _in_rows(np.concatenate([above, seam, below], axis=2), min(columns, len(above)))
-    axes = _draw(pairs, title, ax)
-    height = above.shape[2]
-    tops = np.add.outer(np.arange(len(pairs)) * (pairs.shape[3] + _gap(pairs)), [0, height + 1]).ravel()
-    axes.set_yticks(tops + (height - 1) / 2, list(names) * len(pairs))
+    """Draw tiles (N, 4, H, W) above others of the same shape, and name each kind at each row."""
+    count, _, height, _ = layers[0].shape
+    # a transparent line between the images of a stack
+    stacks = np.concatenate([np.pad(tiles, [(0, 0), (0, 0), (0, 1), (0, 0)]) for tiles in layers], axis=2)
+    stacks = _in_rows(stacks[:, :, :-1], min(columns, count))
+    axes = _draw(stacks, title, ax)
+    starts = np.arange(len(stacks)) * (stacks.shape[3] + _gap(stacks))
+    tops = np.add.outer(starts, np.arange(len(layers)) * (height + 1)).ravel()
+    axes.set_yticks(tops + (height - 1) / 2, list(names) * len(stacks))
     return axes
 
 

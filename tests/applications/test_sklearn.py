@@ -500,8 +500,8 @@ def test_a_detector_around_a_trained_vae_is_calibrated():
     assert (detector.calibrate(X).predict(X) == -1).sum() == 10
 
 
-def test_the_example(monkeypatch, capsys):
-    path = Path(__file__).parents[2] / "examples" / "pipeline.py"
+def test_the_benchmark(monkeypatch, capsys):
+    path = Path(__file__).parents[2] / "benchmarks" / "uses" / "scikit_learn.py"
     options = ["--part", "tables", "--seeds", "2", "--components", "1", "--epochs", "1"]
     monkeypatch.setattr("sys.argv", [str(path), *options])
     runpy.run_path(str(path), run_name="__main__")

@@ -165,7 +165,12 @@ def test_a_notebook_and_a_data_frame_show_what_the_text_does():
     assert list(frame.index) == list(range(N))
     assert frame["elbo"].mean() == pytest.approx(report.elbo)
     assert frame["pareto_k"].to_numpy() == pytest.approx(report.pareto_k.numpy())
-    assert len(report.plot(title="KL").get_xticklabels()) == len(report.unit_names)
+    ax = report.plot(title="KL")
+    assert len(ax.get_xticklabels()) == len(report.unit_names)
+    [errors] = [container for container in ax.containers if hasattr(container, "has_yerr")]
+    heights = [high - low for (_, low), (_, high) in errors.lines[2][0].get_segments()]
+    order = report.kl_per_dimension.argsort(descending=True)
+    assert heights == pytest.approx((2 * report.kl_per_dimension_se[order]).tolist())
 
 
 def test_the_estimates_are_those_written_out():

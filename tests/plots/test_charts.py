@@ -55,7 +55,7 @@ def test_scatter_without_labels_has_no_legend():
 
 def test_many_dimensions_are_shown_by_principal_components_and_say_so():
     z = normal(41, 4) * torch.tensor([0.1, 3.0, 1.0, 0.2]) + 5
-    ax = plots.latent_scatter(z)
+    ax = plots.latent_scatter(z, projection="principal")
     centred = z - z.mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     expected = (u * s)[:, :2].abs().numpy()
@@ -65,6 +65,38 @@ def test_many_dimensions_are_shown_by_principal_components_and_say_so():
     assert ax.get_xlabel() == f"principal component 1 ({share[0]:.0%} of the variance)"
     assert ax.get_ylabel() == f"principal component 2 ({share[1]:.0%} of the variance)"
     assert ax.get_title() == "First two principal components of 41 latent vectors"
+
+
+def test_t_sne_keeps_groups_together_that_principal_components_mix():
+    labels = np.arange(240) % 12
+    z = 4 * np.eye(12)[labels] + normal(240, 12).numpy()  # groups in twelve directions
+    shuffled = np.random.default_rng(0).permutation(240)  # the documented, fixed order of the points
+
+    def share_of_nearest_with_the_same_label(projection):
+        points = plots.latent_scatter(z, projection=projection).collections[0].get_offsets()
+        distance = np.linalg.norm(points[:, None] - points, axis=-1) + np.diag(np.full(240, np.inf))
+        kinds = labels[shuffled]
+        return (kinds[distance.argmin(1)] == kinds).mean()
+
+    assert share_of_nearest_with_the_same_label("t-sne") > 0.9
+    assert share_of_nearest_with_the_same_label("principal") < 0.5
+
+
+def test_the_projection_is_named_and_the_same_each_time():
+    z = normal(31, 5)
+    ax = plots.latent_scatter(z)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("t-SNE 1", "t-SNE 2")
+    assert ax.get_title() == "t-SNE of 31 latent vectors"
+    again = plots.latent_scatter(z, projection="t-sne")
+    np.testing.assert_array_equal(ax.collections[0].get_offsets(), again.collections[0].get_offsets())
+    assert plots.latent_scatter(z[:9]).get_xlabel().startswith("principal component 1")  # too few
+
+
+def test_without_scikit_learn_points_lie_on_principal_components(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert plots.latent_scatter(normal(31, 5)).get_xlabel().startswith("principal component 1")
+    with pytest.raises(ImportError, match="needs scikit-learn: pip install scikit-learn"):
+        plots.latent_scatter(normal(31, 5), projection="t-sne")
 
 
 # ---- charts
@@ -113,6 +145,19 @@ def test_kl_is_sorted_and_the_inactive_are_shaded():
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
     assert legend == ["threshold: 0.05 nats", "inactive: 2 of 5"]
     assert ax.get_ylabel() == "nats per datum ± SE"
+
+
+def test_a_legend_names_only_what_is_drawn():
+    ax = plots.kl_per_dimension([0.3, 0.05, 2.0], threshold=0.04)
+    assert ax.get_legend() is None
+    assert ax.get_xlabel() == "latent dimension, sorted; all above 0.04 nats"
+    [entry] = plots.pareto_k_histogram([0.8, 0.9]).get_legend().get_texts()
+    assert entry.get_text() == r"not usable, $\hat{k} > 0.7$: 2 (100%)"
+
+
+def test_training_curves_that_begin_late_say_so():
+    late = {name: column[2:] for name, column in HISTORY.items()}
+    assert plots.training_curves(late).get_xlabel() == "epoch (from 3)"
 
 
 def test_training_curves_draw_what_was_measured():
@@ -189,6 +234,7 @@ def test_snr_joins_the_estimators_of_a_family_in_order_of_particles():
     [errors] = lines["DReG(S)"].lines[2]
     heights = [np.ptp(segment[:, 1]) for segment in errors.get_segments()]
     np.testing.assert_allclose(heights, [0.2, 0.2])
+    assert errors.get_zorder() > lines["DReG(S)"].lines[0].get_zorder()  # seen on their markers
     for label, power in (("as √S", 0.5), ("as 1/√S", -0.5)):
         (left, right), (start, end) = lines[label].get_data()
         assert (left, right) == (1, 24)
@@ -299,6 +345,16 @@ BAD_INPUT = {
         lambda: plots.latent_scatter(normal(2, 2), [0, 100], names=["a"] * 101),
         ValueError,
         "0 to 99 .101 names.; got 100",
+    ),
+    "unknown projection": (
+        lambda: plots.latent_scatter(normal(5, 3), projection="umap"),
+        ValueError,
+        'must be "t-sne" or "principal"; got .umap',
+    ),
+    "too few for t-SNE": (
+        lambda: plots.latent_scatter(normal(9, 3), projection="t-sne"),
+        ValueError,
+        "needs 10 vectors or more; got 9: use projection='principal'",
     ),
     "flat z": (lambda: plots.aggregate_posterior(normal(5)), ValueError, r"\(N, K\)"),
     "no such dimension": (

@@ -84,6 +84,20 @@ def test_reconstructions_stand_below_their_originals():
                 assert_shows(canvas[top : top + 6, 5 * column : 5 * column + 4], source[n])
 
 
+def test_bits_stand_between_originals_and_reconstructions():
+    x, x_hat = images(5, 1, 6, 4), images(5, 1, 6, 4).flip(0)
+    ax = plots.reconstructions(x, x_hat, binarized=x.round(), columns=3)
+    canvas = drawn_image(ax)
+    assert canvas.shape[:2] == (2 * (3 * 6 + 2) + 1, 3 * 4 + 2)
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert labels == ["original", "binarised", "reconstruction"] * 2
+    for row, centre in enumerate(ax.get_yticks()):
+        top, source = int(centre - 2.5), (x, x.round(), x_hat)[row % 3]
+        for column in range(3 if row < 3 else 2):
+            n = 3 * (row // 3) + column
+            assert_shows(canvas[top : top + 6, 5 * column : 5 * column + 4], source[n])
+
+
 def test_a_heat_map_is_darkest_where_values_are_lowest():
     x, values = images(3, 1, 6, 4), torch.zeros(3, 1, 6, 4)
     values[1, 0, 2, 3] = -5.0
@@ -167,6 +181,11 @@ BAD_INPUT = {
         lambda: plots.reconstructions(X, X[:2]),
         ValueError,
         "3 originals .* 2 reconstructions",
+    ),
+    "fewer bits": (
+        lambda: plots.reconstructions(X, X, binarized=X[:2]),
+        ValueError,
+        "3 originals .* 2 binarized",
     ),
     "other size": (lambda: plots.reconstructions(X, X[:, :4]), ValueError, r"\(6, 5\) pixels .* \(4, 5\)"),
     "bad reconstruction": (

@@ -1,6 +1,6 @@
 """Train a clustering VAE, with a categorical and a continuous latent variable, by three estimators.
 
-    uv run examples/mixture.py
+    uv run benchmarks/discrete_latents.py
 
     model:  c ~ Categorical(π) → z ~ N(m_c, diag s_c²) → x ~ p(x|z)
     guide:  c ~ q(c|x) → z ~ q(z|x, c)
@@ -347,7 +347,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--test-size", type=int, default=500, help="examples for evaluation (default: %(default)s)")
     add("--draws", type=int, default=100, help="draws per example for log p(x) (default: %(default)s)")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    add("--output", type=Path, default=Path("runs/mixture"), metavar="DIR", help="(default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/discrete_latents"),
+        metavar="DIR",
+        help="(default: %(default)s)",
+    )
     args = parser.parse_args()
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 1:

@@ -1,6 +1,6 @@
 """Compare guides for one decoder against the exact evidence, and split each gap into its two parts.
 
-    uv run examples/compare_guides.py
+    uv run benchmarks/compare_guides.py
 
 A VAE with two latent dimensions is trained on digits. Each guide is then trained for its fixed p(z) p(x|z).
 In two dimensions log p(x) is computed by quadrature, so the gap of each ELBO is known. As in Cremer, Li and

@@ -1,10 +1,10 @@
 """Compare estimators of the ELBO at one model, then train models with some of the estimators.
 
-    uv run examples/compare_elbos.py
-    uv run examples/compare_elbos.py --budget 20s              # equal training time instead of equal steps
-    uv run examples/compare_elbos.py --checkpoint vae.pt       # compare at your own model of digits
-    uv run examples/compare_elbos.py --train elbo:1 stl:4 dreg:20 vimco:20
-    uv run examples/compare_elbos.py --model linear-gaussian   # where log p(x) and the ELBO are known exactly
+    uv run benchmarks/compare_elbos.py
+    uv run benchmarks/compare_elbos.py --budget 20s              # equal training time instead of equal steps
+    uv run benchmarks/compare_elbos.py --checkpoint vae.pt       # compare at your own model of digits
+    uv run benchmarks/compare_elbos.py --train elbo:1 stl:4 dreg:20 vimco:20
+    uv run benchmarks/compare_elbos.py --model linear-gaussian   # where log p(x) and ELBO are known
 
 First, a small VAE is trained on digits. At its parameters each estimator is run repeatedly on one batch, for
 the bias of its value, the variance and signal-to-noise ratio of its gradient, time and memory. A tighter

@@ -1,8 +1,8 @@
 """VAEs in scikit-learn's pipelines and searches, next to PCA and factor analysis.
 
-    uv run examples/pipeline.py                # all parts
-    uv run examples/pipeline.py --part tables --seeds 10
-    uv run examples/pipeline.py --part digits --seeds 5
+    uv run benchmarks/uses/scikit_learn.py                # all parts
+    uv run benchmarks/uses/scikit_learn.py --part tables --seeds 10
+    uv run benchmarks/uses/scikit_learn.py --part digits --seeds 5
 
 Four parts: "search" chooses the number of latent dimensions by held-out log-likelihood without labels, and
 by the accuracy of a classifier; "tables" compares held-out log-likelihoods; "digits" compares features of
