@@ -71,7 +71,7 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
     try:
         # only a graph that was compiled for shapes, not for values, is found on disk by the next process
         fakes = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        shapes = [fakes.from_tensor(argument, static_shapes=True) for argument in arguments]
+        shapes: list[Any] = [fakes.from_tensor(argument, static_shapes=True) for argument in arguments]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates functions that Inductor calls
             return torch._inductor.compile(module, shapes, options=options)
