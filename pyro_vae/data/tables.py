@@ -68,7 +68,7 @@ class TableColumn:
     scale: float = 1.0
     is_whole: bool = False
 
-    def codes(self, series: Any) -> NDArray:
+    def codes(self, series: Any) -> NDArray[Any]:
         """Return the values of a pandas column as numbers, float64 (N,), NaN where missing.
 
         Raises:
@@ -103,7 +103,7 @@ class TableColumn:
             )
         return found
 
-    def series(self, codes: NDArray) -> Any:
+    def series(self, codes: NDArray[Any]) -> Any:
         """Return a pandas column of this column's type from numbers (N,), as `codes` gives them.
 
         Raises:
@@ -313,7 +313,7 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
     return _of_numbers(values[~np.isnan(values)])
 
 
-def _of_numbers(values: NDArray) -> tuple[str, str]:
+def _of_numbers(values: NDArray[Any]) -> tuple[str, str]:
     if (values == np.rint(values)).all() and values.min() == 0:
         return _of_counts(values)
     skewness, heavy = _moment(values, 3), _moment(values, 4) - 3
@@ -322,14 +322,14 @@ def _of_numbers(values: NDArray) -> tuple[str, str]:
     return ("student-t", f"of excess kurtosis {heavy:.1f}") if heavy > _HEAVY else ("normal", "numbers")
 
 
-def _of_counts(values: NDArray) -> tuple[str, str]:
+def _of_counts(values: NDArray[Any]) -> tuple[str, str]:
     dispersion = values.var() / max(values.mean(), 1e-12)
     family = "negative-binomial" if dispersion > _OVERDISPERSED else "poisson"
     zero = " with a 0" if values.min() == 0 else ""
     return family, f"whole numbers{zero}, of variance {dispersion:.1f} times the mean"
 
 
-def _moment(values: NDArray, power: int) -> float:
+def _moment(values: NDArray[Any], power: int) -> float:
     """Return a standardised central moment, 0 of a constant."""
     spread = values.std()
     return float((((values - values.mean()) / spread) ** power).mean()) if spread > 0 else 0.0
@@ -348,7 +348,7 @@ def _levels(series: Any) -> tuple[Any, ...]:
         return tuple(sorted(found, key=str))
 
 
-def _units(family: str, present: NDArray) -> tuple[float, float]:
+def _units(family: str, present: NDArray[Any]) -> tuple[float, float]:
     """Return offset and scale of a column, from its values that are not missing."""
     if family in COUNTS:
         return 0.0, max(float(present.mean()), 1e-3)

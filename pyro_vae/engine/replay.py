@@ -67,7 +67,7 @@ _SAVED_PER_VALUE = 1e-9  # per element of an operation's output
 
 
 _PROPERTIES = operator.attrgetter("shape", "dtype", "device", "requires_grad")
-_Key = tuple[tuple, tuple]
+_Key = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 class _EagerOnce(Untraceable):
@@ -207,7 +207,9 @@ class Replay:
         self.missed.add(key)
         del self.recordings[key]
 
-    def _recording(self, args: tuple, kwargs: dict[str, Any]) -> "tuple[_Key, _Recording, list[Tensor]]":
+    def _recording(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "tuple[_Key, _Recording, list[Tensor]]":
         """Find or create the recording for these arguments; return it and the tensors among them."""
         leaves, spec = (
             list(args),
@@ -418,7 +420,7 @@ class _Recording:
         """Return True if the guards hold and no captured tensor has another shape, dtype or device."""
         return self.guards.hold() and self._signatures() == self.signatures
 
-    def _signatures(self) -> list[tuple]:
+    def _signatures(self) -> list[tuple[Any, ...]]:
         """Return what a graph takes for constant of the tensors that the model reads, in few calls."""
         return [*map(_PROPERTIES, self.tensors), *map(Tensor.stride, self.tensors)]
 
@@ -527,7 +529,7 @@ def _is_within_torch_mode() -> bool:
     return not all(isinstance(mode, DeviceContext) for mode in modes)
 
 
-def _hooks(parameter: Tensor) -> tuple:
+def _hooks(parameter: Tensor) -> tuple[Any, ...]:
     """Return the identifiers of a parameter's hooks."""
     hooks, later = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
     return (*(hooks or ()), *(later or ())) if hooks or later else ()
@@ -560,7 +562,7 @@ def _without_shared_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | 
     return result
 
 
-def _signature(tensor: Tensor) -> tuple:
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
