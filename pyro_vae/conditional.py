@@ -559,7 +559,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             logger.warning("no example of class %s is labelled", ", ".join(map(str, absent)))
         return batches if labelled.all() else batches.balanced(labelled, self.labelled_share)
 
-    def _arguments(self, batch: Any) -> tuple[tuple, Tensor | None]:
+    def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
         args, kwargs = arguments(batch)
         try:
             bound = inspect.signature(self.model).bind(*args, **kwargs)
@@ -631,7 +631,7 @@ def _with_shared_noise(q: Any, dim: int) -> Any:
     return _SharedNoise(q.base_dist.loc, q.base_dist.scale, dim - event_dim).to_event(event_dim)
 
 
-def _weighted(weight: Tensor | None) -> AbstractContextManager:
+def _weighted(weight: Tensor | None) -> AbstractContextManager[Any]:
     return nullcontext() if weight is None else poutine.scale(scale=weight)
 
 

@@ -911,7 +911,8 @@ class FlowDistribution(TorchDistribution):
 @register_kl(torch.distributions.MultivariateNormal, Independent)
 @register_kl(torch.distributions.LowRankMultivariateNormal, Independent)
 def multivariate_to_diagonal_normal(
-    p: torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal, q: Independent
+    p: torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal,
+    q: "Independent[Any]",
 ) -> Tensor:
     """Compute the KL divergence of a normal of any covariance to a normal with independent dimensions.
 

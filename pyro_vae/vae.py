@@ -305,7 +305,7 @@ class VAE(OwnParameters):
             )
             raise ValueError(message + hint * bool(x.isnan().any()))
 
-    def _arguments(self, batch: Any) -> tuple[tuple, Tensor | None]:
+    def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
         """Return x, with the context of a conditional VAE, and where x is observed; raise for others."""
         args, kwargs = arguments(batch)
         signature = inspect.signature(self.model)

@@ -8,7 +8,7 @@ Notation: y (N, D), standardised data; K latent dimensions; W (D, K) loadings; �
 """
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class NoisyNormal(likelihoods.Normal):
 
 
 def factor_analysis_vae(
-    y: NDArray,
+    y: NDArray[Any],
     latent_dim: int,
     *,
     hidden_features: Sequence[int],
@@ -155,8 +155,8 @@ def factor_analysis_vae(
 
 
 def fit_factor_analysis(
-    y: NDArray, latent_dim: int, *, floor: float, shared: bool = False, iterations: int = _ITERATIONS
-) -> tuple[NDArray, NDArray]:
+    y: NDArray[Any], latent_dim: int, *, floor: float, shared: bool = False, iterations: int = _ITERATIONS
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return loadings W (D, K), rotated so that Wᵀ diag(ψ)⁻¹ W is diagonal, and noise variances ψ (D,).
 
     Expectation maximisation, started at the principal components. The latent dimensions are ordered by how
@@ -185,7 +185,7 @@ def fit_factor_analysis(
     rest = max(0.0, variance.sum() - (singular**2).sum() / count) / max(1, features - rank)
     loadings = directions * np.sqrt(np.maximum(singular**2 / count - rest, 0.0))
 
-    def noise_of(explained: NDArray) -> NDArray:
+    def noise_of(explained: NDArray[Any]) -> NDArray[Any]:
         each = variance - explained
         return np.maximum(np.full_like(each, each.mean()) if shared else each, least)
 
@@ -201,7 +201,7 @@ def fit_factor_analysis(
     return np.pad(loadings, ((0, 0), (0, latent_dim - rank))), noise
 
 
-def _leading(y: NDArray, rank: int) -> tuple[NDArray, NDArray]:
+def _leading(y: NDArray[Any], rank: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the largest singular values of y (N, D), (rank,), and their directions, (D, rank)."""
     with torch.random.fork_rng(devices=[]):  # the method is a random projection
         torch.manual_seed(0)
@@ -211,13 +211,13 @@ def _leading(y: NDArray, rank: int) -> tuple[NDArray, NDArray]:
     return singular[:rank].numpy(), directions[:, :rank].numpy()
 
 
-def _posterior(loadings: NDArray, noise: NDArray) -> tuple[NDArray, NDArray]:
+def _posterior(loadings: NDArray[Any], noise: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return diag(ψ)⁻¹ W, (D, K), and the posterior precision M = I + Wᵀ diag(ψ)⁻¹ W, (K, K)."""
     weights = loadings / noise[:, None]
     return weights, np.eye(loadings.shape[1]) + loadings.T @ weights
 
 
-def _rotated(loadings: NDArray, noise: NDArray) -> NDArray:
+def _rotated(loadings: NDArray[Any], noise: NDArray[Any]) -> NDArray[Any]:
     """Rotate z so that M is diagonal and decreasing, with the largest loading of each dimension positive."""
     _, rotation = np.linalg.eigh(_posterior(loadings, noise)[1])
     loadings = loadings @ rotation[:, ::-1]

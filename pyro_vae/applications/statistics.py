@@ -150,7 +150,7 @@ def _chunk_statistics(vae: VAE, chunk: _Chunk) -> Statistics:
     )
 
 
-def _squared_error(vae: VAE, x: Tensor, q: list, z: Tensor) -> Tensor:
+def _squared_error(vae: VAE, x: Tensor, q: list[Any], z: Tensor) -> Tensor:
     """Return ‖x − E[x|z]‖² at the mean of q, or of its draws where q has no analytic mean, (n,)."""
     try:
         centre = torch.cat([part.mean for part in q])

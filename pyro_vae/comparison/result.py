@@ -147,7 +147,7 @@ def _gradients(rows: Sequence[Measured]) -> dict[str, np.ndarray]:
     }
 
 
-def _coordinates(rows: Sequence[Measured]) -> dict[str, list]:
+def _coordinates(rows: Sequence[Measured]) -> dict[str, list[Any]]:
     """Return the labels of estimators, repeats and parameters, and the properties of each estimator."""
     targets = [row.target for row in rows]
     return {
@@ -197,9 +197,9 @@ class Comparison:
         """
         return findings(self.dataset)
 
-    def columns(self) -> dict[str, list]:
+    def columns(self) -> dict[str, list[Any]]:
         """Return each variable except "bound" as a column, such as "value", "snr_model" and "snr_guide"."""
-        found: dict[str, list] = {"estimator": self.dataset["estimator"].values.tolist()}
+        found: dict[str, list[Any]] = {"estimator": self.dataset["estimator"].values.tolist()}
         for name, variable in {**self.dataset.coords, **self.dataset.data_vars}.items():
             if variable.dims == ("estimator",) and name != "estimator":
                 found[str(name)] = variable.values.tolist()

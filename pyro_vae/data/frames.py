@@ -91,7 +91,7 @@ def has_numbers(column: Any) -> bool:
     return column.dtype.is_numeric() or str(column.dtype) == "Boolean"
 
 
-def numbers(frame: Any) -> NDArray:
+def numbers(frame: Any) -> NDArray[Any]:
     """Return the values of a frame, float64 (N, D), NaN where missing; of booleans 0 and 1.
 
     Raises:
@@ -121,7 +121,7 @@ def numbers(frame: Any) -> NDArray:
     return values
 
 
-def series_values(column: Any, dtype: Any = None) -> NDArray:
+def series_values(column: Any, dtype: Any = None) -> NDArray[Any]:
     """Return the values of a column of numbers, (N,): of its own type if that has no missing ones.
 
     Raises:
@@ -140,14 +140,14 @@ def series_values(column: Any, dtype: Any = None) -> NDArray:
     return column.to_numpy(dtype=dtype, na_value=np.nan) if dtype == np.float64 else column.to_numpy(dtype)
 
 
-def frame_like(frame: Any, values: NDArray) -> Any:
+def frame_like(frame: Any, values: NDArray[Any]) -> Any:
     """Return a frame of values (N, D) with the columns of another, and its index."""
     if _is_pandas(frame):
         return type(frame)(values, index=frame.index, columns=frame.columns)
     return type(frame)(values, schema=list(frame.columns))
 
 
-def filled(frame: Any, values: NDArray, positions: Sequence[int] | None = None) -> Any:
+def filled(frame: Any, values: NDArray[Any], positions: Sequence[int] | None = None) -> Any:
     """Return a copy of a frame with values (N, D) where it has holes; the rest is as it was, to the bit.
 
     Columns of integers or booleans become fractional where they have holes, and no others.

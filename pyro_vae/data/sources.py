@@ -42,7 +42,8 @@ from pyro_vae.utils.validation import require_floating
 
 __all__ = ["CHECKED_IN_FULL", "Batch", "Source", "arguments", "as_source", "check_arguments", "num_rows"]
 
-Batch = Tensor | tuple | dict[str, Any]  # of one argument, of several by position, of several by name
+# of one argument, of several by position, of several by name
+Batch = Tensor | tuple[Any, ...] | dict[str, Any]
 
 CHECKED_IN_FULL = 2**30  # bytes up to which all of a source is checked and fingerprinted
 _BLOCKS = 64  # of a larger one, at fixed places
@@ -368,7 +369,7 @@ def _row_shape(batch: Any) -> tuple[int, ...]:
 class Arguments(NamedTuple):
     """A batch of positional and named arguments."""
 
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
@@ -438,7 +439,7 @@ def _fill(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(observed, x, 0.0), observed
 
 
-def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and named arguments of a program for a batch.
 
     Example:

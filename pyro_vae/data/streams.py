@@ -350,7 +350,7 @@ def _generators(data: Any) -> list[Generator]:
     return list(dict.fromkeys(g for g in found if isinstance(g, Generator)))
 
 
-def _gives_all(loader: DataLoader) -> bool:
+def _gives_all(loader: DataLoader[Any]) -> bool:
     """Return whether a loader reads all of a data set that has positions."""
     if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
         return False  # a user's own, which may divide them

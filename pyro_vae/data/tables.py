@@ -72,7 +72,7 @@ class TableColumn:
     scale: float = 1.0
     is_whole: bool = False
 
-    def codes(self, series: Any) -> NDArray:
+    def codes(self, series: Any) -> NDArray[Any]:
         """Return the values of a pandas column as numbers, float64 (N,), NaN where missing.
 
         Raises:
@@ -112,7 +112,7 @@ class TableColumn:
             )
         return found
 
-    def series(self, codes: NDArray) -> Any:
+    def series(self, codes: NDArray[Any]) -> Any:
         """Return a pandas column of this column's type from numbers (N,), as `codes` gives them.
 
         Raises:
@@ -363,7 +363,7 @@ def _as_numbers(name: Any) -> str:
     return f"frame[{name!r}] = pandas.to_numeric(frame[{name!r}], errors='coerce')"
 
 
-def _seem_to_identify_rows(values: NDArray) -> bool:
+def _seem_to_identify_rows(values: NDArray[Any]) -> bool:
     """Return whether numbers are like those that identify rows: whole, and no two the same.
 
     They ascend, or lie so densely that of as many numbers drawn from their range some would be the same.
@@ -374,7 +374,7 @@ def _seem_to_identify_rows(values: NDArray) -> bool:
     return ascend or len(values) ** 2 / 2 > _REPEATS * (values.max() - values.min())
 
 
-def _of_numbers(values: NDArray) -> tuple[str, str]:
+def _of_numbers(values: NDArray[Any]) -> tuple[str, str]:
     if (values == np.rint(values)).all() and values.min() == 0:
         return _of_counts(values)
     skewness, heavy = _moment(values, 3), _moment(values, 4) - 3
@@ -383,14 +383,14 @@ def _of_numbers(values: NDArray) -> tuple[str, str]:
     return ("student-t", f"of excess kurtosis {heavy:.1f}") if heavy > _HEAVY else ("normal", "numbers")
 
 
-def _of_counts(values: NDArray) -> tuple[str, str]:
+def _of_counts(values: NDArray[Any]) -> tuple[str, str]:
     dispersion = values.var() / max(values.mean(), 1e-12)
     family = "negative-binomial" if dispersion > _OVERDISPERSED else "poisson"
     zero = " with a 0" if values.min() == 0 else ""
     return family, f"whole numbers{zero}, of variance {dispersion:.1f} times the mean"
 
 
-def _moment(values: NDArray, power: int) -> float:
+def _moment(values: NDArray[Any], power: int) -> float:
     """Return a standardised central moment, 0 of a constant."""
     spread = values.std()
     return float((((values - values.mean()) / spread) ** power).mean()) if spread > 0 else 0.0
@@ -409,7 +409,7 @@ def _levels(series: Any) -> tuple[Any, ...]:
         return tuple(sorted(found, key=str))
 
 
-def _units(family: str, present: NDArray) -> tuple[float, float]:
+def _units(family: str, present: NDArray[Any]) -> tuple[float, float]:
     """Return offset and scale of a column, from its values that are not missing."""
     if family in COUNTS:
         return 0.0, max(float(present.mean()), 1e-3)
@@ -455,6 +455,7 @@ def _read(path: Path) -> Any:
             raise ValueError("its first line holds numbers, where the names of the columns should stand")
         marks = [form for mark in MISSING for form in (mark, mark.upper(), mark.capitalize())]
         options = {"sep": delimiter, "na_values": marks, "skipinitialspace": True, "encoding": "utf-8-sig"}
+        options["float_precision"] = "round_trip"  # else pandas 3.0 and older err in the last digits
         found = pandas.read_csv(path, **options)
         if not isinstance(found.index, pandas.RangeIndex):  # pandas takes values without a name for an index
             raise ValueError("its rows have more values than its first line has names")

@@ -179,7 +179,7 @@ class Guards:
             self.snapshot.add_environment()
 
     def _size(self) -> tuple[int, ...]:
-        parts: tuple = self._seen, self.reads, self.literals, self.objects
+        parts: tuple[Any, ...] = self._seen, self.reads, self.literals, self.objects
         return *map(len, parts), self.reads_all
 
     def hold(self) -> bool:
@@ -359,7 +359,7 @@ class Guards:
         """Enter an object whose attributes may be read."""
         self.objects.setdefault(id(item), item)
 
-    def _guard(self, space: dict, names: Iterable[Any], owner: Any = None) -> None:
+    def _guard(self, space: dict[str, Any], names: Iterable[Any], owner: Any = None) -> None:
         """Guard names of a dictionary, including absent ones, and search their values."""
         owner = space if owner is None else owner
         for name in list(names):

@@ -114,7 +114,7 @@ class OptimizerStep:
         if type(optimizer) not in (Adam, AdamW):
             return []
         index = 0
-        members: dict[tuple, list[tuple[int, Tensor]]] = {}
+        members: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
         for number, group in enumerate(optimizer.param_groups):
             trained = [p for p in group["params"] if optimizer.state.get(p)]
             if _needs_own_step(group, [optimizer.state[p] for p in trained]):

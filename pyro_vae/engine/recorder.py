@@ -144,7 +144,8 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, arguments: Sequence[Tensor]):
         super().__init__()
-        self.tape: list[tuple[Any, tuple, dict, Any]] = []  # keeps its tensors alive, so that ids are unique
+        # keeps its tensors alive, so that ids are unique
+        self.tape: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
         self.known = {id(argument) for argument in arguments}
         self.captured: list[Tensor] = []
         self.before: list[Tensor] = []  # copies of the captured tensors
@@ -160,7 +161,9 @@ class _Recorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch's default, True, imports its compiler, which takes seconds
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
             return self._copy_of_constant(args[0])  # a new tensor of Python numbers, by torch.tensor(...)
         args, kwargs = self._with_known_shape(func, args), kwargs or {}
@@ -213,7 +216,7 @@ class _Recorder(TorchDispatchMode):
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         return not is_random and all(_storage(tensor) in self.constant for tensor in inputs)
 
-    def _with_known_shape(self, func: Any, args: tuple) -> tuple:
+    def _with_known_shape(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replace masks by integer indices, so that the shape of the result is known, to compilers too.
 
         Lengths of sequences, which are a condition of the graph, become constants for the same reason.
@@ -317,7 +320,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _written_arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the arguments that an operation changes in place, by its schema."""
     names = [a.name for a in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -325,7 +328,7 @@ def _written_arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[T
     return [leaf for leaf in pytree.tree_leaves([given.get(name) for name in written]) if leaf is not None]
 
 
-def _equal_states(one: tuple, other: tuple) -> bool:
+def _equal_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Return True if two states of Python's and NumPy's generators are equal."""
     return one[0] == other[0] and all(map(np.array_equal, one[1], other[1]))
 
@@ -340,7 +343,9 @@ class _NumbersAsTensors(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is Tensor.item and args[0].dtype.is_floating_point | (args[0].dtype == torch.bool):
             with torch.no_grad():  # a copy, since the tensor may be changed in place
                 return args[0].clone() if args[0].dim() == 0 else args[0].reshape(()).clone()

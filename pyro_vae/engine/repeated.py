@@ -47,7 +47,7 @@ class Repeated:
         self.is_ended = calls < _FEWEST
         self.run: Callable[..., Any] | None = None
         self.is_compared = False
-        self.shapes: list[tuple] = []
+        self.shapes: list[tuple[Any, ...]] = []
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Return the value of the function."""

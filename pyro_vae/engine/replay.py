@@ -61,7 +61,7 @@ _MAX_VALUES = 8  # recordings for other values of arguments that are not tensors
 _MAX_MISSES = 8  # invalid uses in a row
 
 _PROPERTIES = operator.attrgetter("shape", "dtype", "device", "requires_grad")
-_Key = tuple[tuple, tuple]
+_Key = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 class _EagerOnce(Untraceable):
@@ -124,7 +124,9 @@ class Replay:
         self.num_recordings = self.num_compilations = 0
         self.unpaid = 0  # recordings that have not been used for long
         self.disabled = False  # every step is eager
-        self.last: tuple[_Key, _Recording, tuple] | None = None  # of a step that the next may repeat
+        self.last: tuple[_Key, _Recording, tuple[Any, ...]] | None = (
+            None  # of a step that the next may repeat
+        )
         self.device_types = sorted({"cpu", *(p.device.type for p in self.optimizer_step.parameters())})
         some = self.optimizer_step.parameters()[0]
         if some.device.type == "cpu":
@@ -151,7 +153,7 @@ class Replay:
             self.last = key, recording, shapes
         return self._run(key, recording, tensors, args, kwargs)
 
-    def can_repeat(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def can_repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a graph took the last step, with arguments of the same shapes."""
         return self.last is not None and self.last[2] == _shapes(args, kwargs)
 
@@ -171,7 +173,7 @@ class Replay:
             return self._step_eagerly(reason, args, kwargs)
         return self._run(key, recording, tensors, args, kwargs)
 
-    def _step_eagerly(self, reason: Untraceable, args: tuple, kwargs: dict[str, Any]) -> float:
+    def _step_eagerly(self, reason: Untraceable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Take a step without a graph, and so all later ones unless the reason is of this step alone."""
         self.last = None
         loss = self.eager_step(*args, **kwargs)  # raises if the arguments are invalid
@@ -180,7 +182,12 @@ class Replay:
         return loss
 
     def _run(
-        self, key: "_Key", recording: "_Recording", tensors: list[Tensor], args: tuple, kwargs: dict[str, Any]
+        self,
+        key: "_Key",
+        recording: "_Recording",
+        tensors: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> float:
         """Take a step by the graph, or, if it is invalid, eagerly."""
         graph = recording.graph
@@ -235,7 +242,9 @@ class Replay:
         self.missed.add(key)
         del self.recordings[key]
 
-    def _recording(self, args: tuple, kwargs: dict[str, Any]) -> "tuple[_Key, _Recording, list[Tensor]]":
+    def _recording(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "tuple[_Key, _Recording, list[Tensor]]":
         """Find or create the recording for these arguments; return it and the tensors among them."""
         leaves, spec = (
             list(args),
@@ -444,7 +453,7 @@ class _Recording:
         """Return True if the guards hold and no captured tensor has another shape, dtype or device."""
         return self.guards.hold() and self._signatures() == self.signatures
 
-    def _signatures(self) -> list[tuple]:
+    def _signatures(self) -> list[tuple[Any, ...]]:
         """Return what a graph takes for constant of the tensors that the model reads, in few calls."""
         return [*map(_PROPERTIES, self.tensors), *map(Tensor.stride, self.tensors)]
 
@@ -553,7 +562,7 @@ def _is_within_torch_mode() -> bool:
     return not all(isinstance(mode, DeviceContext) for mode in modes)
 
 
-def _hooks(parameter: Tensor) -> tuple:
+def _hooks(parameter: Tensor) -> tuple[Any, ...]:
     """Return the identifiers of a parameter's hooks."""
     hooks, later = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
     return (*(hooks or ()), *(later or ())) if hooks or later else ()
@@ -586,7 +595,7 @@ def _without_shared_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | 
     return result
 
 
-def _shapes(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """Return what the arguments of a repeated step share; None unless they are different tensors."""
     tensors = [*args, *kwargs.values()]
     if len({*map(id, tensors)}) < len(tensors) or not all(isinstance(each, Tensor) for each in tensors):
@@ -594,7 +603,7 @@ def _shapes(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     return (len(args), *kwargs, *map(_signature, tensors))
 
 
-def _signature(tensor: Tensor) -> tuple:
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 

@@ -114,7 +114,7 @@ def record_with_guards(
     return graph, guards
 
 
-def _registered() -> tuple:
+def _registered() -> tuple[Any, ...]:
     """Return what Pyro's parameter store holds, whose dictionaries `scope` and `clear` replace, and more."""
     store = get_param_store()
     return *store._params, *store._params.values(), *store._constraints.values(), len(_KL_REGISTRY)

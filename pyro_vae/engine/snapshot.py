@@ -105,7 +105,7 @@ class Snapshot:
             self.in_mappings, self.in_calls,
         )  # fmt: skip
         self.containers: list[
-            tuple[Any, tuple[Any, Any], list | None]
+            tuple[Any, tuple[Any, Any], list[Any] | None]
         ] = []  # container, owner and name, content
         self.sized: list[Any] = []
         self.sizes: list[int] = []
@@ -136,16 +136,16 @@ class Snapshot:
         """Add a variable of a closure; return its value."""
         return self.in_cells.add(cell, name, owner)
 
-    def add_context(self, variable: ContextVar, owner: Any) -> Any:
+    def add_context(self, variable: ContextVar[Any], owner: Any) -> Any:
         """Add a context variable; return its value."""
         return self.in_contexts.add(variable, variable.name, owner)
 
-    def add_mapping(self, mapping: Mapping) -> list[Any]:
+    def add_mapping(self, mapping: Mapping[Any, Any]) -> list[Any]:
         """Add the items of a mapping that is not a dictionary; return the values."""
         self.add_call(partial(tuple, mapping), "names", mapping)
         return [self.in_mappings.add(mapping, name, mapping) for name in mapping]
 
-    def add_call(self, function: Callable[[], tuple], name: str, owner: Any) -> None:
+    def add_call(self, function: Callable[[], tuple[Any, ...]], name: str, owner: Any) -> None:
         """Add the values that a function returns as a tuple; they are compared, and not restored."""
         self.in_calls.add(function, name, owner)
 
@@ -279,18 +279,18 @@ def _content(cell: CellType, _: str, default: Any) -> Any:
         return default
 
 
-def _item(mapping: Mapping, name: Any, default: Any) -> Any:
+def _item(mapping: Mapping[Any, Any], name: Any, default: Any) -> Any:
     try:
         return mapping[name]
     except Exception:  # a library's may raise anything
         return default
 
 
-def _context(variable: ContextVar, _: str, default: Any) -> Any:
+def _context(variable: ContextVar[Any], _: str, default: Any) -> Any:
     return variable.get(default)
 
 
-def _called(function: Callable[[], tuple], _: str, __: Any) -> tuple:
+def _called(function: Callable[[], tuple[Any, ...]], _: str, __: Any) -> tuple[Any, ...]:
     return function()
 
 
@@ -327,7 +327,7 @@ def _put_content(cell: CellType, _: str, value: Any) -> None:
         cell.cell_contents = value
 
 
-def _put_context(variable: ContextVar, _: str, value: Any) -> None:
+def _put_context(variable: ContextVar[Any], _: str, value: Any) -> None:
     if value is not ABSENT:  # a variable of a context cannot be removed from it
         variable.set(value)
 

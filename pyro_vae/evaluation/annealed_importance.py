@@ -197,7 +197,7 @@ def _run_chains(
 class _Density:
     """log p(z) + β log p(x|z) of chains z, {site: (C, …, n, …, *event)}, with invariant moves."""
 
-    def __init__(self, model: Callable, batch: Any, sites: PairSites):
+    def __init__(self, model: Callable[..., Any], batch: Any, sites: PairSites):
         self.model, self.batch, self.sites = model, batch, sites
 
     def _terms(self, z: Draws) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ __all__ = ["MIN_DRAWS", "arviz_version", "forest", "inference_data", "pareto_smo
 MIN_DRAWS = 30  # the Pareto fit uses the largest fifth, and ArviZ 1.x requires six weights for it
 
 
-def pareto_smooth(log_weight: npt.NDArray[np.float64]) -> tuple[npt.NDArray, npt.NDArray]:
+def pareto_smooth(log_weight: npt.NDArray[np.float64]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Smooth the largest importance weights and estimate the shape of their tail.
 
     Args:

@@ -256,7 +256,7 @@ class _Simulated:
         names = [plates[dim] for dim in others if dim in plates]
         return [dim in plates for dim in others], names + event_dims(self.name, self.site["fn"].event_dim)
 
-    def _array(self, values: Tensor, others: list[bool]) -> npt.NDArray:
+    def _array(self, values: Tensor, others: list[bool]) -> npt.NDArray[Any]:
         """Add the chain dimension to values (S, n, *others, *event); drop dimensions that are not plates."""
         without = [axis + 2 for axis, is_plate in enumerate(others) if not is_plate]
         array = as_integers(self.site, values.cpu().numpy())

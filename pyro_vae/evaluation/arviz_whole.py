@@ -24,7 +24,7 @@ from pyro_vae.utils.validation import elementwise_support
 
 __all__ = ["Groups", "Variable", "as_integers", "counted", "event_dims", "whole_groups"]
 
-Variable = tuple[tuple[str, ...], npt.NDArray]  # names of the dimensions, values
+Variable = tuple[tuple[str, ...], npt.NDArray[Any]]  # names of the dimensions, values
 Groups = dict[str, dict[str, Variable]]
 
 _INTEGERS = (type(constraints.boolean), type(constraints.nonnegative_integer), constraints.integer_interval)
@@ -69,7 +69,7 @@ def whole_groups(pair: Any, batch: Any, num_samples: int) -> Groups:
     return groups
 
 
-def _sites(model: Program, args: tuple, kwargs: dict[str, Any]) -> dict[str, Site]:
+def _sites(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
     return sample_sites(run(model, args, kwargs))
 
 
@@ -115,7 +115,7 @@ def counted(site: Site, value: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, value if value.is_floating_point() else value.double(), torch.nan)
 
 
-def as_integers(site: Site, array: npt.NDArray) -> npt.NDArray:
+def as_integers(site: Site, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the values of a site over integers as integers, unless some are NaN."""
     support = elementwise_support(site["fn"].support)
     if isinstance(support, _INTEGERS) and not np.isnan(array).any():

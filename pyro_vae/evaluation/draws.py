@@ -245,7 +245,7 @@ class _Runs:
         self.options = {"num_particles": particles, "max_plate_nesting": max_plate_nesting}
         self.repeated = Repeated(self._run, [pair.model, pair.guide], calls=calls)
 
-    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         self.names = list(kwargs)
         values = [*args, *kwargs.values()]
         if all(isinstance(value, Tensor) for value in values):

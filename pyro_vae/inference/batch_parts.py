@@ -46,14 +46,14 @@ class BatchParts:
         _require_unwrapped(self.parameters)
         self.update = OptimizerStep(svi.optimizer)
         self.sum = GradientSum(processes, self.parameters)
-        self.is_scaled: dict[tuple, bool] = {}
+        self.is_scaled: dict[tuple[Any, ...], bool] = {}
         processes.broadcast(self.parameters)
 
     def hold(self, parameters: list[Tensor]) -> bool:
         """Return whether these are the parameters that the steps are for."""
         return list(map(id, parameters)) == list(map(id, self.parameters))
 
-    def step(self, parts: Iterable[tuple[tuple, dict[str, Any]]], *, stop: bool) -> float:
+    def step(self, parts: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], *, stop: bool) -> float:
         """Take a step; see `SVI.step_in_parts`."""
         svi, number, counted = self.svi, self.svi.steps, getattr(self.svi.loss, "steps", None)
         self.sum.clear()
@@ -82,7 +82,7 @@ class BatchParts:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _add(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         svi = self.svi
         owner = getattr(svi.model, "__self__", None)
         weights_by_share = getattr(owner, "weights_by_share", None)
@@ -114,7 +114,7 @@ class BatchParts:
         if counted is not None:
             self.svi.loss.steps = counted
 
-    def _speaks_for_all(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _speaks_for_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a loss is scaled to all data, by plates that subsample."""
         key = tuple(leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         if key not in self.is_scaled:

@@ -58,7 +58,7 @@ class FittingPair(NamedTuple):
 
     model: Program
     guide: Program
-    data: tuple
+    data: tuple[Any, ...]
     kwargs: dict[str, Any]
     guide_trace: poutine.Trace
     model_trace: poutine.Trace
@@ -66,7 +66,11 @@ class FittingPair(NamedTuple):
 
 
 def run_fitting_pair(
-    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any], estimator: ELBO | None = None
+    model: Program,
+    guide: Program,
+    data: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    estimator: ELBO | None = None,
 ) -> FittingPair:
     """Run a guide, then the model at its draws, as an estimator does; raise if the guide does not fit.
 
@@ -114,7 +118,7 @@ def sums_out(estimator: ELBO) -> bool:
 
 
 def _as_run_by(
-    estimator: ELBO, model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
+    estimator: ELBO, model: Program, guide: Program, data: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Program, Program]:
     """Return a pair in the particle plate and with the enumeration of an estimator."""
     if isinstance(estimator, Estimator):
@@ -137,7 +141,7 @@ def _as_run_by(
 
 
 def _run_guide(
-    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
+    model: Program, guide: Program, data: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[poutine.Trace, Any]:
     """Return the trace and the return value of a guide."""
     tracer = poutine.trace()
@@ -152,7 +156,7 @@ def _run_guide(
 
 
 def _waiting(
-    model: Program, drawn: poutine.Trace, data: tuple, kwargs: dict[str, Any], error: Exception
+    model: Program, drawn: poutine.Trace, data: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> list[str]:
     """Return the latent sites that a guide had not drawn before it failed; raise if the model fails too."""
     subsamples = drawn.copy()
@@ -171,7 +175,7 @@ def _waiting(
 
 
 def _run_model(
-    model: Program, guide: Program, guide_trace: poutine.Trace, data: tuple, kwargs: dict[str, Any]
+    model: Program, guide: Program, guide_trace: poutine.Trace, data: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[poutine.Trace, Exception | None]:
     """Return the trace of a model at a guide's draws and subsamples, and the error that ended it, if any."""
     messenger = guide_messenger(guide)

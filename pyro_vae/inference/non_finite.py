@@ -14,7 +14,9 @@ from torch.distributions import Distribution
 __all__ = ["is_finite", "non_finite_gradient", "non_finite_site"]
 
 
-def non_finite_site(model: Callable, guide: Callable, /, *args: Any, **kwargs: Any) -> str | None:
+def non_finite_site(
+    model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> str | None:
     """Run the pair and return a message for its first parameter or site that is not finite, or None."""
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -36,7 +38,10 @@ def non_finite_site(model: Callable, guide: Callable, /, *args: Any, **kwargs: A
 
 
 def non_finite_gradient(
-    model: Callable, guide: Callable, parameters: Sequence[Tensor], backward: Callable[[], Any]
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    parameters: Sequence[Tensor],
+    backward: Callable[[], Any],
 ) -> str | None:
     """Run a backward pass and return a message for the first gradient that is not finite, or None.
 

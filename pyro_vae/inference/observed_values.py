@@ -31,7 +31,7 @@ class ObservedValues:
         batch: A few examples: positional and named arguments of the model.
     """
 
-    def __init__(self, model: Program, batch: tuple[tuple, dict[str, Any]]):
+    def __init__(self, model: Program, batch: tuple[tuple[Any, ...], dict[str, Any]]):
         args, kwargs = batch
         found, again = (_supports(model, args, kwargs, seed=seed) for seed in range(2))
         self.supports = {
@@ -40,7 +40,7 @@ class ObservedValues:
             if name in again and same_support(entry[-1], again[name][-1])
         }
 
-    def check(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError for the first value of these arguments outside the support of its site.
 
         It is a NonFiniteError if some are infinite or NaN.
@@ -53,7 +53,7 @@ class ObservedValues:
                 raise ValueError(message) if finite else NonFiniteError(message)
 
 
-def require_observable(model: Program, args: tuple, kwargs: dict[str, Any]) -> None:
+def require_observable(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise ValueError if a model observes an argument outside the support of its site."""
     ObservedValues(model, (args, kwargs)).check(args, kwargs)
 
@@ -72,7 +72,7 @@ def check_of(pair: Any, batches: Batches | Stream) -> Callable[[Any], None]:
     return check
 
 
-def _leaves(args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors among arguments by names as in messages: x[0], x['y'], or x for the only one."""
     named = [
         (keystr(path), leaf)
@@ -84,7 +84,7 @@ def _leaves(args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _supports(
-    model: Program, args: tuple, kwargs: dict[str, Any], *, seed: int
+    model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, seed: int
 ) -> dict[str, tuple[str, str, Any]]:
     """Return site, family and support of each argument that a run of the model observes as it is."""
     tracer = poutine.trace()

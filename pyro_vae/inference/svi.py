@@ -161,12 +161,12 @@ class SVI:
         self.engine = engine
         self.steps = 0
         self.fastest_products: dict[str, str] = {}
-        self._checked: tuple = ()
+        self._checked: tuple[Any, ...] = ()
         self._met_late: set[str] = set()  # names in Pyro's store
         self._is_told = False  # that its steps move nothing
         self._replay: Replay | None = None
-        self._replayed: tuple = ()
-        self._followed: tuple = ()  # a pair, and that pair as it runs in a step
+        self._replayed: tuple[Any, ...] = ()
+        self._followed: tuple[Any, ...] = ()  # a pair, and that pair as it runs in a step
         self.processes = join(group)
         self._parts: BatchParts | None = None
 
@@ -208,7 +208,9 @@ class SVI:
         self.steps += 1
         return loss
 
-    def step_in_parts(self, parts: Iterable[tuple[tuple, dict[str, Any]]], *, stop: bool = False) -> float:
+    def step_in_parts(
+        self, parts: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], *, stop: bool = False
+    ) -> float:
         """Take one step on a batch that comes in parts, here and in other processes; return its loss.
 
         Args:
@@ -233,7 +235,7 @@ class SVI:
         return 0 if self._parts is None else self._parts.sum.rows
 
     def take_step(
-        self, eager_step: Callable[..., Any], args: tuple, kwargs: dict[str, Any], **options: Any
+        self, eager_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
     ) -> Any:
         """Take a step by the engine; `options` are those of `Replay`."""
         is_first = self.loss is None or self._checked != (self.model, self.guide, self.loss)

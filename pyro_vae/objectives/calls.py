@@ -15,7 +15,9 @@ _LOG_PROB = r'at site "(.*)", invalid log_prob shape\s+Expected \[(.*)\], actual
 _COLLISION = r'at plates "(.*)" and "(?:particles|num_particles).*collide at dim=-(\d+)'
 
 
-def as_arguments(model: Any, data: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def as_arguments(
+    model: Any, data: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a pair, taken out of a tuple or dict if that is all there is.
 
     A tuple or dict is a batch as in `fit` only where it can be nothing else: the model takes its items, and
@@ -32,7 +34,10 @@ def as_arguments(model: Any, data: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     """
     if len(data) != 1 or kwargs or not isinstance(data[0], tuple | dict):
         return data, kwargs
-    items: tuple[tuple, dict] = ((), data[0]) if isinstance(data[0], dict) else (tuple(data[0]), {})
+    if isinstance(data[0], dict):
+        items: tuple[tuple[Any, ...], dict[str, Any]] = (), data[0]
+    else:
+        items = tuple(data[0]), {}
     signature = _signature(model)
     if signature is None or _call_problem(signature, *items):
         return data, kwargs
@@ -41,7 +46,7 @@ def as_arguments(model: Any, data: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     return items if takes_tensor or _call_problem(signature, data, kwargs) else (data, kwargs)
 
 
-def require_arguments(model: Any, data: tuple, kwargs: dict[str, Any]) -> None:
+def require_arguments(model: Any, data: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise if the only argument is a tuple or dict of those that a model takes; see `as_arguments`."""
     if as_arguments(model, data, kwargs)[0] is not data:
         raise TypeError(
@@ -50,7 +55,7 @@ def require_arguments(model: Any, data: tuple, kwargs: dict[str, Any]) -> None:
 
 
 @contextmanager
-def explaining_calls(model: Any, guide: Any, data: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+def explaining_calls(model: Any, guide: Any, data: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Raise errors that say which arguments a program takes, if it got others, or how deep its plates lie."""
     try:
         yield
@@ -70,7 +75,7 @@ def explaining_calls(model: Any, guide: Any, data: tuple, kwargs: dict[str, Any]
         raise
 
 
-def left_out(model: Any, data: tuple, kwargs: dict[str, Any]) -> Iterator[str]:
+def left_out(model: Any, data: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
     """Say which arguments of a model are None: a site that observes one is latent in this call."""
     signature = _signature(model)
     if signature is None or _call_problem(signature, data, kwargs):
@@ -123,7 +128,7 @@ def _signature(program: Any) -> inspect.Signature | None:
         return None
 
 
-def _call_problem(signature: inspect.Signature, data: tuple, kwargs: dict[str, Any]) -> str | None:
+def _call_problem(signature: inspect.Signature, data: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     try:
         signature.bind(*data, **kwargs)
     except TypeError as error:
@@ -131,13 +136,13 @@ def _call_problem(signature: inspect.Signature, data: tuple, kwargs: dict[str, A
     return None
 
 
-def _shown(data: tuple, kwargs: dict[str, Any]) -> str:
+def _shown(data: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     found = f"{len(data)} argument{'s' * (len(data) != 1)} by position" if data or not kwargs else ""
     by_name = f"{', '.join(map(repr, kwargs))} by name" if kwargs else ""
     return " and ".join(filter(None, (found, by_name)))
 
 
-def _remedy(data: tuple) -> str:
+def _remedy(data: tuple[Any, ...]) -> str:
     if len(data) == 1 and isinstance(data[0], tuple | dict):
         stars = "*" * (1 + isinstance(data[0], dict))
         return f". Pass the items of the {type(data[0]).__name__} as arguments, {stars}batch"

@@ -58,7 +58,9 @@ class Loss(ELBO):
             loss.backward(retain_graph=self.retain_graph)
         return warn_if_nan(float(loss.detach()), "loss")
 
-    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
+    def _get_trace(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         raise NotImplementedError("traces are not available; see `terms`")
 
 
@@ -451,7 +453,7 @@ def label(estimator: ELBO) -> str:
         >>> label(Trace_ELBO(max_plate_nesting=1)), label(Trace_ELBO(num_particles=5))
         ('Trace_ELBO()', 'Trace_ELBO(num_particles=5)')
     """
-    if type(estimator).__repr__ is not object.__repr__:
+    if type(estimator).__repr__ is not object.__repr__:  # type: ignore[comparison-overlap]
         return repr(estimator)
     settings = [
         f"{name}={getattr(estimator, name)}"

@@ -130,7 +130,12 @@ class KLWeighted(Loss):
         return self._evaluate(self.beta, model, guide, args, kwargs)[0]
 
     def _evaluate(
-        self, beta: float | Tensor, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
+        self,
+        beta: float | Tensor,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Return the weighted loss, and the loss with β = 1 on the same draws."""
         weight_kl = _weight_terms if isinstance(self.estimator, Estimator) else _weight_scales

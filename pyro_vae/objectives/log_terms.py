@@ -290,11 +290,11 @@ def _particles(max_plate_nesting: int) -> str:
 def _run_pair(
     model: Program,
     guide: Program,
-    data: tuple,
+    data: tuple[Any, ...],
     kwargs: dict[str, Any],
-    particles: AbstractContextManager,
+    particles: AbstractContextManager[Any],
     *,
-    enumeration: AbstractContextManager = nullcontext(),  # noqa: B008 (it has no state)
+    enumeration: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 (it has no state)
 ) -> tuple[poutine.Trace, poutine.Trace, dict[str, Tensor]]:
     """Run the guide, then the model at its draws; return both traces and the draws passed to the model.
 
@@ -322,9 +322,9 @@ def _run_pair(
 def _sites_at_fixed_draws(
     guide: Program,
     trace: poutine.Trace,
-    data: tuple,
+    data: tuple[Any, ...],
     kwargs: dict[str, Any],
-    particles: AbstractContextManager,
+    particles: AbstractContextManager[Any],
 ) -> Sites:
     """Run a guide again at the detached draws of a trace; a single site depends on no draw and is reused."""
     draws = {name: site["value"].detach() for name, site in sample_sites(trace).items()}

@@ -67,7 +67,7 @@ def as_programs(call: str, pair: Any) -> Any:
     return pair
 
 
-def split_pair(call: str, first: Any, *rest: Any) -> tuple[Program, Program, tuple]:
+def split_pair(call: str, first: Any, *rest: Any) -> tuple[Program, Program, tuple[Any, ...]]:
     """Return model, guide and further arguments of a call f(model, guide, ...) or f(pair, ...).
 
     Raises:
@@ -425,7 +425,7 @@ class Pair(OwnParameters):
         return {name: str(constraint) for name, constraint in self.stored.constraints.items()}
 
 
-def make_parameters(pair: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def make_parameters(pair: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run a pair once without gradients, in evaluation mode, so that lazy parameters are made."""
     states, named = ModuleStates(), _NamedModules()
     with evaluation_mode(pair.model, pair.guide), torch.no_grad(), poutine.block(), states.followed(), named:

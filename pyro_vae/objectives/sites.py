@@ -81,7 +81,7 @@ def require_programs(call: str, *programs: Any) -> None:
             raise TypeError(f"expected a model and a guide, two Pyro functions; got {got}: call {call}")
 
 
-def run(program: Program, data: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
+def run(program: Program, data: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
     """Run a model or guide and record its sites."""
     try:
         return poutine.trace(program).get_trace(*data, **kwargs)
@@ -92,7 +92,7 @@ def run(program: Program, data: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
 
 
 def run_pair(
-    model: Program, guide: Program, data: tuple, kwargs: dict[str, Any]
+    model: Program, guide: Program, data: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Run a guide, then the model at its draws and subsamples, as Pyro's estimators do; record both."""
     messenger = guide_messenger(guide)
@@ -360,7 +360,9 @@ def has_no_density(site: Site) -> bool:
     return plain and isinstance(innermost, Delta) and not innermost.log_density.any()
 
 
-def draw_sources(program: Program, data: tuple, kwargs: dict[str, Any]) -> dict[str, frozenset[str]]:
+def draw_sources(
+    program: Program, data: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, frozenset[str]]:
     """Run a program once more and return the sites that each of its values is computed from."""
     with torch.random.fork_rng(), torch.no_grad(), poutine.block(), TrackProvenance():
         trace = run(program, data, kwargs)

@@ -140,7 +140,7 @@ class Run:
                 f"the pair runs on the training data, but not on the validation data: {error}"
             ) from error
 
-    def _warn_of_forgotten(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _warn_of_forgotten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tried = copy.copy(inner_estimator(self.svi.loss))  # some keep what they learn from the first pair
         with isolated(self.pair.model, self.pair.guide):
             fitting = run_fitting_pair(self.pair.model, self.pair.guide, args, kwargs, tried)
@@ -152,7 +152,7 @@ class Run:
         """Return two examples, or all if a batch is all: a guide may have parameters for each."""
         return self.train.peek(self.batch_size if self.batch_size >= len(self.train) else 2)
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         """Return the context of a step; autocast keeps low-precision copies of parameters within it alone."""
         if self.settings.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -272,7 +272,7 @@ class Run:
             start=start,
         )
 
-        def parts(step: int) -> Iterator[tuple[tuple, dict[str, Any]]]:
+        def parts(step: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
             for shard, part in next(batches):
                 seed_generators(self.device, seed_at(noise[shard], step))
                 yield arguments(part)
@@ -381,7 +381,7 @@ class Run:
             _, model_trace = run_pair(self.pair.model, self.pair.guide, args, kwargs)
         return torch.full((length,), -loss / length / subsampling_factor(model_trace, length))
 
-    def _terms(self, args: tuple, kwargs: dict[str, Any]) -> Terms:
+    def _terms(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms:
         return terms(self.pair.model, self.pair.guide, *args, max_plate_nesting=self.nesting, **kwargs)
 
     def _merits(self) -> list[float]:

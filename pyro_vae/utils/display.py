@@ -78,7 +78,7 @@ def data_frame(columns: Mapping[str, Any], index: str) -> "pandas.DataFrame":
     return pandas.DataFrame(columns).set_index(index)
 
 
-def progress_bar(total: float, *, shown: bool, unit: str, **options: Any) -> tqdm:
+def progress_bar(total: float, *, shown: bool, unit: str, **options: Any) -> "tqdm[Any]":
     """Return a tqdm progress bar, drawn only in a terminal or a notebook: files would get a line per update.
 
     Args:

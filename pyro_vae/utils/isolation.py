@@ -203,7 +203,9 @@ class ModuleStates:
     """Saved buffers and attributes of modules; the first run of an autoguide, for one, adds attributes."""
 
     def __init__(self) -> None:
-        self.attributes: dict[int, tuple[nn.Module, dict, list[tuple[dict, dict]]]] = {}
+        self.attributes: dict[
+            int, tuple[nn.Module, dict[str, Any], list[tuple[dict[str, Any], dict[str, Any]]]]
+        ] = {}
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
@@ -287,12 +289,12 @@ def preserved(generators: Sequence[Generator], tensors: Sequence[Tensor]) -> Ite
             tensor.detach().copy_(value)
 
 
-def python_noise() -> tuple:
+def python_noise() -> tuple[Any, ...]:
     """Return the states of Python's and NumPy's global generators."""
     return random.getstate(), np.random.get_state(legacy=True)  # noqa: NPY002 (models may use it)
 
 
-def restore_python_noise(states: tuple) -> None:
+def restore_python_noise(states: tuple[Any, ...]) -> None:
     """Restore Python's and NumPy's global generators from `python_noise()`."""
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002

@@ -56,7 +56,8 @@ def _init_process_group() -> None:
     """Make the group of torchrun's environment, apart from what an attempt before a restart has left."""
     store, rank, size = next(iter(rendezvous("env://")))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)  # else dead processes would be called
+    # else dead processes would be called
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined] # its stub omits it
     dist.init_process_group(store=store, rank=rank, world_size=size)
 
 

@@ -338,7 +338,7 @@ class _BoundedAllocation(TorchDispatchMode):
         names = [argument.name for argument in function._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         asked = math.prod(given.get("size", given.get("repeats", ())) or (1,))
-        if isinstance(given.get("end"), int):  # arange
+        if "arange" in function._schema.name and isinstance(given.get("end"), int):  # a slice has an end, too
             asked = max(asked, given["end"])
         for name in ("n", "m"):  # eye
             asked *= given[name] if isinstance(given.get(name), int) else 1

@@ -12,6 +12,7 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.__main__ import main
+from pyro_vae.applications.commands import build_parser
 from pyro_vae.applications.commands.choices import choose
 from pyro_vae.applications.commands.data import Data
 from pyro_vae.applications.commands.tables import read_table, write_columns
@@ -355,6 +356,7 @@ def test_invalid_data_are_one_sentence_and_leave_no_file(folder, tmp_path, capsy
         ["train", "x.csv", "--out", "v.pt", "--likelihood", "gauss"],
         ["anomalies", "x.csv", "y.csv", "--model", "v.pt", "--reference", "z.csv", "--contamination", "2"],
         ["embed", "x.csv", "y.csv", "--model", "v.pt", "--device", "abacus"],
+        ["impute", "x.csv", "y.csv", "--model", "v.pt", "--split", "test"],
     ],
 )
 def test_wrong_usage_is_2(arguments, capsys):
@@ -364,12 +366,33 @@ def test_wrong_usage_is_2(arguments, capsys):
     assert "usage: pyro-vae" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "embed", "anomalies", "impute", "compress", "list"])
-def test_help_has_an_example(command, capsys):
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "embed", "anomalies", "impute", "compress", "decompress", "list"]
+)
+def test_help_has_an_example_and_a_line_for_each_argument(command, capsys):
     with pytest.raises(SystemExit) as raised:
         main([command, "--help"])
     assert raised.value.code == 0
-    assert f"pyro-vae {command} " in capsys.readouterr().out.partition("example:")[2]
+    shown = capsys.readouterr().out
+    assert f"pyro-vae {command} " in shown.partition("example:")[2]
+    commands = next(a for a in build_parser()._actions if isinstance(a.choices, dict))
+    assert not [action.dest for action in commands.choices[command]._actions if not action.help]
+
+
+def test_the_list_of_commands_has_one_line_for_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.partition("COMMAND\n")[2].splitlines()[:8]
+    assert [line.split()[0] for line in lines][-3:] == ["compress", "decompress", "list"]
+    assert all(len(line.split()) > 1 for line in lines)
+
+
+def test_version_names_what_a_report_of_a_fault_needs(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0
+    assert f"torch {torch.__version__}" in capsys.readouterr().out
 
 
 def test_interruption_is_130_and_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):

@@ -100,7 +100,7 @@ def _by_values(data: Data) -> tuple[str, str]:
     return _of_numbers(values)
 
 
-def _of_numbers(values: NDArray) -> tuple[str, str]:
+def _of_numbers(values: NDArray[Any]) -> tuple[str, str]:
     """Choose by whether the values are counts: whole numbers with zeros in half of the columns."""
     present = values[~np.isnan(values)]
     zeros = (values == 0).reshape(len(values), -1).any(0)
@@ -112,7 +112,7 @@ def _of_numbers(values: NDArray) -> tuple[str, str]:
     return "normal", "the values are real numbers"
 
 
-def _are_bits(values: Images | NDArray) -> bool:
+def _are_bits(values: Images | NDArray[Any]) -> bool:
     if isinstance(values, Images):
         return bool(((values.pixels == 0) | (values.pixels == 255)).all())
     return bool(((values == 0) | (values == 1) | np.isnan(values)).all())

@@ -47,7 +47,7 @@ class Data:
     """
 
     name: str
-    values: Images | NDArray
+    values: Images | NDArray[Any]
     grey: bool = False
     table: Table | None = None
     positions: list[int] = field(default_factory=list)
@@ -117,7 +117,7 @@ def _require_not_infinite(data: Data) -> None:
         raise ValueError(f"{data.place(tuple(infinite[0]))} is infinite: correct it, or leave it empty")
 
 
-def load_array(path: Path, wanted: str = "") -> tuple[str, NDArray]:
+def load_array(path: Path, wanted: str = "") -> tuple[str, NDArray[Any]]:
     """Return an array of a .npz file with its name, or that of a .npy file, mapped into memory.
 
     Raises:
@@ -169,7 +169,7 @@ def _key(path: Path, names: list[str], wanted: str) -> str:
     raise ValueError(f"{path} holds {said}the arrays {', '.join(names)}: choose one by --array NAME")
 
 
-def _of_array(name: str, array: NDArray, key: str, *, counts: bool) -> Data:
+def _of_array(name: str, array: NDArray[Any], key: str, *, counts: bool) -> Data:
     """Return an array as data; unsigned bytes with values above 1 are grey levels k/255."""
     if array.ndim == 1:
         raise ValueError(f"{name} holds one number per example, {array.shape}; expected (N, D) or more")
@@ -185,7 +185,7 @@ def _of_array(name: str, array: NDArray, key: str, *, counts: bool) -> Data:
     return data
 
 
-def _in_unit_interval(array: NDArray) -> bool:
+def _in_unit_interval(array: NDArray[Any]) -> bool:
     present = array[~np.isnan(array)]
     return len(present) > 0 and bool(present.min() >= 0 and present.max() <= 1)
 
@@ -223,7 +223,7 @@ def for_model(data: Data, model: Model) -> Any:
     return x.reshape(len(x), *model.event_shape).to(model.device)
 
 
-def fill(data: Data, path: Path, filled: NDArray) -> None:
+def fill(data: Data, path: Path, filled: NDArray[Any]) -> None:
     """Write data with values (N, ...) in the place of NaN, in the format that they were read in."""
     if data.table is not None:
         data.table.write_filled(path, data.positions, filled)

@@ -1,10 +1,12 @@
 """The command line: commands, their options, an example of each."""
 
 import argparse
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 
 from pyro_vae.applications.commands.choices import ESTIMATORS, GUIDES, LIKELIHOODS, PRIORS
@@ -48,10 +50,20 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    help_text = "print the versions of pyro-vae, Pyro and torch"
+    parser.add_argument("-V", "--version", action="version", version=_version(), help=help_text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_train, _add_evaluate, _add_embed, _add_anomalies, _add_impute, _add_codec, _add_list):
         add(commands)
     return parser
+
+
+def _version() -> str:
+    try:
+        version = importlib.metadata.version("pyro_vae")
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        version = "(not installed)"
+    return f"pyro-vae {version}, Pyro {pyro.__version__}, torch {torch.__version__}"
 
 
 def _command(
@@ -204,7 +216,9 @@ def _add_anomalies(commands: Any) -> None:
         metavar="RATE|auto",
         help=f"share of normal examples that may be flagged {_DEFAULT}",
     )
-    sub.add_argument("--score", choices=SCORES, default="statistics", help=_DEFAULT)
+    sub.add_argument(
+        "--score", choices=SCORES, default="statistics", help=f"what tells odd from normal {_DEFAULT}"
+    )
     _add_particles(sub, 50)
     _add_json(sub)
     _add_common(sub)
@@ -223,33 +237,53 @@ def _add_impute(commands: Any) -> None:
     sub.add_argument("out", type=Path, metavar="OUT", help="a file of the same kind; what was there is kept")
     _add_model(sub)
     _add_particles(sub, 1000)
-    sub.add_argument("--method", choices=METHODS, default="auto", help=_DEFAULT)
-    _add_common(sub)
+    help_text = f"how missing values are drawn; auto chooses by k̂ {_DEFAULT}"
+    sub.add_argument("--method", choices=METHODS, default="auto", help=help_text)
+    _add_common(sub, images=False)
 
 
 def _add_codec(commands: Any) -> None:
-    for name, function, summary, example in (
+    array, compressed = "a .npy file", "a compressed file"
+    for name, function, summary, files, example in (
         (
             "compress",
             compress,
             "compress an array by a model",
+            (array, compressed),
             "pyro-vae compress x.npy x.pvz --model vae.pt",
         ),
         (
             "decompress",
             decompress,
             "restore the array of a compressed file",
+            (compressed, array),
             "pyro-vae decompress x.pvz x.npy --model vae.pt",
         ),
     ):
         sub = _command(commands, name, function, summary, example)
-        sub.add_argument("input", type=Path)
-        sub.add_argument("output", type=Path, help="replaced when the command has succeeded")
-        sub.add_argument("--model", type=Path, required=True, help="file of VAE.save or Codec.save")
+        source, result = files
+        sub.add_argument("input", type=Path, metavar="INPUT", help=source)
+        sub.add_argument(
+            "output", type=Path, metavar="OUTPUT", help=f"{result}, replaced when the command has succeeded"
+        )
+        help_text = "of pyro-vae train, VAE.save or Codec.save"
+        sub.add_argument("--model", type=Path, required=True, metavar="FILE", help=help_text)
         sub.add_argument("--quiet", action="store_true", help="no progress bar")
-        settings = sub.add_argument_group("of a VAE, the same for compress and decompress")
-        settings.add_argument("--lattice-bits", type=int, default=8, help=_DEFAULT)
-        settings.add_argument("--particles", type=int, default=1, help=_DEFAULT)
+        settings = sub.add_argument_group("of a VAE (decompress takes those of compress)")
+        settings.add_argument(
+            "--lattice-bits",
+            type=int,
+            default=8,
+            metavar="B",
+            help=f"each latent dimension takes 2^B values, 2 to 14; 7 to 9 are best {_DEFAULT}",
+        )
+        settings.add_argument(
+            "--particles",
+            type=int,
+            default=1,
+            metavar="S",
+            help=f"draws of z per example: a better rate in S times the time {_DEFAULT}",
+        )
         settings.add_argument(
             "--precision",
             choices=["exact", "float64"],
@@ -259,9 +293,9 @@ def _add_codec(commands: Any) -> None:
 
 
 def _add_list(commands: Any) -> None:
-    summary = "rows, bits and check of compressed files"
+    summary = "print rows, bits and check of compressed files"
     sub = _command(commands, "list", list_files, summary, "pyro-vae list x.pvz")
-    sub.add_argument("files", type=Path, nargs="+")
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="written by compress or Codec")
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
@@ -292,7 +326,7 @@ def _add_json(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON, too")
 
 
-def _add_data_options(sub: argparse.ArgumentParser) -> None:
+def _add_data_options(sub: argparse.ArgumentParser, *, images: bool) -> None:
     group = sub.add_argument_group("data")
     group.add_argument(
         "--drop",
@@ -302,6 +336,8 @@ def _add_data_options(sub: argparse.ArgumentParser) -> None:
         help="leave out a column of a table; may be repeated",
     )
     group.add_argument("--array", default="", metavar="NAME", help="array of a .npz file that holds several")
+    if not images:
+        return
     group.add_argument(
         "--split", default="train", help=f"part of a published set or of a folder of parts {_DEFAULT}"
     )
@@ -309,9 +345,10 @@ def _add_data_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--mode", choices=["L", "RGB"], help="convert images of a folder to grey or colour")
 
 
-def _add_common(sub: argparse.ArgumentParser) -> None:
-    _add_data_options(sub)
-    sub.add_argument("--seed", type=_whole, default=0, help=_DEFAULT)
+def _add_common(sub: argparse.ArgumentParser, *, images: bool = True) -> None:
+    _add_data_options(sub, images=images)
+    help_text = f"of all random numbers {_DEFAULT}"
+    sub.add_argument("--seed", type=_whole, default=0, help=help_text)
     sub.add_argument("--device", type=_device, default="cpu", help=f"cpu, cuda, cuda:1 {_DEFAULT}")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -41,7 +41,7 @@ class Table(ABC):
         """Number of columns."""
 
     @abstractmethod
-    def numbers(self, column: int) -> NDArray:
+    def numbers(self, column: int) -> NDArray[Any]:
         """Return a column, float64 (N,), NaN where missing.
 
         Raises:
@@ -49,7 +49,7 @@ class Table(ABC):
         """
 
     @abstractmethod
-    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
+    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray[Any]) -> None:
         """Write the table with values (N, len(columns)) where those columns have holes, the rest as it is."""
 
     def label(self, column: int) -> str:
@@ -113,7 +113,7 @@ class _Csv(Table):
     def num_columns(self) -> int:
         return len(self.rows[0])
 
-    def numbers(self, column: int) -> NDArray:
+    def numbers(self, column: int) -> NDArray[Any]:
         found = np.empty(len(self.rows))
         for number, row in enumerate(self.rows):
             text = row[column].strip()
@@ -129,7 +129,7 @@ class _Csv(Table):
     def _remedy(self, column: int) -> str:
         return "" if self.names is None else f" (--drop {self.names[column]!r} leaves it out)"
 
-    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
+    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray[Any]) -> None:
         rows = [list(row) for row in self.rows]
         for place, column in enumerate(columns):
             for number in np.flatnonzero(np.isnan(self.numbers(column))):
@@ -162,7 +162,7 @@ class _Parquet(Table):
     def num_columns(self) -> int:
         return self.frame.shape[1]
 
-    def numbers(self, column: int) -> NDArray:
+    def numbers(self, column: int) -> NDArray[Any]:
         series = self.frame.iloc[:, column]
         assert self.names is not None
         if not has_numbers(series):
@@ -172,7 +172,7 @@ class _Parquet(Table):
             )
         return series_values(series, dtype=np.float64)
 
-    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray) -> None:
+    def write_filled(self, path: Path, columns: Sequence[int], values: NDArray[Any]) -> None:
         frame = filled(self.frame, values, columns)
         with replacing(path) as partial:
             frame.to_parquet(partial, engine="pyarrow")
@@ -216,7 +216,7 @@ def require_writable(path: Path, suffixes: Sequence[str]) -> None:
         _pandas(path)
 
 
-def write_columns(path: Path, columns: Mapping[str, NDArray]) -> None:
+def write_columns(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
     """Write columns of equal length: named in .csv, .tsv and .parquet, as an array (N, D) in .npy."""
     with replacing(path) as partial:
         if path.suffix == ".parquet":

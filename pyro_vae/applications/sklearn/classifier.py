@@ -62,7 +62,7 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
     early_stopping: bool = False
     classification_weight: float = 0.1
 
-    _parameter_constraints: ClassVar[dict[str, list]] = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **VAEEstimator._parameter_constraints,
         "classification_weight": [Interval(Real, 0, None, closed="left")],
     }
@@ -78,19 +78,21 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
         """
         return super().fit(X, y)
 
-    def predict_proba(self, X: ArrayLike) -> NDArray:
+    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
         """Return q(y|x) of each class, (N, C), in the order of `classes_`."""
         x = self._inside(X)
         with one_thread_in_workers():
             assert isinstance(self.vae_, SemiSupervisedVAE)
             return self.vae_.predict_proba(x).numpy()
 
-    def predict(self, X: ArrayLike) -> NDArray:
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Return the most probable label of each row, (N,)."""
         best = self.predict_proba(X).argmax(1)  # raises if not fitted
         return self.classes_[best]
 
-    def _checked_training(self, X: ArrayLike, y: Any, **options: Any) -> tuple[NDArray, NDArray | None]:
+    def _checked_training(
+        self, X: ArrayLike, y: Any, **options: Any
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         y = _with_missing_as_number(y)
         rows, y = validate_data(self, X, y, dtype=[np.float64, np.float32], **options)
         is_given = np.full(len(y), True) if y.dtype.kind in "US" else y != _MISSING
@@ -116,7 +118,7 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
     def _training_options(self) -> dict[str, Any]:
         return {}  # no bits are drawn: fit does so for data of one argument alone
 
-    def _build(self, x: NDArray, seed: int, dtype: torch.dtype) -> VAE:
+    def _build(self, x: NDArray[Any], seed: int, dtype: torch.dtype) -> VAE:
         features, classes = x.shape[1], len(self.classes_)
         vae = self._ask_factory(SemiSupervisedVAE, features, self.n_components, classes)
         if vae is not None:
@@ -156,7 +158,7 @@ def _is_none_or_nan(label: Any) -> bool:
 _is_missing = np.frompyfunc(_is_none_or_nan, 1, 1)
 
 
-def _require_no_mark_as_text(y: NDArray) -> None:
+def _require_no_mark_as_text(y: NDArray[Any]) -> None:
     """Raise if a mark of missing labels has become text, and would be a class."""
     texts = [label for label in set(y.tolist()) if isinstance(label, str)]
     wrong = [mark for mark in ("", str(_MISSING)) if mark in texts]

@@ -38,7 +38,7 @@ class DensityEstimator(FromVAE):
             self._train(X, None, 1, None)
         return self
 
-    def score_samples(self, X: ArrayLike) -> NDArray:
+    def score_samples(self, X: ArrayLike) -> NDArray[Any]:
         r"""Return an estimate of log p(X_n) for each row, (N,), in nats, as a density in the units of X.
 
         .. math:: \log \frac1S \sum_s \frac{p(x, z_s)}{q(z_s|x)} - \sum_d \log \mathrm{scale}_d
@@ -61,7 +61,9 @@ class DensityEstimator(FromVAE):
         """Return the mean of `score_samples` over the rows, in nats; higher is better."""
         return float(self.score_samples(X).mean())
 
-    def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> NDArray:
+    def sample(
+        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
+    ) -> NDArray[Any]:
         """Draw rows (n_samples, D) from the model, noise included, in the units of X.
 
         Without `random_state` the draws are the same at each call.
@@ -73,7 +75,7 @@ class DensityEstimator(FromVAE):
         with evaluating(self.vae_, CPU, seed):
             return self._outside(self.vae_.sample(n_samples))
 
-    def _build(self, x: NDArray, seed: int, dtype: torch.dtype) -> VAE:
+    def _build(self, x: NDArray[Any], seed: int, dtype: torch.dtype) -> VAE:
         if self.vae_factory is not None or self.likelihood != "normal":
             return super()._build(x, seed, dtype)
         return factor_analysis_vae(

@@ -68,7 +68,7 @@ class VAEEstimator(BaseEstimator):
     random_state: int | np.random.RandomState | None = None
     verbose: bool = False
 
-    _parameter_constraints: ClassVar[dict[str, list]] = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "likelihood": [StrOptions(set(_LIKELIHOODS))],
         "standardize": ["boolean"],
@@ -115,14 +115,16 @@ class VAEEstimator(BaseEstimator):
             self.__dict__.update(before)
             raise
 
-    def _checked(self, X: ArrayLike, **options: Any) -> NDArray:
+    def _checked(self, X: ArrayLike, **options: Any) -> NDArray[Any]:
         return validate_data(self, X, dtype=[np.float64, np.float32], **options)
 
-    def _checked_training(self, X: ArrayLike, y: Any, **options: Any) -> tuple[NDArray, NDArray | None]:
+    def _checked_training(
+        self, X: ArrayLike, y: Any, **options: Any
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """Return checked training data, and the numbers of their classes if the VAE takes them."""
         return self._checked(X, **options), None
 
-    def _start(self, X: NDArray) -> None:
+    def _start(self, X: NDArray[Any]) -> None:
         """Choose centre and scale, and build the VAE."""
         self._trained_elsewhere = False
         self.offset_x_, self.scale_x_ = self._standard_units(X)
@@ -145,7 +147,7 @@ class VAEEstimator(BaseEstimator):
         self.history_ = History()
         self.n_iter_ = 0
 
-    def _standard_units(self, X: NDArray) -> tuple[NDArray, NDArray]:
+    def _standard_units(self, X: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return centre and scale of the values that are not NaN, (D,) or (1,), in float64."""
         if self.likelihood not in REAL and self.vae_factory is None:
             return np.zeros(1), np.ones(1)
@@ -162,7 +164,7 @@ class VAEEstimator(BaseEstimator):
             constant = scale == 0
         return offset, np.where(constant, 1.0, scale)
 
-    def _build(self, x: NDArray, seed: int, dtype: torch.dtype) -> VAE:
+    def _build(self, x: NDArray[Any], seed: int, dtype: torch.dtype) -> VAE:
         """Build the VAE for standardised data."""
         vae = self._ask_factory(VAE, x.shape[1], self.n_components)
         return self._with_networks(x.shape[1]) if vae is None else vae
@@ -197,7 +199,7 @@ class VAEEstimator(BaseEstimator):
         """Return keyword arguments of `fit` that depend on the kind of the estimator."""
         return {"binarize": "dynamic" if self._is_bernoulli() else None}
 
-    def _require_range(self, X: NDArray, *, has_classes: bool) -> None:
+    def _require_range(self, X: NDArray[Any], *, has_classes: bool) -> None:
         """Raise ValueError if the likelihood is of bits, or of numbers in [0, 1], and X holds others."""
         if self.vae_factory is not None or "bernoulli" not in self.likelihood:
             return
@@ -213,7 +215,9 @@ class VAEEstimator(BaseEstimator):
                 + ', or set likelihood="normal"'
             )
 
-    def _train(self, X: NDArray, classes: NDArray | None, epochs: int, held_out: float | None) -> None:
+    def _train(
+        self, X: NDArray[Any], classes: NDArray[Any] | None, epochs: int, held_out: float | None
+    ) -> None:
         self._require_range(X, has_classes=classes is not None)
         x = self._tensor(X)
         fraction = None
@@ -257,15 +261,15 @@ class VAEEstimator(BaseEstimator):
         check_is_fitted(self)
         return self._tensor(self._checked(X, reset=False))
 
-    def _tensor(self, X: NDArray) -> Tensor:
+    def _tensor(self, X: NDArray[Any]) -> Tensor:
         dtype = next(self.vae_.parameters()).dtype
         return torch.tensor(self._standardized(X), dtype=dtype).reshape(len(X), *event_shape_of(self.vae_))
 
-    def _standardized(self, X: NDArray) -> NDArray:
+    def _standardized(self, X: NDArray[Any]) -> NDArray[Any]:
         """Return (X − offset) / scale, in float64."""
         return (X - self.offset_x_) / self.scale_x_
 
-    def _outside(self, x: Tensor) -> NDArray:
+    def _outside(self, x: Tensor) -> NDArray[Any]:
         """Return data of the VAE in the units of X, (N, D)."""
         values = x.reshape(len(x), -1).numpy()
         return (values * self.scale_x_ + self.offset_x_).astype(values.dtype)

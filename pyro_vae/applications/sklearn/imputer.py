@@ -77,7 +77,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, FromVAE):
     keep_empty_features: bool = False
     method: str = "auto"
 
-    _parameter_constraints: ClassVar[dict[str, list]] = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **FromVAE._parameter_constraints,
         "sample_posterior": ["boolean"],
         "add_indicator": ["boolean"],
@@ -96,7 +96,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, FromVAE):
         imputer._kept[:] = True
         return imputer
 
-    def transform(self, X: ArrayLike) -> NDArray:
+    def transform(self, X: ArrayLike) -> NDArray[Any]:
         """Return X with means, or draws, in the place of NaN, and the indicators, if any.
 
         The random numbers of a row depend on the rows before it.
@@ -108,13 +108,13 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, FromVAE):
             return filled
         return np.hstack([filled, self.indicator_.transform(X).astype(filled.dtype)])
 
-    def draws(self, X: ArrayLike, n_draws: int = 20) -> NDArray:
+    def draws(self, X: ArrayLike, n_draws: int = 20) -> NDArray[Any]:
         """Draw from p(x_missing | x_observed): complete copies of X without indicators, (n_draws, N, D)."""
         check_is_fitted(self)
         require_count("n_draws", n_draws)
         return self._fill(self._checked(X, reset=False), num_draws=n_draws)[1:]
 
-    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray:
+    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Return the names of the columns that `transform` returns."""
         names = super().get_feature_names_out(input_features)
         found = names if self.keep_empty_features else names[self._kept]
@@ -122,7 +122,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, FromVAE):
             return found
         return np.concatenate([found, self.indicator_.get_feature_names_out(names)])
 
-    def _fill(self, X: NDArray, *, num_draws: int) -> NDArray:
+    def _fill(self, X: NDArray[Any], *, num_draws: int) -> NDArray[Any]:
         """Return X with missing values filled in, first by means, then by each draw, (1 + M, N, D)."""
         kept = X[:, self._kept]
         rows = np.isnan(kept).any(1)
@@ -137,7 +137,7 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, FromVAE):
         whole[:, :, self._kept] = filled
         return whole
 
-    def _impute(self, X: NDArray, num_draws: int) -> Restored:
+    def _impute(self, X: NDArray[Any], num_draws: int) -> Restored:
         with one_thread_in_workers():
             return impute(
                 self.vae_,
@@ -148,21 +148,23 @@ class VAEImputer(OneToOneFeatureMixin, TransformerMixin, FromVAE):
                 seed=self._seed_of(_IMPUTE),
             )
 
-    def _checked(self, X: ArrayLike, **options: Any) -> NDArray:
+    def _checked(self, X: ArrayLike, **options: Any) -> NDArray[Any]:
         return super()._checked(X, ensure_all_finite="allow-nan", **options)
 
-    def _checked_training(self, X: ArrayLike, y: Any, **options: Any) -> tuple[NDArray, NDArray | None]:
+    def _checked_training(
+        self, X: ArrayLike, y: Any, **options: Any
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         X = self._checked(X, **options)
         if options["reset"]:
             self._watch(X)
         return X[:, self._kept], None
 
-    def _watch(self, X: NDArray) -> None:
+    def _watch(self, X: NDArray[Any]) -> None:
         """Take note of which columns have values, and of which values are missing."""
         self._kept = ~np.isnan(X).all(0)
         self.indicator_ = MissingIndicator(error_on_new=False).fit(X) if self.add_indicator else None
 
-    def _start(self, X: NDArray) -> None:
+    def _start(self, X: NDArray[Any]) -> None:
         if X.shape[1] == 0:
             raise ValueError("every value of X is missing: pass at least one column with values")
         super()._start(X)

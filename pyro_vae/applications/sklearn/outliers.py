@@ -51,7 +51,7 @@ class VAEOutlierDetector(OutlierMixin, DensityEstimator):
         array([ 1, -1])
     """
 
-    _parameter_constraints: ClassVar[dict[str, list]] = {
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **DensityEstimator._parameter_constraints,
         "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
     }
@@ -79,12 +79,12 @@ class VAEOutlierDetector(OutlierMixin, DensityEstimator):
         self._validate_params()
         return self._set_threshold(X)
 
-    def decision_function(self, X: ArrayLike) -> NDArray:
+    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
         """Return `score_samples(X)` − `offset_`, (N,), in nats; negative for outliers."""
         check_is_fitted(self, "offset_", msg="This %(name)s has no threshold yet: call fit, or calibrate(X)")
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X: ArrayLike) -> NDArray:
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Return −1 for outliers and 1 for the other rows, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 

@@ -70,7 +70,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityE
         ((60, 2), (60, 4), (60,))
     """
 
-    def transform(self, X: ArrayLike) -> NDArray:
+    def transform(self, X: ArrayLike) -> NDArray[Any]:
         """Return the means of q(z|x), (N, K), in the dtype of X."""
         check_is_fitted(self)
         X = self._checked(X, reset=False)
@@ -79,7 +79,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityE
             means = [_mean(self.vae_.encode(part)) for part in x.split(rows_at_once(x))]
         return torch.cat(means).numpy().astype(X.dtype)
 
-    def inverse_transform(self, X: ArrayLike) -> NDArray:
+    def inverse_transform(self, X: ArrayLike) -> NDArray[Any]:
         """Return the means of p(x|z), (N, D), in the units of the data, for latent vectors X (N, K)."""
         check_is_fitted(self)
         Z = check_array(X, dtype=[np.float64, np.float32])
