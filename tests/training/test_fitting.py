@@ -10,6 +10,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -22,6 +23,7 @@ from pyro.nn import PyroModule, PyroParam
 from training_run import make_data, make_vae, normal_vae, train
 
 import pyro_vae as pv
+from pyro_vae import training
 from pyro_vae.utils import serialization
 
 SCRIPT = Path(__file__).parent.parent / "helpers" / "training_run.py"
@@ -180,6 +182,24 @@ def test_a_run_is_saved_within_an_epoch_and_resumes_to_the_bit(
     resumed = train(vae, tmp_path / "killed", resume=True)
     assert_same_state(state_of(vae), state)
     assert resumed.column("train_bound") == history.column("train_bound")
+
+
+def test_the_time_between_checkpoints_begins_at_each_of_them(tmp_path, monkeypatch):
+    """A step takes a second by this clock, so that 4 seconds are the 4 steps of the test above."""
+    saved, taken, write, step = [], [], serialization.write, pv.SVI.step
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: len(taken))
+    monkeypatch.setattr(training.run, "time", clock)
+    monkeypatch.setattr(training.checkpoint, "time", clock)
+    monkeypatch.setattr(pv.SVI, "step", lambda *args: taken.append(1) or step(*args))
+
+    def write_and_note(path, kind, content):
+        write(path, kind, content)
+        if kind == "run":
+            saved.append((len(content["history"]), len(content["done"])))
+
+    monkeypatch.setattr(serialization, "write", write_and_note)
+    train(make_vae(), tmp_path, epochs=2, checkpoint_every=timedelta(seconds=4))
+    assert saved == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0)]
 
 
 @pytest.mark.parametrize(
