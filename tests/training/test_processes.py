@@ -14,7 +14,9 @@ def launch(size, folder, *command, restarts=0, check=True):
     start = [] if size == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     start += [f"--max-restarts={restarts}"] * (restarts > 0)
     run = [sys.executable, *start, str(SCRIPT), str(folder), *map(str, command)]
-    return subprocess.run(run, check=check, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(run, check=False, capture_output=True, text=True, timeout=400)
+    assert not (check and done.returncode), done.stderr[-5000:]
+    return done
 
 
 def results(size, folder, *command):
