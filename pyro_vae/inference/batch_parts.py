@@ -53,12 +53,14 @@ class BatchParts:
         """Return whether these are the parameters that the steps are for."""
         return list(map(id, parameters)) == list(map(id, self.parameters))
 
-    def step(self, parts: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], *, stop: bool) -> float:
+    def step(
+        self, parts: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], *, stop: bool, save: bool
+    ) -> float:
         """Take a step; see `SVI.step_in_parts`."""
         svi, number, counted = self.svi, self.svi.steps, getattr(self.svi.loss, "steps", None)
         self.sum.clear()
         self._remove_gradients()
-        self.sum.stop = stop
+        self.sum.stop, self.sum.save = stop, save
         error = None
         try:
             for args, kwargs in parts:

@@ -2,11 +2,12 @@
 
 One flat buffer holds all that processes have to agree on in a step:
 
-    gradients | for each parameter, the parts with a gradient | loss, weight, rows, errors, wishes to stop
+    gradients | for each parameter, the parts with a gradient | loss, weight, rows, errors, stops, saves
 
 Each part adds to it, and one sum over the processes follows, whatever a part did: so none waits for another
 that has raised an error. A loss is a sum over data, unless the plate of a pair subsamples: then it speaks for
-all N data, and that of the batch is the mean of its parts, weighted by their lengths.
+all N data, and that of the batch is the mean of its parts, weighted by their lengths. Stops and saves are the
+numbers of processes that wish to stop, and to save, after the step.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from pyro_vae.utils.processes import Processes, raise_for_all
 
 __all__ = ["GradientSum"]
 
-_LOSS, _WEIGHT, _ROWS, _ERRORS, _STOPS = range(5)
+_LOSS, _WEIGHT, _ROWS, _ERRORS, _STOPS, _SAVES = range(6)
 
 
 class GradientSum:
@@ -33,6 +34,7 @@ class GradientSum:
 
     Attributes:
         stop: Set it before a step to ask all processes to stop after it; True after the step if one asked.
+        save: The same, to save what was trained.
         rows: Number of data of the last step.
 
     Example:
@@ -53,15 +55,15 @@ class GradientSum:
             found = sorted(map(str, devices))
             raise ValueError(f"the parameters must be on one device in each process; got {found}")
         self.processes, self.parameters = processes, list(parameters)
-        self.stop, self.rows, self.is_clear = False, 0, True
+        self.stop, self.save, self.rows, self.is_clear = False, False, 0, True
         dtypes = [parameter.dtype for parameter in parameters]
         dtype = max([torch.float32, *dtypes], key=lambda dtype: torch.finfo(dtype).bits)
         sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes) + len(sizes) + 5, dtype=dtype, device=devices.pop())
-        *slices, self.present, self.numbers = self.flat.split([*sizes, len(sizes), 5])
+        self.flat = torch.zeros(sum(sizes) + len(sizes) + 6, dtype=dtype, device=devices.pop())
+        *slices, self.present, self.numbers = self.flat.split([*sizes, len(sizes), 6])
         self.sums = [part.view(p.shape) for part, p in zip(slices, parameters, strict=True)]
         self.pending: list[Tensor | None] = []
-        self.totals = [0.0] * 5
+        self.totals = [0.0] * 6
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Note the gradients of a part, one or None for each parameter; they are read by `add_loss`."""
@@ -108,13 +110,15 @@ class GradientSum:
         if error is not None or self.is_clear:
             self.flat.zero_()
         if error is not None:
-            self.totals = [0.0, 0.0, 0.0, 1.0, 0.0]
-        self.totals[_STOPS] = float(self.stop)
+            self.totals = [0.0] * 6
+            self.totals[_ERRORS] = 1.0
+        self.totals[_STOPS], self.totals[_SAVES] = float(self.stop), float(self.save)
         self.numbers.copy_(torch.tensor(self.totals, dtype=self.flat.dtype))
         self.processes.sum(self.flat)
-        loss, weight, rows, errors, stops = self.numbers.tolist()
+        loss, weight, rows, errors, stops, saves = self.numbers.tolist()
         present = self.present.tolist()
-        self.totals, self.stop, self.rows, self.pending = [0.0] * 5, stops > 0, int(rows), []
+        self.totals, self.rows, self.pending = [0.0] * 6, int(rows), []
+        self.stop, self.save = stops > 0, saves > 0
         if errors:
             own = None if error is None else (type(error).__name__, str(error))
             raise_for_all(self.processes.gather(lambda: own), error)
@@ -130,7 +134,7 @@ class GradientSum:
     def clear(self) -> None:
         """Begin a step: the first part is not added to what is there."""
         self.is_clear = True
-        self.totals = [0.0] * 5
+        self.totals = [0.0] * 6
 
     def clip(self, gradients: Sequence[Tensor | None], largest: float) -> None:
         """Scale the gradients down to a norm of at most `largest`, as torch's `clip_grad_norm_`."""

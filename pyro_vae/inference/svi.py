@@ -209,25 +209,35 @@ class SVI:
         return loss
 
     def step_in_parts(
-        self, parts: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], *, stop: bool = False
+        self,
+        parts: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+        *,
+        stop: bool = False,
+        save: bool = False,
     ) -> float:
         """Take one step on a batch that comes in parts, here and in other processes; return its loss.
 
         Args:
             parts: Arguments of the pair for each part: as many as there are, none if this process has none.
             stop: Ask all processes to stop after the step, see `stopped`.
+            save: Ask all processes to save after the step, see `asked_to_save`.
 
         Raises:
             Exception: As `step`; a process in which nothing was raised raises what tells of another's error.
         """
         if self._parts is None or not self._parts.hold(self.parameters()):
             self._parts = BatchParts(self, self.processes)
-        return self._parts.step(parts, stop=stop)
+        return self._parts.step(parts, stop=stop, save=save)
 
     @property
     def stopped(self) -> bool:
         """Whether a process asked for it in the last of `step_in_parts`."""
         return self._parts is not None and self._parts.sum.stop
+
+    @property
+    def asked_to_save(self) -> bool:
+        """Whether a process asked for it in the last of `step_in_parts`."""
+        return self._parts is not None and self._parts.sum.save
 
     @property
     def num_rows(self) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,7 @@ class Checkpoint:
         """Write both files, by the first of several processes."""
         if self.folder is not None:
             self.run.processes.on_first(partial(self._save, self.folder, self._streams()))
+            self.run.saved_at = time.monotonic()
 
     def _save(self, folder: Path, streams: list[Any]) -> None:
         run = self.run

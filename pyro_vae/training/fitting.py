@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
-    checkpoint_every: int | None = None,
+    checkpoint_every: int | timedelta | None = None,
     resume: bool = False,
     group: Any = "auto",
     shards: int | None = None,
@@ -127,7 +128,8 @@ def fit(
             disturb the training.
         progress: Show a progress bar, in a terminal or a notebook.
         checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there is replaced.
-        checkpoint_every: Save the run also after every so many steps of an epoch, where epochs are long.
+        checkpoint_every: Save the run also within epochs, where they are long: after every so many steps, or
+            by a `datetime.timedelta`, after the step in which so much time has passed.
         resume: Continue the run in `checkpoint_dir`; begin one where there is none yet. The folder
             serves one run at a time.
         group: The processes of `torch.distributed` that train together: "auto" for all that torchrun has

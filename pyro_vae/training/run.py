@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,8 @@ class Run:
         self.total, self.num_done = 0.0, 0  # of the bounds of their examples; these
         self.seconds, self.pace = 0.0, Pace()
         self.best_state: dict[str, Tensor] = {}
-        self.interrupted = False
+        self.interrupted = self.asked_to_save = False
+        self.saved_at = time.monotonic()
 
     def _check_batch_size(self) -> None:
         if self.batch_size > len(self.train):
@@ -257,7 +259,7 @@ class Run:
             if is_in_memory:
                 take_step = self.svi.step_again
             self.pace.note(time.perf_counter() - started)
-            self.interrupted = bool(is_interrupted())
+            self.interrupted, self.asked_to_save = bool(is_interrupted()), self._was_saved_long_ago()
             yield num_rows(batch), loss
 
     def _steps_in_shards(self, epoch: int, is_interrupted: Callable[[], int]) -> Iterator[tuple[int, float]]:
@@ -279,16 +281,25 @@ class Run:
 
         for step in range(start, self.steps_per_epoch):
             with self._autocast():
-                loss = self.svi.step_in_parts(parts(step), stop=bool(is_interrupted()))
-            self.interrupted = self.svi.stopped
+                # asked for before the step, whose collective tells all processes
+                wishes = {"stop": bool(is_interrupted()), "save": self._was_saved_long_ago()}
+                loss = self.svi.step_in_parts(parts(step), **wishes)
+            self.interrupted, self.asked_to_save = self.svi.stopped, self.svi.asked_to_save
             yield self.svi.num_rows, loss
 
     def is_due(self) -> bool:
         """Return whether the run is to be saved now, in the middle of an epoch."""
         every, done = self.settings.checkpoint_every, len(self.done)
-        return (
-            every is not None and done % every == 0 and done < self.steps_per_epoch and not self.interrupted
-        )
+        if every is None or done == self.steps_per_epoch or self.interrupted:
+            return False
+        return self.asked_to_save if isinstance(every, timedelta) else done % every == 0
+
+    def _was_saved_long_ago(self) -> bool:
+        """Return whether the time between checkpoints is over, by the clock of the first process."""
+        every = self.settings.checkpoint_every
+        if not (isinstance(every, timedelta) and self.processes.is_first):
+            return False
+        return time.monotonic() - self.saved_at >= every.total_seconds()
 
     def _scale(self, length: int) -> float:
         """Return the number of data that the loss of a batch speaks for, over its length."""

@@ -5,7 +5,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Settings:
     precision: str
     patience: int | None
     directory: Path | None
-    checkpoint_every: int | None
+    checkpoint_every: int | timedelta | None
     shards: int = 1
     processes: Processes = field(default_factory=lambda: Processes(None))
 
@@ -56,7 +58,7 @@ def make_settings(
     kl_warmup: float,
     patience: int | None,
     checkpoint_dir: str | os.PathLike[str] | None,
-    checkpoint_every: int | None,
+    checkpoint_every: int | timedelta | None,
     resume: bool,
     shards: int | None,
     processes: Processes,
@@ -67,7 +69,6 @@ def make_settings(
         "epochs": epochs,
         "batch_size": batch_size,
         "patience": patience,
-        "checkpoint_every": checkpoint_every,
         "shards": shards,
     }
     for name, count in counts.items():
@@ -92,11 +93,11 @@ def make_settings(
     _require_functions(optimizer, others["schedule"])
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir, the folder of the run to continue")
-    if checkpoint_every is not None and checkpoint_dir is None:
-        raise ValueError("checkpoint_every needs checkpoint_dir, the folder that the run is saved in")
+    _require_interval(checkpoint_every, checkpoint_dir)
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     names = ("seed", "clip_norm", "precision")
-    numbers = {**counts, "kl_warmup": kl_warmup, **{name: others[name] for name in names}}
+    numbers = {**counts, "checkpoint_every": checkpoint_every, "kl_warmup": kl_warmup}
+    numbers |= {name: others[name] for name in names}
     flags = {"resume": resume, "with checkpoint_dir": directory is not None}
     processes.require_same("settings", numbers | flags)
     if shards is None and resume:
@@ -113,6 +114,22 @@ def make_settings(
         processes=processes,
         **others,
     )
+
+
+def _require_interval(every: Any, folder: Any) -> None:
+    """Raise unless checkpoints are a number of steps, or a time, apart, and have a folder."""
+    if isinstance(every, timedelta):
+        if every <= timedelta(0):
+            raise ValueError(f"checkpoint_every must be a positive time; got {every!r}")
+    elif every is not None:
+        if isinstance(every, bool) or not isinstance(every, Integral):
+            raise TypeError(
+                "checkpoint_every must be a number of steps, as in 1000, or a time, as in "
+                f"datetime.timedelta(minutes=10); got {every!r}"
+            )
+        require_count("checkpoint_every", every)
+    if every is not None and folder is None:
+        raise ValueError("checkpoint_every needs checkpoint_dir, the folder that the run is saved in")
 
 
 def _require_functions(optimizer: Any, schedule: Any) -> None:

@@ -4,6 +4,7 @@ What all of them have to know is gathered, or sent by the first. Whatever one of
 is left waiting for another.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -59,6 +60,13 @@ def _init_process_group() -> None:
     # else dead processes would be called
     store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined] # its stub omits it
     dist.init_process_group(store=store, rank=rank, world_size=size)
+    atexit.register(_leave_process_group)
+
+
+def _leave_process_group() -> None:
+    """End the group before the interpreter ends, as torch asks for: its threads may abort then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

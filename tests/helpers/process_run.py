@@ -3,6 +3,7 @@
 Results go to FOLDER/rank-of-size.pt. With one process it gives what the others are compared with.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.nn.parallel import DistributedDataParallel
 
 import pyro_vae as pv
+from pyro_vae.utils import serialization
 from pyro_vae.utils.processes import Processes, alone, join
 
 SHARDS, NUM_DATA = 6, 101
@@ -96,6 +98,14 @@ def fits() -> dict:
     return found
 
 
+def compiled_fit() -> tuple:
+    """A run of `fit` by compiled graphs, with parts of one length, and of another at the end of an epoch."""
+    vae, data = make_vae(), make_data()[:90]
+    options = {"batch_size": 48, "epochs": 3, "progress": False, "shards": SHARDS, "clip_norm": 3.0}
+    history = pv.fit(vae, data, engine="compiled", validation=data[:11], **options)
+    return parameters(vae), history.column("train_bound"), history.column("validation_elbo")
+
+
 def shrink(vae, epoch) -> bool:
     """A callback that changes parameters, and evaluates alone."""
     assert join().size == 1
@@ -130,20 +140,21 @@ class FixedNoise(dist.Normal):
 def steps(processes: Processes, engines: tuple[str, ...] = ("eager", "traced")) -> dict:
     """Steps of `SVI` on this process's part of each batch, with given noise."""
     adam, sgd = torch.optim.Adam, torch.optim.SGD
+    cases = itertools.product(
+        engines, ((adam, 1e-2), (sgd, 1e-3)), (None, 3.0), (torch.float64, torch.float32)
+    )
     found = {}
-    for engine in engines:
-        for optimizer, rate in ((adam, 1e-2), (sgd, 1e-3)):
-            for clip_norm in (None, 3.0):
-                svi = partial(pv.SVI, engine=engine, clip_norm=clip_norm, group=processes.group)
-                name = f"{engine} {optimizer.__name__} clip_norm={clip_norm}"
-                found[name] = eight_steps(processes, partial(optimizer, lr=rate), svi, torch.float64)
-    found["float32"] = eight_steps(processes, adam, partial(pv.SVI, group=processes.group), torch.float32)
+    for engine, (optimizer, rate), clip_norm, dtype in cases:
+        svi = partial(pv.SVI, engine=engine, clip_norm=clip_norm, group=processes.group)
+        name = engine, optimizer.__name__, clip_norm, dtype
+        found[name] = eight_steps(processes, partial(optimizer, lr=rate), svi, dtype)
     return found
 
 
 def eight_steps(processes: Processes, make_optimizer, make_svi, dtype: torch.dtype) -> tuple:
-    """Parameters and losses after eight steps."""
+    """Parameters before and after eight steps, their losses, and how many of them a graph has taken."""
     vae = make_vae(seed=5 + processes.rank).to(dtype)  # the first one's parameters go to all
+    before = parameters(make_vae().to(dtype))
 
     def guide(x, noise):
         pyro.module("posterior", vae.posterior)
@@ -157,7 +168,14 @@ def eight_steps(processes: Processes, make_optimizer, make_svi, dtype: torch.dty
         noise = torch.randn(32, 3, generator=generator, dtype=torch.float64).to(dtype)
         part = slice(share.start, share.stop)
         losses.append(svi.step(make_data()[:32].to(dtype)[part], noise[part]))
-    return parameters(vae), losses
+    return before, parameters(vae), losses, steps_by_graph(svi)
+
+
+def steps_by_graph(svi: pv.SVI) -> tuple[int, int]:
+    """Steps that graphs have taken: interpreted, compiled."""
+    recordings = [] if svi._replay is None else svi._replay.recordings.values()
+    taken = [sum(r.steps for r in recordings if r.is_compiled == compiled) for compiled in (False, True)]
+    return taken[0], taken[1]
 
 
 def scaled(processes: Processes) -> tuple:
@@ -368,10 +386,10 @@ def streams(processes: Processes, folder: Path) -> dict:
     }
 
 
-def graph_on_one(processes: Processes) -> torch.Tensor:
+def graph_on_one(processes: Processes, engine: str = "traced") -> torch.Tensor:
     """A graph that holds in one process only: another takes eager steps."""
     vae = make_vae()
-    engine = "traced" if processes.is_first else "eager"
+    engine = engine if processes.is_first else "eager"
     optimizer = torch.optim.Adam(vae.parameters())
     svi = pv.SVI(vae, optimizer, TraceMeanField_ELBO(), group=processes.group, engine=engine)
     for step in range(6):
@@ -412,12 +430,18 @@ def interrupted(processes: Processes, folder: Path) -> dict:
     return {"stopped": stopped, "between": between, "resumed": parameters(vae)}
 
 
-def killed(processes: Processes, folder: Path, rank: int, when: str) -> None:
-    """A run in which a process is killed once: at a read of data, or as a checkpoint is written."""
-    marker = folder / "killed"
+def killed(processes: Processes, folder: Path, rank: int, when: str, every: str) -> None:
+    """A run in which a process is killed once: at a read of data, or as a checkpoint is written.
 
-    def kill(*_args) -> None:
-        if processes.rank == rank and not marker.exists():
+    With checkpoints within epochs it is killed only where the last one is of such.
+    """
+    marker, last = folder / "killed", folder / "run" / "last.pt"
+    intervals = {"epoch": None, "2 steps": 2, "1 µs": timedelta(microseconds=1)}
+
+    def kill() -> None:
+        if processes.rank != rank or marker.exists() or not last.exists():
+            return
+        if every == "epoch" or serialization.read(last, "run")["done"]:
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -429,22 +453,23 @@ def killed(processes: Processes, folder: Path, rank: int, when: str) -> None:
 
         def __getitem__(self, position):
             Rows.reads += 1
-            if when == "step" and Rows.reads == 300:
+            if when == "step" and Rows.reads >= 300:
                 kill()
             return make_data()[position]
 
     replace, write = os.replace, torch.save
 
     def kill_before_renaming(*args) -> None:
-        if folder.joinpath("run", "last.pt").exists():
-            kill()
+        kill()
         replace(*args)
 
     def kill_while_writing(content, file, **options) -> None:
         write(content, file, **options)
-        if isinstance(file, Path) and folder.joinpath("run", "last.pt").exists() and not marker.exists():
+        if isinstance(file, Path) and not marker.exists():
+            whole = file.read_bytes()
             os.truncate(file, 100)
             kill()
+            file.write_bytes(whole)
 
     if when == "rename":
         os.replace = kill_before_renaming
@@ -452,7 +477,8 @@ def killed(processes: Processes, folder: Path, rank: int, when: str) -> None:
         torch.save = kill_while_writing
     vae = make_vae()
     options = {"batch_size": 16, "epochs": 5, "progress": False, "shards": SHARDS, "validation": 0.2}
-    pv.fit(vae, Rows(), checkpoint_dir=folder / "run", resume=True, **options)
+    options["checkpoint_every"] = intervals[every]
+    pv.fit(vae, Rows(), checkpoint_dir=last.parent, resume=True, **options)
     write(parameters(vae), folder / f"{processes.rank}.pt")
 
 
@@ -478,11 +504,12 @@ def main() -> None:
     match sys.argv[2:]:
         case ["stuck"]:
             stuck(folder)
-        case ["killed", rank, when]:
-            killed(join(), folder, int(rank), when)
+        case ["killed", rank, when, every]:
+            killed(join(), folder, int(rank), when, every)
         case ["compiled"]:
             processes = join()
-            found = {"steps": steps(processes, ("compiled",))}
+            found = {"steps": steps(processes, ("compiled",)), "fit": compiled_fit()}
+            found["graph on one"] = graph_on_one(processes, "compiled")
             torch.save(found, folder / f"{processes.rank}-of-{processes.size}.pt")
         case ["epochs", epochs]:
             vae = make_vae()

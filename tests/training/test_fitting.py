@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -22,6 +24,7 @@ from pyro.nn import PyroModule, PyroParam
 from training_run import make_data, make_vae, normal_vae, train
 
 import pyro_vae as pv
+from pyro_vae import training
 from pyro_vae.utils import serialization
 
 SCRIPT = Path(__file__).parent.parent / "helpers" / "training_run.py"
@@ -184,8 +187,15 @@ def test_a_signal_finishes_the_step_and_the_run_resumes_to_the_bit(
     assert resumed.column("train_bound") == history.column("train_bound")
 
 
-def test_a_run_is_saved_within_an_epoch_and_resumes_to_the_bit(tmp_path, uninterrupted, monkeypatch):
-    """With 83 data in batches of 16, an epoch has 6 steps: saved after step 4 of each, and at its end."""
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(4, [4]), (timedelta(microseconds=1), [1, 2, 3, 4, 5]), (timedelta(hours=1), [])],
+    ids=str,
+)
+def test_a_run_is_saved_within_an_epoch_and_resumes_to_the_bit(
+    tmp_path, uninterrupted, monkeypatch, every, steps
+):
+    """With 83 data in batches of 16, an epoch has 6 steps: saved after some of each, and at its end."""
     state, history = uninterrupted
     folder, saved = tmp_path / "run", []
     write = serialization.write
@@ -194,18 +204,55 @@ def test_a_run_is_saved_within_an_epoch_and_resumes_to_the_bit(tmp_path, uninter
         write(path, kind, content)
         if kind == "run":
             saved.append((len(content["history"]), len(content["done"])))
-            if saved[-1] == (2, 4):  # as if it were killed later on
+            if saved[-1] == (2, steps[-1] if steps else 0):  # as if it were killed later on
                 shutil.copytree(folder, tmp_path / "killed")
 
     monkeypatch.setattr(serialization, "write", write_and_copy)
-    train(make_vae(), folder, epochs=3, checkpoint_every=4)
-    assert saved == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0)]
+    train(make_vae(), folder, epochs=3, checkpoint_every=every)
+    assert saved == [(0, 0)] + [at for n in range(3) for at in [*((n, step) for step in steps), (n + 1, 0)]]
     vae = make_vae()
     resumed = train(vae, tmp_path / "killed", resume=True)
     assert_same_state(state_of(vae), state)
     assert resumed.column("train_bound") == history.column("train_bound")
+
+
+def test_the_time_between_checkpoints_begins_at_each_of_them(tmp_path, monkeypatch):
+    """A step takes a second by this clock, so that 4 seconds are the 4 steps of the test above."""
+    saved, taken, write, step = [], [], serialization.write, pv.SVI.step
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: len(taken))
+    monkeypatch.setattr(training.run, "time", clock)
+    monkeypatch.setattr(training.checkpoint, "time", clock)
+    monkeypatch.setattr(pv.SVI, "step", lambda *args: taken.append(1) or step(*args))
+
+    def write_and_note(path, kind, content):
+        write(path, kind, content)
+        if kind == "run":
+            saved.append((len(content["history"]), len(content["done"])))
+
+    monkeypatch.setattr(serialization, "write", write_and_note)
+    train(make_vae(), tmp_path, epochs=2, checkpoint_every=timedelta(seconds=4))
+    assert saved == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("every", "error", "message"),
+    [
+        (0, ValueError, "checkpoint_every must be at least 1; got 0"),
+        (timedelta(0), ValueError, "checkpoint_every must be a positive time; got"),
+        (2.5, TypeError, "checkpoint_every must be a number of steps, as in 1000, or a time, as in datetime"),
+        ("30s", TypeError, "checkpoint_every must be a number of steps"),
+        (True, TypeError, "checkpoint_every must be a number of steps"),
+    ],
+)
+def test_what_is_no_interval_between_checkpoints_is_refused(tmp_path, every, error, message):
+    with pytest.raises(error, match=message):
+        train(make_vae(), tmp_path / "run", checkpoint_every=every)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_within_epochs_need_a_folder():
     with pytest.raises(ValueError, match="checkpoint_every needs checkpoint_dir"):
-        train(make_vae(), None, checkpoint_every=4)
+        train(make_vae(), None, checkpoint_every=timedelta(seconds=1))
 
 
 def test_a_folder_serves_one_run_at_a_time(tmp_path):
