@@ -455,7 +455,8 @@ def _read(path: Path) -> Any:
             raise ValueError("its first line holds numbers, where the names of the columns should stand")
         marks = [form for mark in MISSING for form in (mark, mark.upper(), mark.capitalize())]
         options = {"sep": delimiter, "na_values": marks, "skipinitialspace": True, "encoding": "utf-8-sig"}
-        options["float_precision"] = "round_trip"  # else pandas 3.0 and older err in the last digits
+        if tuple(map(int, pandas.__version__.split(".")[:2])) < (3, 1):
+            options["float_precision"] = "round_trip"  # later the default, and deprecated as an option
         found = pandas.read_csv(path, **options)
         if not isinstance(found.index, pandas.RangeIndex):  # pandas takes values without a name for an index
             raise ValueError("its rows have more values than its first line has names")

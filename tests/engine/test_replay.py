@@ -241,6 +241,7 @@ def test_matrix_products_use_the_faster_library(monkeypatch):
     )
     x = (torch.rand(110, 150) < 0.3).float()
     start, losses = copy.deepcopy(vae.state_dict()), []
+    monkeypatch.setattr(compiler, "_MIN_SIZE", 100_000)
     for library in ("mkl", "onednn"):
         monkeypatch.setattr(compiler, "_measure", lambda a, b, with_bias, library=library: library)
         vae.load_state_dict(start)

@@ -142,7 +142,7 @@ def test_ctrl_c_without_a_folder_says_what_is_kept(monkeypatch):
     with pytest.raises(
         KeyboardInterrupt, match="after 1 epochs and 2 steps: the model keeps.*nothing was saved"
     ):
-        pv.fit(vae, x, binarize="dynamic", epochs=5, batch_size=2, progress=False)
+        pv.fit(vae, x, binarize="dynamic", epochs=5, batch_size=2, engine="eager", progress=False)
     assert any(not torch.equal(before[name], value) for name, value in vae.state_dict().items())
 
 
@@ -230,7 +230,7 @@ def test_the_time_between_checkpoints_begins_at_each_of_them(tmp_path, monkeypat
             saved.append((len(content["history"]), len(content["done"])))
 
     monkeypatch.setattr(serialization, "write", write_and_note)
-    train(make_vae(), tmp_path, epochs=2, checkpoint_every=timedelta(seconds=4))
+    train(make_vae(), tmp_path, epochs=2, engine="eager", checkpoint_every=timedelta(seconds=4))
     assert saved == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0)]
 
 
