@@ -54,14 +54,14 @@ extern "C" int64_t adam_step(
         const double step = steps[k] + 1.0;
         const float size = lr / (1 - std::pow(beta1, step));
         const float scale = 1 / std::sqrt(1 - std::pow(beta2, step));
-        const float new1 = 1 - beta1, old2 = beta2, new2 = 1 - beta2, small = eps;
+        const float old1 = beta1, new1 = 1 - beta1, old2 = beta2, new2 = 1 - beta2, small = eps;
         const float shrink = is_decoupled ? 1 - lr * weight_decay : 1, pull = is_decoupled ? 0 : weight_decay;
         float *parameter = parameters[k], *mean = means[k], *square = squares[k];
         const float* gradient = gradients[k];
         #pragma omp for simd schedule(static) nowait
         for (int64_t i = 0; i < sizes[k]; ++i) {
           const float g = gradient[i] + pull * parameter[i];
-          mean[i] += new1 * (g - mean[i]);
+          mean[i] = old1 * mean[i] + new1 * g;
           square[i] = old2 * square[i] + new2 * g * g;
           parameter[i] = shrink * parameter[i] - size * mean[i] / (std::sqrt(square[i]) * scale + small);
         }
@@ -82,7 +82,7 @@ class AdamKernel:
 
     With g the gradient, m and v the moments, t the number of the step and λ the decay,
 
-        m ← m + (1 − β₁)(g − m),  v ← β₂ v + (1 − β₂) g²,
+        m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,
         θ ← θ − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + ε),
 
     with g + λθ for g, or by AdamW (1 − lr λ) θ for θ.

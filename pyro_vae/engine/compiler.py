@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["NotCompiled", "calls_to_pay", "choose_matmul_libraries", "compile_graph"]
+__all__ = ["NotCompiled", "calls_to_pay", "choose_matmul_libraries", "compile_graph", "outputs_of"]
 
 aten = torch.ops.aten
 _MIN_SIZE = 4_000_000  # multiplications; below, what oneDNN gains is lost in the Python that calls it
@@ -64,7 +64,9 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
-    options = {**_OPTIONS, "triton.cudagraphs": any(a.device.type == "cuda" for a in arguments)}
+    # the number of threads, since graphs on disk are told apart by options
+    options = {**_OPTIONS, "cpp.threads": torch.get_num_threads()}
+    options = {**options, "triton.cudagraphs": any(a.device.type == "cuda" for a in arguments)}
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)  # hides a warning about machines without a GPU
@@ -82,15 +84,20 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
         logger.setLevel(level)
 
 
-def calls_to_pay(module: fx.GraphModule) -> float:
+def calls_to_pay(outputs: Sequence[Tensor], rows: int = 1) -> float:
     """Return the number of calls after which a compiled graph has saved as much time as compiling takes.
 
     Args:
-        module: A graph with `meta["output"]` as for `choose_matmul_libraries`.
+        outputs: Those of a graph's operations, see `outputs_of`.
+        rows: How many times as many values the operations will have.
     """
-    metas = [node.meta for node in module.graph.nodes]
-    sizes = [meta["output"].numel() for meta in metas if "output" in meta]
-    return _COMPILE_TIME / (_SAVED_PER_OPERATION * len(sizes) + _SAVED_PER_VALUE * sum(sizes))
+    values = rows * sum(output.numel() for output in outputs)
+    return _COMPILE_TIME / (_SAVED_PER_OPERATION * len(outputs) + _SAVED_PER_VALUE * values)
+
+
+def outputs_of(module: fx.GraphModule) -> list[Tensor]:
+    """Return the outputs of a graph's operations, on the meta device; see `choose_matmul_libraries`."""
+    return [node.meta["output"] for node in module.graph.nodes if "output" in node.meta]
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -57,14 +57,7 @@ PLAIN_TYPES = (
     Tensor, bool, int, float, complex, str, bytes, NoneType, np.generic,
     torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
-_HELD = (
-    *PLAIN_TYPES,
-    np.ndarray,
-    FunctionType,
-    MethodType,
-    functools.partial,
-    tuple,
-)  # attributes of libraries
+_LEAF_TYPES = (*PLAIN_TYPES, np.ndarray)
 _NUMBERS = (bool, int, float, complex, str, bytes)
 _NOISE_TYPES = (random.Random, np.random.Generator, np.random.RandomState)
 _MODULE_DICTS = (
@@ -107,8 +100,8 @@ class Guards:
     at run time, or reads `vars(...)` or `__dict__`, it includes all attributes of the objects that are read;
     where code names the environment, all its variables. For torch modules the search includes parameters,
     buffers, submodules and hooks; for objects of classes in torch, Pyro, zuko and pyro_vae, or derived from
-    such a class other than `nn.Module`, all attributes that are numbers, strings, tensors, arrays, functions,
-    methods or tuples, such as the programs of a pair; for Pyro's messengers, all attributes.
+    such a class other than `nn.Module`, all attributes that are numbers, strings, tensors, arrays, or, such
+    as the programs of a pair, functions that ran; for Pyro's messengers, all attributes.
 
     Not guarded are
 
@@ -401,7 +394,7 @@ class Guards:
             kind_of = attribute(item, "_concrete_type", None)  # its attributes are in C++
             self._visit_computed(item, kind_of.get_attributes() if kind_of is not None else ())
         if library_bases(kind):  # code of a library is not searched, and may read any attribute
-            names |= {name for name, value in attributes.items() if isinstance(value, _HELD)}
+            names |= {name for name, value in attributes.items() if self._is_read(value)}
             names |= self._methods_run(kind)
         if isinstance(item, nn.Module):
             names.add("forward")  # absent; if it is set later, it hides the method
@@ -418,6 +411,13 @@ class Guards:
                 self._visit_operators(item, base)
         if isinstance(attributes, dict):
             self._guard(attributes, names, item)
+
+    def _is_read(self, value: Any) -> bool:
+        """Return whether an attribute holds a value, or a function that ran, or a tuple of such."""
+        if isinstance(value, tuple):
+            return any(map(self._is_read, value))
+        function = value.func if isinstance(value, functools.partial) else value
+        return isinstance(value, _LEAF_TYPES) or getattr(function, "__code__", None) in self.ran
 
     def _methods_run(self, kind: type) -> set[str]:
         """Return the methods in libraries that ran, which attributes of an object may hide."""

@@ -6,10 +6,12 @@ called on lists of tensors that are built once. The optimiser keeps the state, s
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -26,7 +28,7 @@ class OptimizerStep:
 
     Learning rates and other options are read from the optimiser at each call, so that schedules work. Adam
     and AdamW use their fused kernel, which can skip the update by a flag on the device, without a
-    synchronisation; or, once `compile` was called, an `AdamKernel`. Other optimisers take their own step.
+    synchronisation; or an `AdamKernel` where `is_compiled` is set. Other optimisers take their own step.
 
     Args:
         optimizer: A torch optimiser.
@@ -44,12 +46,7 @@ class OptimizerStep:
         self.optimizer = optimizer
         self.kernels: list[_FusedAdam] = []
         self.has_gradient: list[bool] = []  # for each parameter, when the kernels were built
-        self.is_compiled = False
-
-    def compile(self) -> None:
-        """Use compiled kernels, where there are some, from the next step on."""
-        if not self.is_compiled and AdamKernel.is_available():
-            self.is_compiled, self.kernels = True, []
+        self.is_compiled = False  # set beside a compiled graph
 
     def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor) -> Tensor:
         """Take a step, given one gradient or None per parameter.
@@ -73,7 +70,8 @@ class OptimizerStep:
             self.kernels, self.has_gradient = self._build_kernels(has_gradient), has_gradient
         if self.kernels:
             optimizer._opt_called = True  # type: ignore[attr-defined] # else schedulers warn of a missing step
-        if len(self.kernels) == 1 and self.kernels[0].compiled is not None:
+        # one, which tells whether all gradients are finite
+        if self.is_compiled and len(self.kernels) == 1 and self.kernels[0].compiled is not None:
             return skip if skip else skip + (not self.kernels[0].compiled_step(gradients))
         skip = flag_non_finite(gradients, skip)
         for kernel in self.kernels:
@@ -127,9 +125,7 @@ class OptimizerStep:
                     members.setdefault(key, []).append((index, parameter))
                 index += 1
         kernels = [_FusedAdam(optimizer, number, chosen) for (number, *_), chosen in members.items()]
-        if self.is_compiled and len(kernels) == 1:  # one tells whether all gradients are finite
-            kernels[0].compile()
-        return kernels
+        return kernels if all(kernel.fits() for kernel in kernels) else []
 
 
 def _needs_own_step(group: dict[str, Any], states: Sequence[dict[str, Any]]) -> bool:
@@ -161,22 +157,30 @@ class _FusedAdam:
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
         self.lists = [[state[name] for state in self.states if name in state] for name in _MOMENTS]
-        self.compiled: AdamKernel | None = None
 
-    def compile(self) -> None:
-        """Use the compiled kernel if it has the options of the group and supports the tensors."""
+    @cached_property
+    def compiled(self) -> AdamKernel | None:
+        """The compiled kernel, if it has the options of the group and supports the tensors."""
         *moments, largest = self.lists
         tensors = [*self.parameters, *moments[0], *moments[1]]
-        if not (self.group["maximize"] or largest) and AdamKernel.supports(tensors):
-            self.compiled = AdamKernel(self.parameters, moments, self.step)
+        if self.group["maximize"] or largest or not AdamKernel.supports(tensors):
+            return None
+        return AdamKernel(self.parameters, moments, self.step) if AdamKernel.is_available() else None
+
+    def fits(self) -> bool:
+        """Return whether the kernel suits the options and the parameters, whose data may be replaced."""
+        shapes = [parameter.shape for parameter in self.parameters]
+        is_compiled = vars(self).get("compiled") is not None
+        if is_compiled and (self.group["maximize"] or not AdamKernel.supports(self.parameters)):
+            return False
+        return all([moment.shape for moment in moments] == shapes for moments in self.lists if moments)
 
     def is_current(self) -> bool:
         """Return True if the optimiser still holds the same group, parameters and state tensors."""
         groups = self.optimizer.param_groups
         if self.number >= len(groups) or groups[self.number] is not self.group:
             return False
-        is_changed = self.compiled and (self.group["maximize"] or not AdamKernel.supports(self.parameters))
-        if is_changed or _needs_own_step(self.group, self.states):
+        if not self.fits() or _needs_own_step(self.group, self.states):
             return False
         parameters = [parameter for group in groups for parameter in group["params"]]
         if self.indices[-1] >= len(parameters):
@@ -196,7 +200,9 @@ class _FusedAdam:
         """Take a step; return False if a gradient is not finite, and none is taken."""
         assert self.compiled is not None
         given = [gradient for index in self.indices if (gradient := gradients[index]) is not None]
-        return self.compiled(given, self.group)
+        is_taken = self.compiled(given, self.group)
+        increment_version(self.parameters)  # so that a graph of a user's that holds them raises an error
+        return is_taken
 
     def __call__(self, gradients: Sequence[Tensor | None], skip: Tensor) -> None:
         group = self.group
@@ -217,3 +223,4 @@ class _FusedAdam:
             maximize=group["maximize"],
             found_inf=skip,
         )
+        increment_version(self.parameters)

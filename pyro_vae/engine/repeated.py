@@ -1,14 +1,15 @@
 """Call a function of tensors many times: by a compiled graph, where that pays."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.engine.compiler import NotCompiled, calls_to_pay, compile_graph
-from pyro_vae.engine.recorder import Untraceable
+from pyro_vae.engine.compiler import calls_to_pay, compile_graph, outputs_of
+from pyro_vae.engine.guards import Guards
+from pyro_vae.engine.recorder import Graph
 from pyro_vae.engine.side_effects import record_with_guards
 
 __all__ = ["Repeated"]
@@ -17,6 +18,7 @@ logger = logging.getLogger("pyro_vae")
 
 _FEWEST = 100  # calls for which a recording may pay
 _MARGIN = 3.0  # times as many calls as pay, since compiling takes the longer the more goes on beside it
+_MOST_BYTES = 2**28  # of all values of a call, which a recording keeps
 
 
 class Repeated:
@@ -50,7 +52,7 @@ class Repeated:
         self.shapes: list[tuple[Any, ...]] = []
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """Return the value of the function."""
+        """Return the value of the function, of tensors (n, ...)."""
         shapes = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
         if self.run is None and not self.is_ended:
             self._compile(tensors)
@@ -70,26 +72,37 @@ class Repeated:
         self.is_ended = not self.is_compared
         if self.is_ended:
             logger.info("a compiled graph disagrees with its function, which is called in its place")
-        return expected
+        return expected if self.is_ended else found  # as other processes, which compare at another call
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> None:
         """Record the function and compile the graph, unless that does not pay or is not possible."""
+        self.is_ended = True
+        if not all(tensor.is_cpu for tensor in tensors):
+            return
+        try:
+            # one row tells what all would take, and takes little itself
+            outputs, rows = (
+                outputs_of(self._record([tensor[:1] for tensor in tensors])[0].module),
+                len(tensors[0]),
+            )
+            pays = self.calls >= _MARGIN * calls_to_pay(outputs, rows)
+            if not pays or rows * sum(output.nbytes for output in outputs) > _MOST_BYTES:
+                return
+            self.graph, self.guards = self._record(tensors)
+            if all(tensor.is_cpu for tensor in self.graph.captured) and not self.graph.mutated:
+                self.run = compile_graph(self.graph.module, [*tensors, *self.graph.captured])
+                self.is_ended = False
+        except Exception as reason:  # whatever fails is a reason to call the function
+            logger.info("no graph is compiled: %s: %s", type(reason).__name__, reason)
 
+    def _record(self, tensors: Sequence[Tensor]) -> tuple[Graph, Guards]:
         def value(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
             found = self.function(*tensors)
             return found.new_zeros(()), [found]
 
         owners = [getattr(program, "__self__", program) for program in self.programs]
         modules = [module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
-        self.is_ended = True
-        try:
-            self.graph, self.guards = record_with_guards(value, tensors, self.programs, modules)
-            on_cpu = all(tensor.is_cpu for tensor in [*tensors, *self.graph.captured])
-            if on_cpu and not self.graph.mutated and self.calls >= _MARGIN * calls_to_pay(self.graph.module):
-                self.run = compile_graph(self.graph.module, [*tensors, *self.graph.captured])
-                self.is_ended = False
-        except (Untraceable, NotCompiled) as reason:
-            logger.info("no graph is compiled: %s", reason)
+        return record_with_guards(value, tensors, self.programs, modules)
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

@@ -35,7 +35,13 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 
-from pyro_vae.engine.compiler import NotCompiled, calls_to_pay, choose_matmul_libraries, compile_graph
+from pyro_vae.engine.compiler import (
+    NotCompiled,
+    calls_to_pay,
+    choose_matmul_libraries,
+    compile_graph,
+    outputs_of,
+)
 from pyro_vae.engine.guards import PLAIN_TYPES
 from pyro_vae.engine.optimizer_step import OptimizerStep
 from pyro_vae.engine.recorder import LossAndGradients, Untraceable
@@ -154,8 +160,13 @@ class Replay:
         return self._run(key, recording, tensors, args, kwargs)
 
     def can_repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a graph took the last step, with arguments of the same shapes."""
-        return self.last is not None and self.last[2] == _shapes(args, kwargs)
+        """Return whether a graph took the last step, with arguments of the same shapes.
+
+        And no code of others ran in it: an optimiser's hooks, or own step, may change what the programs read.
+        """
+        if self.last is None or not (self.update is self.optimizer_step and self.optimizer_step.kernels):
+            return False
+        return self.last[2] == _shapes(args, kwargs)
 
     def step_again(self, number: int, /, *args: Any, **kwargs: Any) -> float:
         """Take step `number`, which `can_repeat` allows, and return its loss.
@@ -198,6 +209,7 @@ class Replay:
             loss, invalid, *gradients = recording.run(*tensors, *graph.captured)
             num_trained = len(gradients) - len(recording.others)
             gradients, others = gradients[:num_trained], gradients[num_trained:]
+            self.optimizer_step.is_compiled = recording.is_compiled
             invalid = self.update(gradients, skip=invalid)
             value = loss.item()
             if math.isfinite(value) and not invalid:
@@ -345,7 +357,6 @@ class Replay:
         try:
             if self.engine == "compiled" or (self.engine == "auto" and number >= recording.break_even):
                 self.num_compilations += recording.compile(tensors)
-                self.optimizer_step.compile()
             recording.use(tensors)
         except NotCompiled as reason:
             self.engine = "traced"
@@ -447,7 +458,7 @@ class _Recording:
         self.steps = self.misses = (
             0  # taken by the graph; in a row by the eager step, as the graph was invalid
         )
-        self.break_even = calls_to_pay(self.graph.module)  # steps
+        self.break_even = calls_to_pay(outputs_of(self.graph.module))  # steps
 
     def holds(self) -> bool:
         """Return True if the guards hold and no captured tensor has another shape, dtype or device."""

@@ -30,7 +30,7 @@ def gradients(number: int) -> list[Tensor]:
 def compiled(optimizer: Any) -> OptimizerStep:
     """Return the step of an optimiser that has its state, with its kernels compiled."""
     step = OptimizerStep(optimizer)
-    step.compile()
+    step.is_compiled = True
     return step
 
 
@@ -166,3 +166,33 @@ def test_an_option_set_later_ends_the_kernel() -> None:
     assert not is_by_kernel(step)
     for parameter, old in zip(optimizer.param_groups[0]["params"], before, strict=True):
         assert (parameter > old).all()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_data_of_another_size_raise_the_error_of_torch(is_compiled: bool) -> None:
+    optimizer = Adam(parameters(), 0.01)
+    step = OptimizerStep(optimizer)
+    step.is_compiled = is_compiled
+    for number in range(3):
+        step(gradients(number), skip=flag())
+    shrunk, memory = optimizer.param_groups[0]["params"][1], torch.zeros(5)
+    shrunk.data = memory[:2]
+    given = gradients(3)
+    given[1] = torch.ones(2)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        step(given, skip=flag())
+    assert torch.equal(memory[2:], torch.zeros(3))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_graph_that_holds_a_parameter_notices_the_step(is_compiled: bool) -> None:
+    optimizer = Adam(parameters(), 0.01)
+    step = OptimizerStep(optimizer)
+    step.is_compiled = is_compiled
+    for number in range(3):
+        step(gradients(number), skip=flag())
+    parameter = optimizer.param_groups[0]["params"][0]
+    squared = (parameter**2).sum()
+    step(gradients(3), skip=flag())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()

@@ -63,7 +63,34 @@ def test_what_the_function_reads_is_followed() -> None:
     assert torch.equal(found, function(x))
 
 
-@pytest.mark.parametrize("why", ["few calls", "no compiler", "disagrees", "is not recorded"])
+@needs_compiler
+@torch.no_grad()
+def test_the_first_value_is_that_of_the_graph_as_the_others_are() -> None:
+    """Else a process that shares the calls would return another value for its first."""
+    function, x, values = Noisy(), torch.randn(5), []
+    fast = Repeated(function, [function], calls=9)
+    for _ in range(2):
+        torch.manual_seed(3)
+        values.append(fast(x))
+    assert fast.is_compared
+    assert torch.equal(*values)
+
+
+@torch.no_grad()
+def test_a_recording_that_would_hold_too_much_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    function, lengths = Noisy(), []
+    fast = Repeated(function, [function], calls=9)
+    record = Repeated._record
+    monkeypatch.setattr(
+        Repeated, "_record", lambda self, tensors: (lengths.append(len(tensors[0])), record(self, tensors))[1]
+    )
+    monkeypatch.setattr(repeated, "_MOST_BYTES", 50)
+    assert fast(torch.randn(40)).shape == (3, 40)
+    assert fast.is_ended
+    assert lengths == [1]
+
+
+@pytest.mark.parametrize("why", ["few calls", "no compiler", "disagrees", "is not recorded", "is refused"])
 @torch.no_grad()
 def test_the_function_is_called_where_no_graph_holds(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(module: Any, arguments: Any) -> Any:
@@ -72,6 +99,8 @@ def test_the_function_is_called_where_no_graph_holds(why: str, monkeypatch: pyte
         return lambda *inputs: [*module(*inputs)[:2], module(*inputs)[2] * 1.01]
 
     monkeypatch.setattr(repeated, "compile_graph", compiled)
+    if why == "is refused":
+        monkeypatch.setattr(repeated, "record_with_guards", lambda *arguments: 1 // 0)
     if why == "is not recorded":
         function: Any = lambda x: x * x.sum().item() + torch.randn(len(x)) * float(x.tolist()[0])  # noqa: E731
     else:
