@@ -83,7 +83,8 @@ def main() -> None:
     draw(vae, test, bits, args.output)
     print(f"test ELBO {last.validation_elbo:.2f} ± {last.validation_elbo_se:.2f} nats ({bits.name})")
     print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
-    print(f"to evaluate it: uv run examples/judge.py {args.output / 'vae.pt'}")
+    data = ["--dataset", args.dataset, *(["--data-root", str(args.data_root)] if args.data_root else [])]
+    print("to evaluate it: uv run examples/judge.py", shlex.join([f"{args.output / 'vae.pt'}", *data]))
 
 
 @torch.no_grad()

@@ -13,11 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["NotCompiled", "calls_to_pay", "choose_matmul_libraries", "compile_graph", "outputs_of"]
+__all__ = [
+    "ANY_SHAPE",
+    "NotCompiled",
+    "calls_to_pay",
+    "choose_matmul_libraries",
+    "compile_graph",
+    "outputs_of",
+    "usually_fastest",
+]
 
 aten = torch.ops.aten
 _MIN_SIZE = 4_000_000  # multiplications; below, what oneDNN gains is lost in the Python that calls it
 _REPEATS = 9
+ANY_SHAPE = "any shape"
 _MAX_TIME_RATIO = 0.95  # of oneDNN to MKL, so that timing noise seldom decides
 
 # Rough costs in seconds, the same on every machine, so that a resumed run starts to compile at the same step
@@ -121,7 +130,7 @@ def choose_matmul_libraries(module: fx.GraphModule, fastest: MutableMapping[str,
     Args:
         module: A graph of operations on CPU tensors; changed in place. For each node, `meta["output"]` is a
             meta tensor with the shape, strides and dtype of its output.
-        fastest: From shapes to "mkl" or "onednn". Missing shapes are timed and added.
+        fastest: From shapes to "mkl" or "onednn". Missing shapes are added: that for `ANY_SHAPE`, or timed.
 
     Example:
         >>> graph = fx.Graph()
@@ -148,12 +157,20 @@ def choose_matmul_libraries(module: fx.GraphModule, fastest: MutableMapping[str,
         name = "mm" if bias is None else "addmm"
         key = f"{name} {shapes}, {torch.get_num_threads()} threads"
         if key not in fastest:
-            fastest[key] = _measure(*outputs, with_bias=bias is not None)
+            fastest[key] = fastest.get(ANY_SHAPE) or _measure(*outputs, with_bias=bias is not None)
         if fastest[key] == "onednn":
             with module.graph.inserting_before(node):
                 transposed = module.graph.call_function(aten.t.default, (b,))
             node.target, node.args = torch.ops.pyro_vae.onednn_linear.default, (a, transposed, bias)
     module.recompile()
+
+
+def usually_fastest() -> str:
+    """Return the library that is faster for a product of middle size, "mkl" or "onednn"."""
+    if not torch.backends.mkldnn.is_available():
+        return "mkl"
+    a, b = torch.empty(256, 768, device="meta"), torch.empty(384, 768, device="meta").t()
+    return _measure(a, b, with_bias=True)
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node, fx.Node] | None:
@@ -173,8 +190,9 @@ def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node, fx.Node] | None:
 
 def _measure(a: Tensor, b: Tensor, *, with_bias: bool) -> str:
     """Return the faster library for operands of these shapes and strides, by alternating timed calls."""
-    a, b = (torch.empty_strided(like.shape, like.stride()).fill_(0.5) for like in (a, b))
-    bias = torch.zeros(b.shape[1]) if with_bias else None
+    as_float: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    a, b = (torch.empty_strided(like.shape, like.stride(), **as_float).fill_(0.5) for like in (a, b))
+    bias = torch.zeros(b.shape[1], **as_float) if with_bias else None
     calls: dict[str, Callable[[], Tensor]] = {
         "mkl": lambda: aten.mm(a, b) if bias is None else aten.addmm(bias, a, b),
         "onednn": lambda: torch.ops.pyro_vae.onednn_linear.default(a, b.t(), bias),

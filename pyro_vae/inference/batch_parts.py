@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.data.sources import num_rows
+from pyro_vae.engine.compiler import ANY_SHAPE, usually_fastest
 from pyro_vae.engine.optimizer_step import OptimizerStep
 from pyro_vae.inference.gradient_sum import GradientSum
 from pyro_vae.objectives.kl_weighting import KLWeighted
@@ -48,6 +49,8 @@ class BatchParts:
         self.sum = GradientSum(processes, self.parameters)
         self.is_scaled: dict[tuple[Any, ...], bool] = {}
         processes.broadcast(self.parameters)
+        if ANY_SHAPE not in svi.fastest_products:  # a clock would choose differently in each process
+            svi.fastest_products[ANY_SHAPE] = processes.on_first(usually_fastest)
 
     def hold(self, parameters: list[Tensor]) -> bool:
         """Return whether these are the parameters that the steps are for."""
@@ -93,8 +96,7 @@ class BatchParts:
                 f"a {type(owner).__name__} weights labelled examples by their share of a batch, which is "
                 "divided between processes, or in shards: train in one process, with group=None"
             )
-        options = {"fastest": None, "update": self._note}  # a clock would choose differently in each process
-        loss = svi.take_step(self._eager, args, kwargs, **options)
+        loss = svi.take_step(self._eager, args, kwargs, update=self._note)
         if not isinstance(loss, float) or not math.isfinite(loss):
             raise ValueError(f"{type(svi.loss).__name__} has no loss that is a sum over parts of a batch")
         rows, scaled = num_rows(kwargs or args), self._speaks_for_all(args, kwargs)

@@ -109,8 +109,9 @@ class SVI:
 
     Attributes:
         steps: Number of steps taken.
-        fastest_products: The fastest library for matrix products, by shape, where it was measured. Steps in
-            another process are bitwise equal given the same `fastest_products` and `steps`.
+        fastest_products: The fastest library for matrix products, by shape, where it was measured; one for
+            all shapes where processes, or parts of a batch, share the steps. Steps in another process are
+            bitwise equal given the same `fastest_products` and `steps`.
 
     Example:
         >>> from pyro.infer import TraceMeanField_ELBO

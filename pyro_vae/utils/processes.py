@@ -6,6 +6,7 @@ is left waiting for another.
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import pickle
@@ -66,6 +67,7 @@ def _init_process_group() -> None:
 def _leave_process_group() -> None:
     """End the group before the interpreter ends, as torch asks for: its threads may abort then."""
     if dist.is_initialized():
+        gc.collect()  # of what still refers to the group
         dist.destroy_process_group()
 
 
@@ -103,9 +105,16 @@ class Processes:
     """
 
     def __init__(self, group: "dist.ProcessGroup | None"):
-        self.group = group
+        # the world is looked up: a reference would keep its threads until the interpreter aborts under them
+        self._is_world = group is not None and group is dist.group.WORLD
+        self._other = None if self._is_world else group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+
+    @property
+    def group(self) -> "dist.ProcessGroup | None":
+        """The process group; None for this process alone."""
+        return dist.group.WORLD if self._is_world else self._other
 
     @property
     def is_first(self) -> bool:

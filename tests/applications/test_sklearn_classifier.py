@@ -176,3 +176,16 @@ def test_bad_labels():
         small(classification_weight=-1.0).fit(X, y)
     with pytest.raises(NotFittedError):
         small().predict(X)
+
+
+def test_the_score_is_over_the_rows_whose_label_is_given():
+    X, classes = blobs()
+    y = np.array(["red", "blue", "green"], dtype=object)[classes]
+    model = small(max_epochs=1).fit(X, y)
+    correct, given = model.predict(X) == y, np.arange(len(X)) % 3 > 0
+    assert 0 < correct[given].mean() != correct.mean()
+    weight = 1.0 + np.arange(len(X)) % 5
+    half = np.where(given, y, None)
+    assert model.score(X, half) == pytest.approx(correct[given].mean())
+    assert model.score(X, half, weight) == pytest.approx(np.average(correct[given], weights=weight[given]))
+    assert model.score(X, y) == pytest.approx(correct.mean())

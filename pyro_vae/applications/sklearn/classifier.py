@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
+from sklearn.utils import _safe_indexing
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
@@ -89,6 +90,16 @@ class VAEClassifier(ClassifierMixin, VAEEstimator):
         """Return the most probable label of each row, (N,)."""
         best = self.predict_proba(X).argmax(1)  # raises if not fitted
         return self.classes_[best]
+
+    def score(self, X: ArrayLike, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy over the rows whose label is given."""
+        labels = np.asarray(_with_missing_as_number(y))
+        is_missing = np.full(len(labels), False) if labels.dtype.kind in "US" else labels == _MISSING
+        if is_missing.any():
+            given = np.flatnonzero(~is_missing)
+            X, y = _safe_indexing(X, given), labels[given].tolist()
+            sample_weight = None if sample_weight is None else np.asarray(sample_weight)[given]
+        return float(super().score(X, y, sample_weight))
 
     def _checked_training(
         self, X: ArrayLike, y: Any, **options: Any
