@@ -96,6 +96,15 @@ def export_weights(vae: nn.Module, path: str | os.PathLike[str]) -> None:
         ImportError: If safetensors is not installed: `pip install "pyro_vae[safetensors]"`.
         TypeError: If `vae` is not a module, or its state holds other things than tensors.
         OSError: If the file cannot be written; an earlier one is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file
+        >>> layer = nn.Linear(3, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_weights(layer, f"{folder}/layer.safetensors")
+        ...     {name: tuple(value.shape) for name, value in load_file(f"{folder}/layer.safetensors").items()}
+        {'bias': (2,), 'weight': (2, 3)}
     """
     if not isinstance(vae, nn.Module):
         raise TypeError(f"export_weights takes a pyro_vae.VAE or another module; got {type(vae).__name__}")

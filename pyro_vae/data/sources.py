@@ -205,9 +205,8 @@ class _ImageRows(Source):
 
     def __init__(self, images: Images):
         self.images, self.shape, self.device = images, images.shape, images.pixels.device
-        self.in_memory = (
-            self.device.type != "cpu" or not self.is_large
-        )  # else it may be a file that is mapped
+        # a large one may be a file that is mapped
+        self.in_memory = self.device.type != "cpu" or not self.is_large
         self.binarize = images.binarize
         self.is_random = images.binarize == "dynamic"
 

@@ -81,10 +81,8 @@ class Repeated:
             return
         try:
             # one row tells what all would take, and takes little itself
-            outputs, rows = (
-                outputs_of(self._record([tensor[:1] for tensor in tensors])[0].module),
-                len(tensors[0]),
-            )
+            graph, _ = self._record([tensor[:1] for tensor in tensors])
+            outputs, rows = outputs_of(graph.module), len(tensors[0])
             pays = self.calls >= _MARGIN * calls_to_pay(outputs, rows)
             if not pays or rows * sum(output.nbytes for output in outputs) > _MOST_BYTES:
                 return

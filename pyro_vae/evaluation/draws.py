@@ -241,7 +241,7 @@ class _Runs:
     """
 
     def __init__(self, pair: Pair, particles: int, calls: int, *, max_plate_nesting: int):
-        self.pair, self.particles, self.names = pair, particles, list[str]()
+        self.pair, self.names = pair, list[str]()
         self.options = {"num_particles": particles, "max_plate_nesting": max_plate_nesting}
         self.repeated = Repeated(self._run, [pair.model, pair.guide], calls=calls)
 

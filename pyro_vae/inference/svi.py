@@ -201,7 +201,7 @@ class SVI:
         """Take a step as `step` does, where nothing but steps has run since the last one.
 
         So nothing that the programs read can have changed but arguments and parameters, and the engine does
-        not look for it, which takes as long as a small matrix product.
+        not look for it, which takes as long as a small matrix product. Raises and returns as `step`.
         """
         settings = (self.model, self.guide, self.loss, self.optimizer, self.clip_norm, self.engine, False)
         is_same = self._replayed == settings and self.processes.size == 1

@@ -247,9 +247,8 @@ class Run:
         """Take the remaining steps in this process alone, yielding length and loss of each batch."""
         noise = derived_seed(self.settings.seed, _NOISE, epoch)
         take_step = self.svi.step  # compares what the programs read, which callbacks may have changed
-        is_in_memory = (
-            isinstance(self.train, Batches) and self.train.source.in_memory
-        )  # else others' code runs
+        # else reading a batch may run code of others
+        is_in_memory = isinstance(self.train, Batches) and self.train.source.in_memory
         for batch in self.train.epoch(epoch, batch_size=self.batch_size, start=len(self.done)):
             seed_generators(self.device, seed_at(noise, len(self.done)))
             args, kwargs = arguments(batch)

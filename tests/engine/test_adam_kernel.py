@@ -168,13 +168,18 @@ def test_an_option_set_later_ends_the_kernel() -> None:
         assert (parameter > old).all()
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_data_of_another_size_raise_the_error_of_torch(is_compiled: bool) -> None:
+def after_three_steps(*, is_compiled: bool) -> tuple[Adam, OptimizerStep]:
     optimizer = Adam(parameters(), 0.01)
     step = OptimizerStep(optimizer)
     step.is_compiled = is_compiled
     for number in range(3):
         step(gradients(number), skip=flag())
+    return optimizer, step
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_data_of_another_size_raise_the_error_of_torch(is_compiled: bool) -> None:
+    optimizer, step = after_three_steps(is_compiled=is_compiled)
     shrunk, memory = optimizer.param_groups[0]["params"][1], torch.zeros(5)
     shrunk.data = memory[:2]
     given = gradients(3)
@@ -186,11 +191,7 @@ def test_data_of_another_size_raise_the_error_of_torch(is_compiled: bool) -> Non
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_graph_that_holds_a_parameter_notices_the_step(is_compiled: bool) -> None:
-    optimizer = Adam(parameters(), 0.01)
-    step = OptimizerStep(optimizer)
-    step.is_compiled = is_compiled
-    for number in range(3):
-        step(gradients(number), skip=flag())
+    optimizer, step = after_three_steps(is_compiled=is_compiled)
     parameter = optimizer.param_groups[0]["params"][0]
     squared = (parameter**2).sum()
     step(gradients(3), skip=flag())
