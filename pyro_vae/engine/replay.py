@@ -35,15 +35,10 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 
-from pyro_vae.engine.compiler import (
-    NotCompiled,
-    calls_to_pay,
-    choose_matmul_libraries,
-    compile_graph,
-    outputs_of,
-)
+from pyro_vae.engine.compiler import NotCompiled, calls_to_pay, compile_graph, outputs_of
 from pyro_vae.engine.guards import PLAIN_TYPES
 from pyro_vae.engine.optimizer_step import OptimizerStep
+from pyro_vae.engine.products import choose_matmul_libraries
 from pyro_vae.engine.recorder import LossAndGradients, Untraceable
 from pyro_vae.engine.side_effects import SideEffect, record_with_guards
 from pyro_vae.utils.isolation import (

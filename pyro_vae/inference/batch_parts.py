@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.data.sources import num_rows
-from pyro_vae.engine.compiler import ANY_SHAPE, usually_fastest
 from pyro_vae.engine.optimizer_step import OptimizerStep
+from pyro_vae.engine.products import ANY_SHAPE, usually_fastest
 from pyro_vae.inference.gradient_sum import GradientSum
 from pyro_vae.objectives.kl_weighting import KLWeighted
 from pyro_vae.objectives.sites import NotSeparableError, run_pair, subsamples

@@ -20,7 +20,7 @@ from test_agreement import GUIDES, LIKELIHOODS
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.engine import compiler, replay
+from pyro_vae.engine import compiler, products, replay
 from pyro_vae.engine.compiler import NotCompiled
 from pyro_vae.engine.recorder import record
 from pyro_vae.objectives.kl_weighting import KLWeighted
@@ -241,9 +241,9 @@ def test_matrix_products_use_the_faster_library(monkeypatch):
     )
     x = (torch.rand(110, 150) < 0.3).float()
     start, losses = copy.deepcopy(vae.state_dict()), []
-    monkeypatch.setattr(compiler, "_MIN_SIZE", 100_000)
+    monkeypatch.setattr(products, "_MIN_SIZE", 100_000)
     for library in ("mkl", "onednn"):
-        monkeypatch.setattr(compiler, "_measure", lambda a, b, with_bias, library=library: library)
+        monkeypatch.setattr(products, "_measure", lambda a, b, with_bias, library=library: library)
         vae.load_state_dict(start)
         svi = make_svi(vae, "traced")
         torch.manual_seed(2)

@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO, Trace_MMD
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.engine import compiler
+from pyro_vae.engine import products
 
 X = torch.linspace(-1, 2, 24, dtype=torch.float64).reshape(12, 2)
 
@@ -236,8 +236,8 @@ def test_labels_that_are_missing_are_refused_and_others_not():
 
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
 def test_parts_multiply_by_the_library_that_the_first_process_found_faster(library, monkeypatch):
-    monkeypatch.setattr(compiler, "_measure", lambda *operands, with_bias: library)
-    monkeypatch.setattr(compiler, "_MIN_SIZE", 100)
+    monkeypatch.setattr(products, "_measure", lambda *operands, with_bias: library)
+    monkeypatch.setattr(products, "_MIN_SIZE", 100)
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(2),
         likelihood=pv.likelihoods.Normal(2, (30,), hidden_features=(7,)),
@@ -246,8 +246,8 @@ def test_parts_multiply_by_the_library_that_the_first_process_found_faster(libra
     svi = pv.SVI(vae, torch.optim.SGD(vae.parameters(), 1e-3), engine="traced")
     x = torch.randn(11, 30)
     svi.step_in_parts([((x[:6],), {}), ((x[6:],), {})])
-    assert svi.fastest_products[compiler.ANY_SHAPE] == library
-    monkeypatch.setattr(compiler, "_measure", None)  # is not called again
+    assert svi.fastest_products[products.ANY_SHAPE] == library
+    monkeypatch.setattr(products, "_measure", None)  # is not called again
     svi.step_in_parts([((x[:6],), {}), ((x[6:],), {})])
     codes = [str(recording.graph.module.code) for recording in svi._replay.recordings.values()]
     assert codes
