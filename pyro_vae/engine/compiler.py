@@ -62,6 +62,8 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
     options = {**options, "triton.cudagraphs": any(a.device.type == "cuda" for a in arguments)}
     if all(argument.is_cpu for argument in arguments):
         module = with_kernel(module)
+        # Inductor would give convolutions channels-last operands, whose copies take longer than is gained
+        options["layout_optimization"] = False
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)  # hides a warning about machines without a GPU
