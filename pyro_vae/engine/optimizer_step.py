@@ -48,12 +48,13 @@ class OptimizerStep:
         self.has_gradient: list[bool] = []  # for each parameter, when the kernels were built
         self.is_compiled = False  # set beside a compiled graph
 
-    def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor) -> Tensor:
+    def __call__(self, gradients: Sequence[Tensor | None], *, skip: Tensor, again: bool = False) -> Tensor:
         """Take a step, given one gradient or None per parameter.
 
         Args:
             gradients: One per parameter.
             skip: 1.0 if the step is not to be taken, else 0.0, float32 ().
+            again: Whether nothing but steps has run since the last one, so that the optimiser is the same.
 
         Returns:
             1.0 if the step was not taken, since `skip` is 1.0 or a gradient is not finite; else 0.0.
@@ -61,13 +62,8 @@ class OptimizerStep:
         optimizer = self.optimizer
         for parameter, gradient in zip(self.parameters(), gradients, strict=True):
             parameter.grad = gradient  # as after an eager step
-        has_gradient = [gradient is not None for gradient in gradients]
-        hooked = self._is_hooked()
-        changed = has_gradient != self.has_gradient or not all(kernel.is_current() for kernel in self.kernels)
-        if hooked or changed:
-            self.kernels = []
-        if not self.kernels and not hooked:
-            self.kernels, self.has_gradient = self._build_kernels(has_gradient), has_gradient
+        if not again:
+            self._choose_kernels([gradient is not None for gradient in gradients])
         if self.kernels:
             optimizer._opt_called = True  # type: ignore[attr-defined] # else schedulers warn of a missing step
         # one, which tells whether all gradients are finite
@@ -79,6 +75,15 @@ class OptimizerStep:
         if not (self.kernels or skip):
             optimizer.step()
         return skip
+
+    def _choose_kernels(self, has_gradient: list[bool]) -> None:
+        """Keep the kernels if they are those of the optimiser as it is; else build them, or have none."""
+        hooked = self._is_hooked()
+        changed = has_gradient != self.has_gradient or not all(kernel.is_current() for kernel in self.kernels)
+        if hooked or changed:
+            self.kernels = []
+        if not self.kernels and not hooked:
+            self.kernels, self.has_gradient = self._build_kernels(has_gradient), has_gradient
 
     def zero_grad(self) -> None:
         """Remove all gradients, as an eager step does first; the new ones reuse their memory."""

@@ -177,7 +177,7 @@ class Replay:
             self._prepare(recording, tensors, number)
         except Untraceable as reason:
             return self._step_eagerly(reason, args, kwargs)
-        return self._run(key, recording, tensors, args, kwargs)
+        return self._run(key, recording, tensors, args, kwargs, again=True)
 
     def _step_eagerly(self, reason: Untraceable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Take a step without a graph, and so all later ones unless the reason is of this step alone."""
@@ -194,8 +194,9 @@ class Replay:
         tensors: list[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        **again: bool,
     ) -> float:
-        """Take a step by the graph, or, if it is invalid, eagerly."""
+        """Take a step by the graph, or, if it is invalid, eagerly; `again` goes to `OptimizerStep`."""
         graph = recording.graph
         states = [generator.get_state() for generator in graph.generators]
         values = [tensor.clone() for tensor in graph.mutated]
@@ -205,7 +206,7 @@ class Replay:
             num_trained = len(gradients) - len(recording.others)
             gradients, others = gradients[:num_trained], gradients[num_trained:]
             self.optimizer_step.is_compiled = recording.is_compiled
-            invalid = self.update(gradients, skip=invalid)
+            invalid = self.update(gradients, skip=invalid, **again)
             value = loss.item()
             if math.isfinite(value) and not invalid:
                 if self.is_scheduled:
