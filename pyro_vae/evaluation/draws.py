@@ -275,6 +275,7 @@ def require_finite(log_weight: Tensor, *, first_index: int) -> None:
     shown = ", ".join(str(first_index + index) for index in indices[:5]) + (", …" if len(indices) > 5 else "")
     raise NonFiniteError(
         f"log importance weights are infinite or NaN for {len(indices)} of the examples {first_index} to "
-        f"{first_index + log_weight.shape[1] - 1}: index {shown}; example {first_index + indices[0]} has "
-        f"{int(wrong[indices[0]])} such weights of {len(log_weight)}. Check the parameters and these examples"
+        f"{first_index + log_weight.shape[1] - 1}, counted from 0: index {shown}; example "
+        f"{first_index + indices[0]} has {int(wrong[indices[0]])} such weights of {len(log_weight)}. Check "
+        "the parameters and these examples"
     )

@@ -364,7 +364,7 @@ class Run:
         if not elbo.isfinite().all():
             index = int((~elbo.isfinite()).nonzero()[0])
             raise NonFiniteError(
-                f"the ELBO of validation example {index} is {elbo[index]} after epoch "
+                f"the ELBO of validation example {index} (counted from 0) is {elbo[index]} after epoch "
                 f"{len(self.history) + 1}. {self._last_good()}"
             )
         several = self.separable and len(elbo) > 1  # else each has the mean of its batch

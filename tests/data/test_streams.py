@@ -271,8 +271,37 @@ def test_what_gives_no_batches_is_refused():
         fit(DATA, steps_per_epoch=3)
     wrong = DATA.clone()
     wrong[41, 2] = torch.inf
-    with pytest.raises(ValueError, match=r"x\[5, 2\] = inf lies .* \(in batch 4 of the epoch\)"):
+    with pytest.raises(
+        ValueError, match=r"x\[5, 2\] = inf lies .* \(in batch 4 of the epoch; it is row 41 of the epoch, "
+    ):
         fit(DataLoader(wrong, batch_size=9), epochs=1)
+    wrong[3, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"x\[3, 1\] = inf .* \(in batch 0 of the epoch; it is row 3 of"):
+        fit(DataLoader(wrong, batch_size=9), epochs=1)
+
+
+def test_the_row_of_a_wrong_value_counts_the_batches_before_it():
+    wrong = DATA.clone()
+    wrong[41, 2] = torch.inf
+
+    def noting(batch):
+        if batch.isinf().any():
+            raise ValueError(f"x[{int(batch.isinf().nonzero()[0, 0])}] is wrong")
+
+    for start, place in (
+        (0, "batch 4 of the epoch; it is row 41 of"),
+        (3, "batch 4 of the epoch; it is row 41"),
+    ):
+        stream = Stream(DataLoader(wrong, batch_size=9), None, seed=0)
+        stream.check(noting)
+        with pytest.raises(ValueError, match=rf"x\[5\] is wrong \(in {place}"):
+            list(stream.epoch(0, batch_size=9, start=start))
+        with pytest.raises(ValueError, match=rf"x\[5\] is wrong \(in {place}"):
+            list(stream.in_order(9, first=1, every=3))
+    endless = Stream(iter(wrong.split(9)), 9, seed=0)
+    endless.check(noting)
+    with pytest.raises(ValueError, match=r"x\[5\] is wrong \(in batch 6 of the epoch, counted from 0\)"):
+        list(endless.epoch(0, batch_size=9, start=2))  # resumed, so that batches before it are not known
 
 
 class Two(Processes):
