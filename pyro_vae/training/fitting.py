@@ -127,11 +127,12 @@ def fit(
         callbacks: Called after each epoch, in evaluation mode; see `Callback`. What they draw does not
             disturb the training.
         progress: Show a progress bar, in a terminal or a notebook.
-        checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there is replaced.
+        checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there, finished or not, is
+            replaced, which a warning says, unless it is resumed.
         checkpoint_every: Save the run also within epochs, where they are long: after every so many steps, or
             by a `datetime.timedelta`, after the step in which so much time has passed.
-        resume: Continue the run in `checkpoint_dir`; begin one where there is none yet. The folder
-            serves one run at a time.
+        resume: Continue the run in `checkpoint_dir`; begin one where there is none yet, which a warning says,
+            since the name of the folder may be wrong. The folder serves one run at a time.
         group: The processes of `torch.distributed` that train together: "auto" for all that torchrun has
             started, None for this one alone. Each takes a part of every batch, and the gradients are summed,
             so that `batch_size` is of all together and the steps are those of one process. All call `fit`

@@ -950,7 +950,6 @@ def test_another_number_of_shards_is_another_run(tmp_path):
 
 
 def test_a_run_that_is_replaced_is_named(tmp_path, caplog):
-    caplog.set_level("INFO", "pyro_vae")
     options = {"epochs": 1, "progress": False, "checkpoint_dir": tmp_path / "run"}
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(2),
@@ -964,4 +963,6 @@ def test_a_run_that_is_replaced_is_named(tmp_path, caplog):
     pv.fit(vae, torch.zeros(5, 3), **options)
     assert "is replaced by a new one; resume=True would go on with it" in caplog.text
     pv.fit(vae, torch.zeros(5, 3), resume=True, **(options | {"checkpoint_dir": tmp_path / "rnu"}))
-    assert "rnu yet: one starts there" in caplog.text
+    assert caplog.messages[1:] == [
+        f"there is no run in {tmp_path / 'rnu'} to resume: one starts there from the beginning"
+    ]
