@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pyro_vae.data.frames import is_frame
 from pyro_vae.data.images import DataError
+from pyro_vae.utils.frames import is_frame
 
 __all__ = ["MISSING", "TableRows", "delimiter_of", "import_pandas", "is_header", "records", "rows_of"]
 

@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_vae.data.frames import has_numbers, series_values
 from pyro_vae.data.images import DataError
 from pyro_vae.data.table_rows import TableRows, import_pandas, rows_of
 from pyro_vae.utils.columns import COUNTS, FAMILIES, LEVELS
 from pyro_vae.utils.display import aligned
+from pyro_vae.utils.frames import has_numbers, series_values
 
 __all__ = ["Table", "TableColumn", "table"]
 

@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.frames import column_names, remember_columns, require_columns
 from pyro_vae.data.sources import arguments
 from pyro_vae.data.streams import Stream
 from pyro_vae.inference.guide_check import require_fit
@@ -34,6 +33,7 @@ from pyro_vae.training.run import Run
 from pyro_vae.training.run_data import prepare_data, require_alike
 from pyro_vae.training.settings import BATCH_SIZE, Settings, make_settings, require_callbacks
 from pyro_vae.utils.display import progress_bar
+from pyro_vae.utils.frames import column_names, remember_columns, require_columns
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.processes import join
 from pyro_vae.utils.signals import deferred_signals

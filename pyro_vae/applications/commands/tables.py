@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_vae.data.frames import filled, has_numbers, series_values
 from pyro_vae.data.table_rows import MISSING, delimiter_of, is_header, records
+from pyro_vae.utils.frames import filled, has_numbers, series_values
 from pyro_vae.utils.serialization import replacing
 
 __all__ = ["ARRAYS", "TABLES", "Table", "read_table", "require_writable", "write_columns"]
