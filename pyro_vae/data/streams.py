@@ -27,6 +27,7 @@ from torch.utils.data import (
 from pyro_vae.data.balance import Balance
 from pyro_vae.data.batches import row_in
 from pyro_vae.data.sources import mark_missing, num_rows, require_observed
+from pyro_vae.utils.arrays import as_tensor
 from pyro_vae.utils.isolation import (
     derived_seed,
     isolated_generators,
@@ -80,7 +81,8 @@ class Stream:
     given is seeded for each batch, from its own seed, and restored.
 
     Args:
-        data: An iterable of batches, each a tensor, tuple or dict of tensors as a program takes them.
+        data: An iterable of batches, each a tensor, array or data frame, or a tuple or dict of these, as a
+            program takes them.
         steps_per_epoch: Batches of an epoch.
         seed: Of what the iterable draws; each process draws its own.
         device: Device of the batches.
@@ -209,7 +211,7 @@ class Stream:
             with self._noise(number, step):
                 batch = self._next(number if self.in_passes else None)
             if skipped:
-                row += 0 if batch is None else num_rows(batch)
+                row += 0 if batch is None else num_rows(self._converted(batch))
                 continue
             if batch is None and self.is_alone:
                 name = type(self.data).__name__
@@ -243,8 +245,9 @@ class Stream:
                 batch = self._next(0)
             if batch is None:
                 continue
+            batch = self._converted(batch)
             if step % every == first:
-                yield self._checked(self._converted(batch), step, first_row=row)
+                yield self._checked(batch, step, first_row=row)
             row += num_rows(batch)
 
     def describe(self) -> dict[str, Any]:
@@ -294,18 +297,21 @@ class Stream:
     def _converted(self, batch: Any) -> Any:
         if isinstance(batch, list):
             batch = batch[0] if len(batch) == 1 else tuple(batch)
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
-            hint = ": convert with torch.as_tensor" * isinstance(batch, np.ndarray)
-            got = f"{batch!r:.100}"
-            raise TypeError(f"a batch must be a tensor, or a tuple or dict of tensors; got {got}{hint}")
 
         def convert(leaf: Any) -> Any:
+            is_text = isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "bfiu"
+            leaf = leaf if is_text else as_tensor(leaf, dtype=self.dtype)
             if not isinstance(leaf, Tensor):
                 return leaf
             return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
 
-        batch = tree_map(convert, batch)
-        return mark_missing(batch) if self.marks_missing else batch
+        found = tree_map(convert, batch)
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+            raise TypeError(
+                "a batch must be a tensor, array or data frame of numbers, or a tuple or dict of these; got "
+                f"{batch!r:.100}"
+            )
+        return mark_missing(found) if self.marks_missing else found
 
     def _checked(self, batch: Any, step: int, *, first_row: int | None) -> Any:
         """Return a batch that was checked; an error says where it stands, if its first row is known."""

@@ -94,7 +94,8 @@ def fit(
             and copied, except of data frames and by `binarize="fixed"`. After a data frame, others that the
             pair is given must have its columns, in its order. A tuple or dict of these for programs of
             several arguments, which are called as f(*batch) or f(**batch); None for an argument that is not
-            there. Or an iterable of batches, such as a torch DataLoader or a stream without length.
+            there. Or an iterable of batches, such as a torch DataLoader or a stream without length, of
+            tensors, arrays or data frames.
         estimator: A `pyro.infer.ELBO`; by default `TraceMeanField_ELBO()` where it is valid for the pair,
             `TraceEnum_ELBO()` where a site is marked to be enumerated, else `Trace_ELBO()`.
         epochs: Passes over the data, those before a resume included.
