@@ -78,7 +78,7 @@ def main() -> None:
     metrics = {"data": bits.name, "test_elbo": last.validation_elbo, "test_elbo_se": last.validation_elbo_se}
     metrics |= {"epochs": len(history), "seconds": sum(history.column("seconds")), "settings": vars(args)}
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
-    late = pv.History(history[len(history) // 20 :])  # the first epochs would dominate the scale
+    late = pv.History(history[len(history) // 20 :])  # of many epochs, the first would dominate the scale
     pv.plots.save(late.plot(), args.output / "elbo.png")
     draw(vae, test, bits, args.output)
     print(f"test ELBO {last.validation_elbo:.2f} ± {last.validation_elbo_se:.2f} nats ({bits.name})")

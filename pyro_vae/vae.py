@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -21,12 +20,11 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.data.frames import columns_trained_on, is_frame, is_series, note_columns, require_columns
-from pyro_vae.data.images import Images
-from pyro_vae.data.sources import arguments, as_source
+from pyro_vae.data.sources import arguments
 from pyro_vae.objectives.pair import OwnParameters
 from pyro_vae.utils import serialization
 from pyro_vae.utils.elements import check_observed, observe_elements
+from pyro_vae.utils.frames import columns_trained_on, note_columns
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.model_card import (
     ModelCard,
@@ -155,8 +153,8 @@ class VAE(OwnParameters):
     def encode(self, x: Any, *context: Any, observed: Any = None) -> dist.Distribution:
         """Return q(z|x), with batch shape (N,) and event shape (K,).
 
-        Here and in the methods below, arguments are tensors, or NumPy arrays, data frames or `Images`, which
-        become tensors as in `fit`.
+        Here and in the methods below, arguments are tensors, or arrays, sparse matrices, data frames or
+        `Images`, which become tensors as in `fit`.
 
         Args:
             x: (N, *event_shape).
@@ -169,18 +167,6 @@ class VAE(OwnParameters):
         with explaining_nan(x), poutine.block(), self._own_store(), poutine.trace() as tracer:
             q = self._call_posterior(x, *context, observed=observed)
         return q if isinstance(q, dist.Distribution) else tracer.trace.nodes["z"]["fn"]
-
-    def _as_tensor(self, value: Any) -> Any:
-        """Return an array, a data frame or images as `fit` makes tensors of them, anything else as it is."""
-        if value is None or isinstance(value, Tensor):
-            return value
-        if not (isinstance(value, np.ndarray | Images) or is_frame(value) or is_series(value)):
-            return value
-        require_columns(columns_trained_on(self), value)
-        parameter = next(self.parameters(), torch.zeros(()))
-        source = as_source(value, binarize=None, seed=0, dtype=parameter.dtype)
-        every = torch.arange(len(source), device=source.device)
-        return source.batch(every, torch.default_generator).to(parameter.device)
 
     def decode(self, z: Any, *context: Any) -> dist.Distribution:
         """Return p(x|z), with batch shape (*,) and event shape `event_shape`, for z (*, K)."""

@@ -3,15 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_vae.applications.corruptions import CorruptionError, Erase
-from pyro_vae.applications.imputation import observe
+from pyro_vae.applications.imputation import floating_tensor, observe
 from pyro_vae.applications.posterior_draws import Observed, Restored, draw_posterior
 from pyro_vae.utils.elements import elementwise
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import known_support, outside_support
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, require_vae
 
 __all__ = ["denoise"]
 
@@ -37,7 +36,8 @@ def denoise(
 
     Args:
         vae: A VAE trained on clean data, whose likelihood has independent elements.
-        y: (N, *event_shape), or (N, M) through a `LinearMap`; NaN where nothing was observed.
+        y: (N, *event_shape), or (N, M) through a `LinearMap`; NaN where nothing was observed: a
+            floating-point tensor, array, sparse matrix or data frame.
         corruption: One of `corruptions`, or a function from x to a distribution over y, element by element.
         num_particles: S, draws of z per example; or as many states of 20 Markov chains.
         num_draws: M, draws of x that are kept.
@@ -64,8 +64,8 @@ def denoise(
     """
     noise = corruption
     if isinstance(corruption, Erase):
-        if isinstance(y, Tensor) and y.is_floating_point():
-            y = corruption.erased(y)
+        require_vae("denoise", vae)
+        y = corruption.erased(floating_tensor(vae, "y", y))
         noise = corruption.then
     if (noise is not None and not callable(noise)) or isinstance(noise, type):
         raise TypeError(

@@ -6,25 +6,17 @@ Missing entries are NaN. They never reach a network: the guide encodes zeros in 
 import dataclasses
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_vae.applications.corruptions import CorruptionError, LinearMap
 from pyro_vae.applications.posterior_draws import Observed, Restored, draw_posterior
-from pyro_vae.data.frames import (
-    columns_trained_on,
-    filled,
-    frame_like,
-    is_frame,
-    numbers,
-    require_columns,
-)
+from pyro_vae.utils.frames import filled, frame_like, is_frame
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.utils.validation import require_floating
 from pyro_vae.vae import VAE, require_vae
 
-__all__ = ["Pooled", "impute", "observe", "pool"]
+__all__ = ["Pooled", "floating_tensor", "impute", "observe", "pool"]
 
 
 def impute(
@@ -51,7 +43,7 @@ def impute(
 
     Args:
         vae: A trained VAE whose likelihood has independent elements.
-        x: (N, *event_shape), NaN where missing: a floating-point tensor, array or data frame.
+        x: (N, *event_shape), NaN where missing: a floating-point tensor, array, sparse matrix or data frame.
         num_particles: S, draws of z per example; or as many states of 20 Markov chains.
         num_draws: M, draws of x that are kept.
         method: "importance"; "gibbs", pseudo-Gibbs, biased; "metropolis", Metropolis within Gibbs, exact in
@@ -105,8 +97,7 @@ def observe(vae: Any, name: str, y: Any, corruption: Any) -> Observed:
         "to_inference_data(vae, (x, y), missing='nan', oversample=10)" * (corruption is None),
     )
     parameter = next(vae.parameters(), torch.zeros(()))
-    require_columns(columns_trained_on(vae), y)
-    y = _as_tensor(name, y, parameter.dtype).to(parameter.device)
+    y = floating_tensor(vae, name, y).to(parameter.device)
     infinite = y.isinf().nonzero()
     if len(infinite):
         index = infinite[0].tolist()
@@ -132,21 +123,22 @@ def observe(vae: Any, name: str, y: Any, corruption: Any) -> Observed:
     return Observed(vae, torch.where(missing, 0.0, y), missing, corruption, filler.shape[1:])
 
 
-def _as_tensor(name: str, values: Any, dtype: torch.dtype) -> Tensor:
+def floating_tensor(vae: VAE, name: str, values: Any) -> Tensor:
+    """Return values as a floating-point tensor; raise TypeError for what is none, as `impute`."""
     if isinstance(values, Tensor):
         require_floating(name, values)
         return values.detach()
-    if isinstance(values, list | tuple | str) or not hasattr(values, "__array__"):
+    found = vae._as_tensor(values)
+    if not isinstance(found, Tensor):
         raise TypeError(
             f"{name} must be a tensor, array or data frame with NaN where missing; got "
             f"{type(values).__name__}"
         )
-    array = numbers(values) if is_frame(values) else np.asarray(values)
-    if array.dtype.kind != "f":
+    if not found.is_floating_point():
         raise TypeError(
-            f"{name} must hold floating-point numbers; got {array.dtype}: convert by .astype(float)"
+            f"{name} must hold floating-point numbers; got {found.dtype}: convert by .astype(float)"
         )
-    return torch.from_numpy(array.copy()).to(dtype)
+    return found
 
 
 class Pooled(NamedTuple):

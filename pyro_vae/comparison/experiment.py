@@ -10,9 +10,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_vae.comparison.gradient_noise import GradientMoments, ZeroMeanTest
 from pyro_vae.comparison.reference_bounds import Target, target
 from pyro_vae.comparison.result import PARAMETERS, Comparison, Measured, Reference, summarise
-from pyro_vae.data.frames import is_frame, numbers
 from pyro_vae.data.sources import arguments, num_rows
 from pyro_vae.evaluation.importance_sampling import evaluate
 from pyro_vae.inference.guide_check import check_mean_field
@@ -32,13 +31,14 @@ from pyro_vae.inference.guide_fit import run_fitting_pair
 from pyro_vae.objectives.estimators import Estimator, family, label
 from pyro_vae.objectives.kl_weighting import KLWeighted, inner_estimator
 from pyro_vae.objectives.log_terms import terms
-from pyro_vae.objectives.pair import Programs, split_pair
+from pyro_vae.objectives.pair import Programs, as_tensors, split_pair
 from pyro_vae.objectives.sites import (
     NotSeparableError,
     Program,
     run_pair,
     subsampling_factor,
 )
+from pyro_vae.utils.arrays import as_tensor
 from pyro_vae.utils.display import progress_bar
 from pyro_vae.utils.isolation import derived_seed, evaluation_mode, isolated_generators
 from pyro_vae.utils.processes import Processes, join
@@ -94,8 +94,8 @@ def compare_estimators(
             parameters at the model's `param` sites count as model parameters, those of the guide as guide
             parameters; a shared parameter counts in both.
         guide: A Pyro guide of the same arguments.
-        data: The batch, (N, *event_shape), in the support of the likelihood; or a tuple or dict of several
-            arguments.
+        data: The batch, (N, *event_shape), in the support of the likelihood: a tensor, array, sparse matrix,
+            data frame or `Images`; or a tuple or dict of several arguments.
         estimators: Estimators to compare; a mapping names them.
         num_repeats: R ≥ 10.
         reference: Exact log p(x) of each example, (N,). By default it is estimated by importance sampling,
@@ -210,7 +210,7 @@ def _arguments(model: Any, *others: Any) -> tuple[Program, Program, Any, Any]:
             f"expected a batch and a list of estimators, such as [Trace_ELBO(), pyro_vae.IWAE(5)], after the "
             f"pair; got {found}: call {call}"
         )
-    data, estimators = tree_map(_as_tensor, rest[0]), rest[1]
+    data, estimators = tree_map(partial(_as_tensor, model), rest[0]), rest[1]
     is_batch = isinstance(data, Tensor | tuple | dict)
     if not is_batch or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(data)):
         raise TypeError(
@@ -240,13 +240,10 @@ def _repeat_all(
         vars(candidate).update(of_all[candidate.name])
 
 
-def _as_tensor(leaf: Any) -> Any:
-    """Convert an array or data frame as `fit` does: numbers, but integers of arrays, to the default type."""
-    leaf = numbers(leaf) if is_frame(leaf) else leaf
-    if not isinstance(leaf, np.ndarray):
-        return leaf
-    tensor = torch.as_tensor(leaf)
-    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+def _as_tensor(model: Program, leaf: Any) -> Any:
+    """Convert an array or data frame as `fit` does, which makes a `Pair` of any programs."""
+    (leaf,), _ = as_tensors(model, (leaf,), {})
+    return as_tensor(leaf, dtype=torch.get_default_dtype())
 
 
 def _named(estimators: Sequence[ELBO] | Mapping[str, ELBO]) -> dict[str, ELBO]:

@@ -22,10 +22,12 @@ from pyro_vae.data.permutations import Order, hold_out_evenly, permutation, perm
 from pyro_vae.data.sources import Arguments, Source, as_source, num_rows, without_missing
 from pyro_vae.utils.isolation import derived_seed, seed_at
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "row_in"]
 
 _ORDER, _BITS, _SPLIT, _FIXED, _PARTS = 10, 11, 12, 13, 14  # streams of random numbers
 _CHUNK, _CHUNK_BYTES = 4096, 2**26  # examples checked at a time, and the bytes that they may take
+_INDEX = r"(x(?:\['?\w+'?\])?\[)(\d+)(?=[,\]])"  # of an example, after that of its argument, if any
+_COUNT = r"\d+ of \d+ (values|events of shape \([\d, ]*\)) do"
 _AHEAD = 2  # batches read before they are needed
 
 
@@ -270,21 +272,20 @@ class Batches:
         for where, batch in map(read, numbers) if alone else _ahead(read, numbers):
             seen += len(where)
             if self.unchecked is not None and batch is not None:
-                self._check_late(batch, where)
+                self._check_part(self.unchecked, batch, where)
             yield batch
         if seen >= len(self):
             self.unchecked = None
 
-    def _check_late(self, batch: Any, positions: Tensor) -> None:
-        assert self.unchecked is not None
+    def _check_part(self, check_data: Callable[[Any], None], batch: Any, positions: Tensor) -> None:
+        """Check the examples at some positions; an error names the row in all the data."""
         try:
-            self.unchecked(batch)
+            check_data(batch)
         except ValueError as error:
-            index = _row_in(error)
-            if index is None:
+            message = _located(str(error), self.rows_of(positions), of=len(self.source))
+            if message == str(error):
                 raise
-            row = int(self.rows_of(positions)[index])
-            raise ValueError(f"{error} (in a batch; it is row {row} of the data)") from error
+            raise type(error)(message) from error
 
     def check(self, check_data: Callable[[Any], None]) -> None:
         """Pass all the data to a check, in chunks; of images that are binarised on the way, the first ones.
@@ -292,22 +293,15 @@ class Batches:
         Of data above 1 GiB the first chunk is checked now, the others when they are first read.
 
         Raises:
-            ValueError: Of the check, with the row of the data that it refers to.
+            ValueError: Of the check, with the row of the data that it refers to, and the rows looked at.
         """
         size = max(1, min(_CHUNK, _CHUNK_BYTES // self.source.row_bytes))
         if self.source.is_large or (self.source.itemsize == 1 and self.source.is_random):
-            check_data(self.peek(size))
+            self._check_part(check_data, self.peek(size), torch.arange(min(size, len(self))))
             self.unchecked = check_data if self.source.is_large else None
             return
         for number, chunk in enumerate(self.in_order(size)):
-            try:
-                check_data(chunk)
-            except ValueError as error:
-                index = _row_in(error)
-                if not number or index is None:
-                    raise
-                row = int(self.rows_of(torch.tensor([number * size + index])))
-                raise ValueError(f"{error} (in a part; it is row {row} of the data)") from error
+            self._check_part(check_data, chunk, number * size + torch.arange(num_rows(chunk)))
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that tell these data from others; see `Source.fingerprint`."""
@@ -320,10 +314,29 @@ class Batches:
         """Restore nothing; see `state_dict`."""
 
 
-def _row_in(error: ValueError) -> int | None:
+def row_in(error: ValueError) -> int | None:
     """Return the index of the example that an error of x names, or None."""
-    index = re.search(r"x(?:\['?\w+'?\])?\[(\d+)[,\]]", str(error))  # after that of the argument
-    return None if index is None else int(index[1])
+    found = re.search(_INDEX, str(error))
+    return None if found is None else int(found[2])
+
+
+def _located(message: str, rows: Tensor, *, of: int) -> str:
+    """Return a message on some rows of the data with the index that x has in all, and a count of what it has.
+
+    Args:
+        message: Of a check of these rows.
+        rows: Their numbers in the data.
+        of: Number of all rows.
+
+    Example:
+        >>> _located("x[1, 2] = -3 is wrong; 1 of 6 values do", torch.arange(4, 6), of=9)
+        'x[5, 2] = -3 is wrong; 1 of 6 values do in 2 of the 9 rows'
+    """
+    message = re.sub(_INDEX, lambda found: f"{found[1]}{int(rows[int(found[2])])}", message, count=1)
+    if len(rows) == of:
+        return message
+    first = "the first " * torch.equal(rows, torch.arange(len(rows)))
+    return re.sub(_COUNT, lambda found: f"{found[0]} in {first}{len(rows):,} of the {of:,} rows", message)
 
 
 def _with_weight(batch: Any, weight: Tensor) -> Any:

@@ -29,9 +29,10 @@ from torch.utils._pytree import (
 )
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from pyro_vae.data.frames import is_frame, is_series, numbers, series_values
 from pyro_vae.data.images import BINARIZE_MODES, Images
 from pyro_vae.data.tables import Table
+from pyro_vae.utils.arrays import as_tensor, tensor_of_rows
+from pyro_vae.utils.frames import is_frame, is_series, series_values
 from pyro_vae.utils.isolation import (
     isolated_generators,
     python_noise,
@@ -96,7 +97,7 @@ def _rows(data: Any, dtype: torch.dtype) -> "Source":
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
         return _DatasetRows(data, dtype)
     if is_frame(data):
-        return _TensorRows(torch.from_numpy(numbers(data)).to(dtype))
+        return _TensorRows(as_tensor(data, dtype=dtype))
     if is_series(data):
         data = series_values(data)
     if isinstance(data, np.ndarray) and data.ndim > 0 and _is_direct(data, dtype):
@@ -239,12 +240,7 @@ class _ArrayRows(Source):
         return self._read(positions)[torch.from_numpy(inverse)]
 
     def _read(self, rows_read: np.ndarray | slice) -> Tensor:
-        rows = self.indexer[rows_read]
-        rows = rows.toarray() if hasattr(rows, "toarray") else np.asarray(rows)
-        if rows.dtype.kind not in "bfiu":
-            raise TypeError(f"data must be numbers; got {rows.dtype}: select or convert columns")
-        batch = torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("=")))
-        return batch.to(self.dtype) if batch.is_floating_point() else batch
+        return tensor_of_rows(self.indexer[rows_read], self.dtype)
 
 
 class _ChunkRows(_ArrayRows):

@@ -25,7 +25,9 @@ from torch.utils.data import (
 )
 
 from pyro_vae.data.balance import Balance
+from pyro_vae.data.batches import row_in
 from pyro_vae.data.sources import mark_missing, num_rows, require_observed
+from pyro_vae.utils.arrays import as_tensor
 from pyro_vae.utils.isolation import (
     derived_seed,
     isolated_generators,
@@ -79,7 +81,8 @@ class Stream:
     given is seeded for each batch, from its own seed, and restored.
 
     Args:
-        data: An iterable of batches, each a tensor, tuple or dict of tensors as a program takes them.
+        data: An iterable of batches, each a tensor, array or data frame, or a tuple or dict of these, as a
+            program takes them.
         steps_per_epoch: Batches of an epoch.
         seed: Of what the iterable draws; each process draws its own.
         device: Device of the batches.
@@ -187,8 +190,8 @@ class Stream:
 
     def check(self, check_data: Callable[[Any], None]) -> None:
         """Pass the first batch to a check now, the others when they are read."""
-        check_data(self.first_batch)
         self.check_batch = check_data
+        self._checked(self.first_batch, 0, first_row=0)
 
     def epoch(self, number: int, *, batch_size: int, start: int = 0) -> Iterator[Any]:
         """Yield the batches of an epoch, from the batch `start` on."""
@@ -200,6 +203,7 @@ class Stream:
                 type(self.data).__name__,
             )
         self.begun = True
+        row, is_known = 0, self.in_passes or not start  # of the next batch
         for step in range(self.steps):
             skipped = step < start
             if skipped and not self.in_passes:
@@ -207,6 +211,7 @@ class Stream:
             with self._noise(number, step):
                 batch = self._next(number if self.in_passes else None)
             if skipped:
+                row += 0 if batch is None else num_rows(self._converted(batch))
                 continue
             if batch is None and self.is_alone:
                 name = type(self.data).__name__
@@ -214,7 +219,10 @@ class Stream:
                     f"the {name} ended after {step} of {self.steps} batches: it can be read once only, or "
                     "its length is wrong; steps_per_epoch may say how many there are"
                 )
-            yield None if batch is None else self._checked(self._converted(batch), step)
+            if batch is not None:
+                batch = self._checked(self._converted(batch), step, first_row=row if is_known else None)
+                row += num_rows(batch)
+            yield batch
 
     def epoch_in_shards(
         self, number: int, *, batch_size: int, shards: range, num_shards: int, start: int = 0
@@ -231,11 +239,16 @@ class Stream:
     def in_order(self, batch_size: int, *, first: int = 0, every: int = 1) -> Iterator[Any]:
         """Yield the batches of one pass as they come."""
         self.iterator = None
+        row = 0
         for step in range(self.steps):
             with self._noise(0, step):
                 batch = self._next(0)
-            if batch is not None and step % every == first:
-                yield self._checked(self._converted(batch), step)
+            if batch is None:
+                continue
+            batch = self._converted(batch)
+            if step % every == first:
+                yield self._checked(batch, step, first_row=row)
+            row += num_rows(batch)
 
     def describe(self) -> dict[str, Any]:
         """Return what tells this stream from others, which its data cannot."""
@@ -284,25 +297,32 @@ class Stream:
     def _converted(self, batch: Any) -> Any:
         if isinstance(batch, list):
             batch = batch[0] if len(batch) == 1 else tuple(batch)
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
-            hint = ": convert with torch.as_tensor" * isinstance(batch, np.ndarray)
-            got = f"{batch!r:.100}"
-            raise TypeError(f"a batch must be a tensor, or a tuple or dict of tensors; got {got}{hint}")
 
         def convert(leaf: Any) -> Any:
+            is_text = isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "bfiu"
+            leaf = leaf if is_text else as_tensor(leaf, dtype=self.dtype)
             if not isinstance(leaf, Tensor):
                 return leaf
             return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
 
-        batch = tree_map(convert, batch)
-        return mark_missing(batch) if self.marks_missing else batch
+        found = tree_map(convert, batch)
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+            raise TypeError(
+                "a batch must be a tensor, array or data frame of numbers, or a tuple or dict of these; got "
+                f"{batch!r:.100}"
+            )
+        return mark_missing(found) if self.marks_missing else found
 
-    def _checked(self, batch: Any, step: int) -> Any:
+    def _checked(self, batch: Any, step: int, *, first_row: int | None) -> Any:
+        """Return a batch that was checked; an error says where it stands, if its first row is known."""
         if self.check_batch is not None:
             try:
                 self.check_batch(batch)
             except ValueError as error:
-                raise ValueError(f"{error} (in batch {step} of the epoch)") from error
+                row, also = row_in(error), ""
+                if row is not None and first_row is not None:
+                    also = f"; it is row {first_row + row} of the epoch"
+                raise type(error)(f"{error} (in batch {step} of the epoch{also}, counted from 0)") from error
         return batch
 
 

@@ -16,14 +16,10 @@ Whole numbers without a 0, such as ages, years and ratings, are thus taken for r
 says otherwise. Shapes: N rows, D columns.
 """
 
-import csv
 import dataclasses
-import importlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,19 +27,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_vae.data.frames import has_numbers, is_frame, series_values
 from pyro_vae.data.images import DataError
+from pyro_vae.data.table_rows import TableRows, import_pandas, rows_of
 from pyro_vae.utils.columns import COUNTS, FAMILIES, LEVELS
 from pyro_vae.utils.display import aligned
+from pyro_vae.utils.frames import has_numbers, series_values
 
-__all__ = ["MISSING", "Table", "TableColumn", "delimiter_of", "is_header", "table"]
+__all__ = ["Table", "TableColumn", "table"]
 
-MISSING = ("", "?", "n/a", "na", "nan", "none", "null")  # how files mark holes, in any case
 _OVERDISPERSED = 2  # variance over mean of counts
 _SKEWED, _HEAVY = 1.0, 3.0  # skewness, excess kurtosis
 _FEW = 10  # levels of text that are always categories
 _REPEATS = 5  # pairs of equal numbers expected by chance, where none says that numbers identify rows
 _LEVELLED = ("binary", *LEVELS)
+_OF_A_FRAME = TableRows()
 
 logger = logging.getLogger("pyro_vae")
 
@@ -72,8 +69,12 @@ class TableColumn:
     scale: float = 1.0
     is_whole: bool = False
 
-    def codes(self, series: Any) -> NDArray[Any]:
+    def codes(self, series: Any, rows: TableRows = _OF_A_FRAME) -> NDArray[Any]:
         """Return the values of a pandas column as numbers, float64 (N,), NaN where missing.
+
+        Args:
+            series: The column.
+            rows: Name the rows in messages, by default counted from 0.
 
         Raises:
             DataError: If a value is not a number, or not one of the levels; the message names it.
@@ -85,16 +86,21 @@ class TableColumn:
             unknown = np.flatnonzero(found < 0)
             if len(unknown):
                 raise DataError(
-                    f"column {self.name!r} has {series.iloc[unknown[0]]!r} in row {unknown[0]}, which is not "
-                    f"among its {len(self.levels)} levels: leave it empty, or read all rows as one table"
+                    f"column {self.name!r} has {series.iloc[unknown[0]]!r} in {rows.place(unknown[0])}, "
+                    f"which is not among its {len(self.levels)} levels: leave it empty, or read all rows as "
+                    "one table"
                 )
             return found
         if not has_numbers(series):
             where = _first_text(series)
+            first = (
+                ""
+                if where is None
+                else f", and {series.iloc[where]!r} in {rows.place(where)} is not a number"
+            )
             raise DataError(
-                f"column {self.name!r} holds {series.dtype}, where {self.family} needs numbers"
-                + ("" if where is None else f", and {series.iloc[where]!r} in row {where} is not a number")
-                + f": {_as_numbers(self.name)}"
+                f"column {self.name!r} holds {series.dtype}, where {self.family} needs numbers{first}: "
+                + rows.as_numbers(self.name)
             )
         found = series_values(series, dtype=np.float64)
         wrong = np.isinf(found)
@@ -106,9 +112,9 @@ class TableColumn:
             row = int(np.flatnonzero(wrong)[0])
             needed = {"log-normal": "positive numbers", **dict.fromkeys(COUNTS, "whole numbers ≥ 0")}
             raise DataError(
-                f"column {self.name!r} has {found[row]:g} in row {row}, where {self.family} needs "
-                f"{needed.get(self.family, 'finite numbers')}: correct it, leave it empty, or choose another "
-                f"family, by families={{{self.name!r}: ...}}"
+                f"column {self.name!r} has {found[row]:g} in {rows.place(row)}, where {self.family} "
+                f"needs {needed.get(self.family, 'finite numbers')}: correct it, leave it empty, or choose "
+                f"another family, by families={{{self.name!r}: ...}}"
             )
         return found
 
@@ -118,7 +124,7 @@ class TableColumn:
         Raises:
             DataError: If a number is not a code of a level.
         """
-        pandas = _pandas()
+        pandas = import_pandas()
         missing = np.isnan(codes)
         if self.family not in _LEVELLED:
             numbers = pandas.Series(np.rint(codes) if self.is_whole else codes)
@@ -173,13 +179,15 @@ class Table:
         Raises:
             DataError: If a column is not there, or a value is not valid in it.
         """
-        frame = _frame(rows)
+        found = rows_of(rows)
+        frame = found.frame
         absent = [column.name for column in self.columns if column.name not in frame.columns]
-        if absent:
-            raise DataError(
-                f"the table has no column {absent[0]!r}; it has {', '.join(map(str, frame.columns))}"
-            )
-        return torch.from_numpy(np.stack([c.codes(frame[c.name]) for c in self.columns], 1))
+        with found.named():
+            if absent:
+                raise DataError(
+                    f"the table has no column {absent[0]!r}; it has {', '.join(map(str, frame.columns))}"
+                )
+            return torch.from_numpy(np.stack([c.codes(frame[c.name], found) for c in self.columns], 1))
 
     def frame(self, values: Any, *, index: Any = None) -> Any:
         """Return a data frame of pandas of the same columns and types from numbers.
@@ -201,7 +209,7 @@ class Table:
         if numbers.ndim != 2 or numbers.shape[1] != len(self.columns):
             raise DataError(f"values must have shape (N, {len(self.columns)}); got {numbers.shape}")
         parts = {c.name: c.series(numbers[:, place]) for place, c in enumerate(self.columns)}
-        found = _pandas().DataFrame(parts)
+        found = import_pandas().DataFrame(parts)
         return found if index is None else found.set_axis(index, axis=0)
 
     def __repr__(self) -> str:
@@ -254,23 +262,29 @@ def table(source: Any, *, families: Mapping[str, str] | None = None, drop: Seque
         >>> bool(people.frame(people.values).equals(frame))
         True
     """
-    frame = _frame(source)
-    wanted = dict(families or {})
+    rows = rows_of(source)
+    with rows.named():
+        return _table(rows, dict(families or {}), list(drop))
+
+
+def _table(rows: TableRows, wanted: dict[str, str], drop: list[str]) -> Table:
+    frame = rows.frame
     for name in (*wanted, *drop):
         if name not in frame.columns:
             raise DataError(f"the table has no column {name!r}; it has {', '.join(map(str, frame.columns))}")
     twice = frame.columns[frame.columns.duplicated()]
     if len(twice):
         raise DataError(f"the table has two columns {twice[0]!r}: rename one")
-    frame = frame.drop(columns=list(drop))
+    frame = frame.drop(columns=drop)
     if 0 in frame.shape:
         raise DataError(f"the table is empty: it has {frame.shape[0]} rows and {frame.shape[1]} columns")
-    columns = tuple(_column(name, frame[name], wanted.get(name)) for name in frame.columns)
-    values = np.stack([column.codes(frame[column.name]) for column in columns], 1)
+    columns = tuple(_column(name, rows, wanted.get(name)) for name in frame.columns)
+    values = np.stack([column.codes(frame[column.name], rows) for column in columns], 1)
     return Table(torch.from_numpy(values), columns, frame.index)
 
 
-def _column(name: Any, series: Any, asked: str | None) -> TableColumn:
+def _column(name: Any, rows: TableRows, asked: str | None) -> TableColumn:
+    series = rows.frame[name]
     if asked not in (None, "counts", *FAMILIES):
         raise DataError(f"families[{name!r}] must be one of counts, {', '.join(FAMILIES)}; got {asked!r}")
     if series.isna().all():
@@ -281,7 +295,7 @@ def _column(name: Any, series: Any, asked: str | None) -> TableColumn:
             f"column {name!r} holds {series.dtype}: make it a number, such as a year, or leave it out, by "
             f"drop=[{name!r}]"
         )
-    family, reason = (asked, "asked for") if asked is not None else _propose(name, series)
+    family, reason = (asked, "asked for") if asked is not None else _propose(name, rows)
     levels = _levels(series) if family in _LEVELLED else ()
     if len(levels) < {"ordinal": 2}.get(family, 0) or (family == "binary" and len(levels) != 2):
         raise DataError(
@@ -289,7 +303,7 @@ def _column(name: Any, series: Any, asked: str | None) -> TableColumn:
             "categorical, or normal for numbers"
         )
     column = TableColumn(name, series.dtype, "poisson" if family == "counts" else family, reason, levels)
-    present = column.codes(series)
+    present = column.codes(series, rows)
     present = present[~np.isnan(present)]
     if family == "counts":
         family, reason = _of_counts(present)
@@ -300,8 +314,9 @@ def _column(name: Any, series: Any, asked: str | None) -> TableColumn:
     )
 
 
-def _propose(name: Any, series: Any) -> tuple[str, str]:
+def _propose(name: Any, rows: TableRows) -> tuple[str, str]:
     """Return the family of a column, by the rule of this module, and the reason in words."""
+    series = rows.frame[name]
     present = series.dropna()
     levels = _levels(series)
     if series.dtype.kind == "b":
@@ -312,7 +327,7 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
         if hasattr(series, "cat"):
             ordered = series.cat.ordered
             return ("ordinal", "ordered categories") if ordered else ("categorical", "categories")
-        _require_no_stray_text(name, series)
+        _require_no_stray_text(name, rows)
         if len(levels) > max(_FEW, len(present) / 2):
             raise DataError(
                 f"column {name!r} is text with {len(levels)} values in {len(present)} rows, such as "
@@ -320,7 +335,7 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
                 f"families={{{name!r}: 'categorical'}}"
             )
         return "categorical", f"text of {len(levels)} values"
-    values = TableColumn(name, series.dtype, "normal", "").codes(series)
+    values = TableColumn(name, series.dtype, "normal", "").codes(series, rows)
     if _seem_to_identify_rows(values):
         logger.warning(
             "column %r holds whole numbers of which no two are the same, as those of rows, customers or "
@@ -331,36 +346,35 @@ def _propose(name: Any, series: Any) -> tuple[str, str]:
     return _of_numbers(values[~np.isnan(values)])
 
 
-def _require_no_stray_text(name: Any, series: Any) -> None:
+def _require_no_stray_text(name: Any, rows: TableRows) -> None:
     """Raise if a column is one of numbers but for some entries, which would make categories of all numbers.
 
     Few numbers, such as 0, 1, 2 and "3+", may be meant as categories.
     """
+    series = rows.frame[name]
     present = series.dropna()
     numbers = _parsed(present).dropna()
     many = len(numbers) > len(present) / 2 and numbers.nunique() > min(_FEW, len(present) / 2)
     if many and len(numbers) < len(present):
         where = _first_text(series)
+        assert where is not None
         raise DataError(
-            f"column {name!r} has {series.iloc[where]!r} in row {where}, where {len(numbers)} of its "
-            f"{len(present)} values are numbers: correct it, leave it empty, make holes of all such values, "
-            f"by {_as_numbers(name)}, or say that text is meant, by families={{{name!r}: 'categorical'}}"
+            f"column {name!r} has {series.iloc[where]!r} in {rows.place(where)}, where {len(numbers)} of "
+            f"its {len(present)} values are numbers: correct it, leave it empty, make holes of all such "
+            f"values, by {rows.as_numbers(name)}, or say that text is meant, by "
+            f"families={{{name!r}: 'categorical'}}"
         )
 
 
 def _parsed(series: Any) -> Any:
     """Return a column of any values as numbers, NaN where they are not."""
-    return _pandas().to_numeric(series, errors="coerce")
+    return import_pandas().to_numeric(series, errors="coerce")
 
 
 def _first_text(series: Any) -> int | None:
     """Return the row of the first value that is neither missing nor a number."""
     rows = np.flatnonzero(series.notna() & _parsed(series).isna())
     return int(rows[0]) if len(rows) else None
-
-
-def _as_numbers(name: Any) -> str:
-    return f"frame[{name!r}] = pandas.to_numeric(frame[{name!r}], errors='coerce')"
 
 
 def _seem_to_identify_rows(values: NDArray[Any]) -> bool:
@@ -423,71 +437,3 @@ def _units(family: str, present: NDArray[Any]) -> tuple[float, float]:
 
 def _pairs(series: Any) -> Any:
     return zip(series.tolist(), series.isna().tolist(), strict=True)
-
-
-def _frame(source: Any) -> Any:
-    """Return a data frame of pandas."""
-    if isinstance(source, str | os.PathLike):
-        return _read(Path(source))
-    if not is_frame(source):
-        raise TypeError(f"a table is a data frame, or the path of a file; got {type(source).__name__}")
-    return source.to_pandas() if hasattr(source, "to_pandas") else source
-
-
-def _read(path: Path) -> Any:
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".tsv", ".parquet"):
-        raise DataError(f"{path} must end in .csv, .tsv or .parquet, which says how it is read")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    pandas = _pandas()
-    try:
-        if suffix == ".parquet":
-            return pandas.read_parquet(path, engine="pyarrow")
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            line = file.readline()
-        delimiter = delimiter_of(line)
-        names = next(csv.reader([line], delimiter=delimiter), [])
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:  # which pandas would rename
-            raise ValueError(f"two columns are called {twice!r}: rename one")
-        if not is_header(names):
-            raise ValueError("its first line holds numbers, where the names of the columns should stand")
-        marks = [form for mark in MISSING for form in (mark, mark.upper(), mark.capitalize())]
-        options = {"sep": delimiter, "na_values": marks, "skipinitialspace": True, "encoding": "utf-8-sig"}
-        if tuple(map(int, pandas.__version__.split(".")[:2])) < (3, 1):
-            options["float_precision"] = "round_trip"  # later the default, and deprecated as an option
-        found = pandas.read_csv(path, **options)
-        if not isinstance(found.index, pandas.RangeIndex):  # pandas takes values without a name for an index
-            raise ValueError("its rows have more values than its first line has names")
-    except (ValueError, OSError) as error:  # pandas' errors of parsing are ValueErrors
-        raise DataError(f"{path} is not a readable {suffix} file: {error}") from error
-    first = str(found.columns[0])
-    return found.set_index(first, drop=True).rename_axis(None) if first.startswith("Unnamed: 0") else found
-
-
-def is_header(row: list[str]) -> bool:
-    """Return whether a first line holds names: words, or the numbers 0, 1, 2, … of an array's columns."""
-    if row == [str(column) for column in range(len(row))] and len(row) > 1:
-        return True
-    return not all(_is_number(text) for text in row)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return text.strip() != "" and text.strip().lower() in MISSING
-    return True
-
-
-def delimiter_of(line: str) -> str:
-    """Return what separates the fields of a line: comma, semicolon or tabulator."""
-    return max(",;\t", key=line.count)
-
-
-def _pandas() -> Any:
-    try:
-        return importlib.import_module("pandas")
-    except ImportError as error:
-        raise ImportError("tables of mixed columns need pandas: pip install pandas") from error

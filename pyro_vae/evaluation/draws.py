@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.frames import columns_trained_on, require_columns
 from pyro_vae.data.images import Images
 from pyro_vae.data.sources import arguments, num_rows, told_of_missing
 from pyro_vae.engine.repeated import Repeated
@@ -26,6 +25,7 @@ from pyro_vae.inference.observed_values import check_of
 from pyro_vae.objectives.log_terms import PairSites, Terms, terms
 from pyro_vae.objectives.pair import make_parameters, waits_to_run
 from pyro_vae.objectives.sites import Site
+from pyro_vae.utils.frames import columns_trained_on, require_columns
 from pyro_vae.utils.isolation import derived_seed, seed_at, seed_generators
 from pyro_vae.utils.processes import Processes
 from pyro_vae.utils.validation import NonFiniteError
@@ -275,6 +275,7 @@ def require_finite(log_weight: Tensor, *, first_index: int) -> None:
     shown = ", ".join(str(first_index + index) for index in indices[:5]) + (", …" if len(indices) > 5 else "")
     raise NonFiniteError(
         f"log importance weights are infinite or NaN for {len(indices)} of the examples {first_index} to "
-        f"{first_index + log_weight.shape[1] - 1}: index {shown}; example {first_index + indices[0]} has "
-        f"{int(wrong[indices[0]])} such weights of {len(log_weight)}. Check the parameters and these examples"
+        f"{first_index + log_weight.shape[1] - 1}, counted from 0: index {shown}; example "
+        f"{first_index + indices[0]} has {int(wrong[indices[0]])} such weights of {len(log_weight)}. Check "
+        "the parameters and these examples"
     )

@@ -26,7 +26,7 @@ from pyro_vae.objectives.calls import as_arguments
 from pyro_vae.objectives.estimators import label
 from pyro_vae.objectives.guide_problems import parameters
 from pyro_vae.objectives.kl_weighting import KLWeighted
-from pyro_vae.objectives.pair import split_pair
+from pyro_vae.objectives.pair import as_tensors, split_pair
 from pyro_vae.objectives.sites import Program
 from pyro_vae.utils.isolation import isolated
 
@@ -58,7 +58,8 @@ def check_guide(model: Any, *data: Any, max_plate_nesting: int = 1, **kwargs: An
     Args:
         model: A Pyro model, followed by a guide; or a pair of the two, such as a `VAE`.
         *data: The guide, if a model came first; then the arguments of both, or a tuple or dict of them, as
-            in `fit`. A small batch is enough.
+            in `fit`. A small batch is enough. The programs of a `VAE` or a `Pair` take arrays, sparse
+            matrices, data frames and `Images`, too.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
 
@@ -85,7 +86,7 @@ def check_guide(model: Any, *data: Any, max_plate_nesting: int = 1, **kwargs: An
         True
     """
     model, guide, data = split_pair("check_guide(pair, x) or check_guide(model, guide, x)", model, *data)
-    data, kwargs = as_arguments(model, data, kwargs)
+    data, kwargs = as_tensors(model, *as_arguments(model, data, kwargs))
     require_observable(model, data, kwargs)
     with isolated(model, guide):
         pair = run_fitting_pair(model, guide, data, kwargs)

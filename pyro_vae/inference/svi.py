@@ -37,7 +37,7 @@ from pyro_vae.inference.observed_values import require_observable
 from pyro_vae.inference.pyro_arguments import FunctionLoss, as_estimator, explain_pyro_keywords
 from pyro_vae.inference.same_sites import naming_step, with_same_sites
 from pyro_vae.objectives.calls import explaining_calls, require_arguments
-from pyro_vae.objectives.pair import split_pair, stored_parameters
+from pyro_vae.objectives.pair import as_tensors, split_pair, stored_parameters
 from pyro_vae.objectives.sites import Program, latent_sites, plate_nesting, run_pair, sample_sites
 from pyro_vae.utils.isolation import isolated, without_autocast
 from pyro_vae.utils.processes import join
@@ -179,8 +179,10 @@ class SVI:
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step and return the loss as defined by the estimator.
 
-        Arguments are those of the model and the guide. The first step calls `check`. If the loss depends on
-        no parameter that requires a gradient, nothing moves, and a warning is logged.
+        Arguments are those of the model and the guide. The programs of a `VAE` or a `Pair` get tensors, which
+        arrays, sparse matrices, data frames and `Images` become as in `fit`; others get what is given, as in
+        Pyro. The first step calls `check`. If the loss depends on no parameter that requires a gradient,
+        nothing moves, and a warning is logged.
 
         Returns:
             A number; a tuple of numbers from an estimator of several, such as Pyro's ReweightedWakeSleep;
@@ -193,6 +195,10 @@ class SVI:
                 same; names the step and the site.
             ValueError: If the programs enter a parameter in Pyro's store that the optimiser does not hold.
         """
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, Tensor):
+                args, kwargs = as_tensors(self.model, args, kwargs)
+                break
         if self.processes.size > 1:
             return self.step_in_parts([(args, kwargs)])
         return self.take_step(self._eager_step, args, kwargs)
@@ -295,7 +301,7 @@ class SVI:
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Check, without side effects, that the guide fits, and that the estimator and the optimiser suit it.
 
-        Arguments are those of the model and the guide; a small batch is enough. `step` does not repeat a
+        Arguments are as for `step`; a small batch is enough. `step` does not repeat a
         check that has passed. A loss that is a function may run the pair in its own way: it is not checked
         before its first step.
 
@@ -304,6 +310,7 @@ class SVI:
             ValueError: If the estimator is not valid for the pair, or the guide depends on a parameter, of
                 Pyro's global store or without a Pyro statement, that the optimiser does not hold.
         """
+        args, kwargs = as_tensors(self.model, args, kwargs)
         require_arguments(self.model, args, kwargs)
         if not isinstance(self.loss, FunctionLoss):
             require_observable(self.model, args, kwargs)
@@ -347,6 +354,7 @@ class SVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, as `step` does, without taking a step, using torch's global generator."""
+        args, kwargs = as_tensors(self.model, args, kwargs)
         if self.loss is None:
             self.check(*args, **kwargs)
         with torch.no_grad(), explaining_calls(self.model, self.guide, args, kwargs), naming_step():

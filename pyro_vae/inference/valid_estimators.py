@@ -12,6 +12,7 @@ from pyro_vae.inference.guide_fit import FittingPair, sums_out
 from pyro_vae.objectives.enumeration import enumerated_sites
 from pyro_vae.objectives.estimators import CIWAE, IWAE, PIWAE, STL, VIMCO, DReG, Estimator, Renyi
 from pyro_vae.objectives.kl_weighting import KLWeighted
+from pyro_vae.objectives.pair import as_tensors
 from pyro_vae.objectives.sites import (
     Program,
     check_plates,
@@ -110,6 +111,7 @@ def check_mean_field(model: Program, guide: Program, *data: Any, **kwargs: Any) 
             ...
         ValueError: TraceMeanField_ELBO is wrong here: the model draws 'z2' given 'z1', ...
     """
+    data, kwargs = as_tensors(model, data, kwargs)
     with torch.no_grad(), torch.random.fork_rng(), poutine.block():
         guide_trace, model_trace = run_pair(model, guide, data, kwargs)
         guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from pyro_vae.objectives.estimators import Estimator, Loss, label, total_loss, with_gradient_of
+from pyro_vae.objectives.pair import as_tensors
 from pyro_vae.objectives.sites import (
     Program,
     Site,
@@ -110,6 +111,7 @@ class KLWeighted(Loss):
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Estimate the loss of the wrapped estimator, with β = 1."""
+        args, kwargs = as_tensors(model, args, kwargs)
         return self.estimator.loss(model, guide, *args, **kwargs)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,6 +140,7 @@ class KLWeighted(Loss):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Return the weighted loss, and the loss with β = 1 on the same draws."""
+        args, kwargs = as_tensors(model, args, kwargs)
         weight_kl = _weight_terms if isinstance(self.estimator, Estimator) else _weight_scales
         objective, value, runs, particles = weight_kl(self.estimator, beta, model, guide, *args, **kwargs)
         if self.free_bits:

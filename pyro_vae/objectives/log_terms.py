@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_vae.objectives.calls import as_arguments, explaining_calls
 from pyro_vae.objectives.enumeration import enumerated_sites, sum_out
 from pyro_vae.objectives.guide_problems import mask_problems, name_problems, value_problem
-from pyro_vae.objectives.pair import split_pair
+from pyro_vae.objectives.pair import as_tensors, split_pair
 from pyro_vae.objectives.sites import (
     NotSeparableError,
     Program,
@@ -186,7 +186,8 @@ def terms(
             `infer={"enumerate": "parallel"}`, and the guide lacks, are summed out of both. The guide has the
             same arguments and latent sites, possibly with additional ones marked
             `infer={"is_auxiliary": True}`.
-        *data: The guide, if a model came first; then the arguments of both, or a tuple or dict of them.
+        *data: The guide, if a model came first; then the arguments of both, or a tuple or dict of them. The
+            programs of a `VAE` or a `Pair` take arrays, sparse matrices, data frames and `Images`, too.
         num_particles: S, independent draws from the guide per example.
         max_plate_nesting: Number of batch dimensions of the pair's own plates, 1 for a data plate alone.
         **kwargs: Keyword arguments of both.
@@ -218,7 +219,7 @@ def terms(
         tensor([-1.2655, -1.5155, -2.2655])
     """
     model, guide, data = split_pair("terms(pair, x) or terms(model, guide, x)", model, *data)
-    data, kwargs = as_arguments(model, data, kwargs)
+    data, kwargs = as_tensors(model, *as_arguments(model, data, kwargs))
     require_count("num_particles", num_particles)
     require_count("max_plate_nesting", max_plate_nesting)
     _require_apart(guide)

@@ -23,6 +23,8 @@ from torch.distributions import transform_to
 
 from pyro_vae.objectives.sites import Program, guide_messenger, require_programs, run_pair
 from pyro_vae.utils import serialization
+from pyro_vae.utils.arrays import as_tensor
+from pyro_vae.utils.frames import columns_trained_on, require_columns
 from pyro_vae.utils.isolation import ModuleStates, before_change, evaluation_mode
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Pair",
     "Programs",
     "as_programs",
+    "as_tensors",
     "make_parameters",
     "split_pair",
     "stored_parameters",
@@ -194,6 +197,21 @@ class OwnParameters(nn.Module):
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters to a file."""
+
+    def _as_tensor(self, value: Any) -> Any:
+        """Return data as the tensor that `fit` makes of them, of the parameters' type and device.
+
+        Args:
+            value: See `utils.arrays.as_tensor`; tensors, and what does not hold rows, stay as they are.
+
+        Raises:
+            ValueError: If a data frame has other columns than those trained on.
+        """
+        if isinstance(value, Tensor):
+            return value
+        require_columns(columns_trained_on(self), value)
+        parameter = next(self.parameters(), torch.zeros(()))
+        return as_tensor(value, dtype=parameter.dtype, device=parameter.device)
 
     def _own_store(self) -> "_OwnStore":
         """Return a context in which Pyro's store is this module's, and what is named is registered."""
@@ -425,8 +443,24 @@ class Pair(OwnParameters):
         return {name: str(constraint) for name, constraint in self.stored.constraints.items()}
 
 
+def as_tensors(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments as tensors for a program of a `VAE` or a `Pair`, else as they are, as in Pyro.
+
+    A program of another kind may take arrays or data frames itself.
+    """
+    owner = getattr(program, "__self__", None)
+    if not isinstance(owner, OwnParameters):
+        return args, kwargs
+    return tuple(map(owner._as_tensor, args)), {
+        name: owner._as_tensor(value) for name, value in kwargs.items()
+    }
+
+
 def make_parameters(pair: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run a pair once without gradients, in evaluation mode, so that lazy parameters are made."""
+    args, kwargs = as_tensors(pair.model, args, kwargs)
     states, named = ModuleStates(), _NamedModules()
     with evaluation_mode(pair.model, pair.guide), torch.no_grad(), poutine.block(), states.followed(), named:
         run_pair(pair.model, pair.guide, args, kwargs)

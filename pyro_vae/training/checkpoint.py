@@ -73,7 +73,7 @@ class Checkpoint:
         stack.enter_context(_locked(folder))
         path = folder / "last.pt"
         if resume and not path.exists():
-            logger.info("no run in %s yet: one starts there", folder)
+            logger.warning("there is no run in %s to resume: one starts there from the beginning", folder)
         elif path.exists() and not resume:
             logger.warning("the run in %s is replaced by a new one; resume=True would go on with it", folder)
         if not path.exists():

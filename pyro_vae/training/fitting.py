@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.frames import column_names, remember_columns, require_columns
 from pyro_vae.data.sources import arguments
 from pyro_vae.data.streams import Stream
 from pyro_vae.inference.guide_check import require_fit
@@ -34,6 +33,7 @@ from pyro_vae.training.run import Run
 from pyro_vae.training.run_data import prepare_data, require_alike
 from pyro_vae.training.settings import BATCH_SIZE, Settings, make_settings, require_callbacks
 from pyro_vae.utils.display import progress_bar
+from pyro_vae.utils.frames import column_names, remember_columns, require_columns
 from pyro_vae.utils.isolation import evaluation_mode, isolated_generators
 from pyro_vae.utils.processes import join
 from pyro_vae.utils.signals import deferred_signals
@@ -94,7 +94,8 @@ def fit(
             and copied, except of data frames and by `binarize="fixed"`. After a data frame, others that the
             pair is given must have its columns, in its order. A tuple or dict of these for programs of
             several arguments, which are called as f(*batch) or f(**batch); None for an argument that is not
-            there. Or an iterable of batches, such as a torch DataLoader or a stream without length.
+            there. Or an iterable of batches, such as a torch DataLoader or a stream without length, of
+            tensors, arrays or data frames.
         estimator: A `pyro.infer.ELBO`; by default `TraceMeanField_ELBO()` where it is valid for the pair,
             `TraceEnum_ELBO()` where a site is marked to be enumerated, else `Trace_ELBO()`.
         epochs: Passes over the data, those before a resume included.
@@ -127,11 +128,12 @@ def fit(
         callbacks: Called after each epoch, in evaluation mode; see `Callback`. What they draw does not
             disturb the training.
         progress: Show a progress bar, in a terminal or a notebook.
-        checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there is replaced.
+        checkpoint_dir: Folder for checkpoints, made if need be. An earlier run there, finished or not, is
+            replaced, which a warning says, unless it is resumed.
         checkpoint_every: Save the run also within epochs, where they are long: after every so many steps, or
             by a `datetime.timedelta`, after the step in which so much time has passed.
-        resume: Continue the run in `checkpoint_dir`; begin one where there is none yet. The folder
-            serves one run at a time.
+        resume: Continue the run in `checkpoint_dir`; begin one where there is none yet, which a warning says,
+            since the name of the folder may be wrong. The folder serves one run at a time.
         group: The processes of `torch.distributed` that train together: "auto" for all that torchrun has
             started, None for this one alone. Each takes a part of every batch, and the gradients are summed,
             so that `batch_size` is of all together and the steps are those of one process. All call `fit`

@@ -362,10 +362,11 @@ class Run:
             elbos = self.processes.interleave(partial(self._validation_elbos, noise))
         elbo = torch.cat(elbos)
         if not elbo.isfinite().all():
-            index = int((~elbo.isfinite()).nonzero()[0])
+            index = (~elbo.isfinite()).nonzero()[0]
+            row = self.held_out.rows_of(index) if isinstance(self.held_out, Batches) else index
             raise NonFiniteError(
-                f"the ELBO of validation example {index} is {elbo[index]} after epoch "
-                f"{len(self.history) + 1}. {self._last_good()}"
+                f"the ELBO of the validation example in row {row.item()} of the data (counted from 0) is "
+                f"{elbo[index].item()} after epoch {len(self.history) + 1}. {self._last_good()}"
             )
         several = self.separable and len(elbo) > 1  # else each has the mean of its batch
         se = float(elbo.std()) / math.sqrt(len(elbo)) if several else math.nan

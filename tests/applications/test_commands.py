@@ -147,11 +147,15 @@ def test_anomalies(folder, tmp_path, capsys):
     assert run("anomalies", *arguments, *options, "--json", tmp_path / "a.json") == 0
     with (tmp_path / "found.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["row", "score", "p_value", "anomaly"]
+    assert list(rows[0]) == ["row", "line", "score", "p_value", "anomaly"]
     assert len(rows) == 30
-    assert rows[7]["row"] == "8"
+    assert (rows[7]["row"], rows[7]["line"]) == ("7", "9")  # line 1 is the header
     assert rows[7]["anomaly"] == "1"
     assert float(rows[7]["p_value"]) == min(float(row["p_value"]) for row in rows)
+    pd.DataFrame(odd, columns=NAMES).to_parquet(tmp_path / "today.parquet")
+    assert run("anomalies", tmp_path / "today.parquet", tmp_path / "same.csv", *arguments[2:], *options) == 0
+    with (tmp_path / "same.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{k: row[k] for k in row if k != "line"} for row in rows]
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["anomalies"] == sum(row["anomaly"] == "1" for row in rows)
     assert all((float(row["score"]) < found["threshold"]) == (row["anomaly"] == "1") for row in rows)
@@ -259,7 +263,7 @@ def test_tables(tmp_path):
     assert table.names == ["a", "b", "c"]
     assert table.select(None, ["c"]) == [0, 1]
     np.testing.assert_array_equal(table.numbers(1), [np.nan, 3])
-    with pytest.raises(ValueError, match=r"row 1, column 'c' of .* is 'x', which is not a number"):
+    with pytest.raises(ValueError, match=r"line 2, column 'c' of .* is 'x', which is not a number"):
         table.numbers(2)
     table.write_filled(tmp_path / "y.csv", [0, 1], np.array([[9.0, 0.1], [9.0, 9.0]]))
     assert (tmp_path / "y.csv").read_bytes() == b"a;b;c\r\n1;0.1;x\r\n2.5;3;y\r\n"
@@ -276,6 +280,7 @@ def test_parquet(tmp_path, folder):
     frame.to_parquet(tmp_path / "x.parquet")
     table = read_table(tmp_path / "x.parquet")
     np.testing.assert_array_equal(table.numbers(1), [1, np.nan])
+    assert table.place(1, 0) == f"row 1 (counted from 0), column 'a' of {tmp_path / 'x.parquet'}"
     with pytest.raises(ValueError, match="column 'c'"):
         table.numbers(2)
     table.write_filled(tmp_path / "y.parquet", [0, 1], np.array([[9.0, 9.0], [0.5, 1.5]]))
@@ -290,6 +295,40 @@ def test_what_parquet_needs_is_said(tmp_path, folder, capsys, monkeypatch):
     arguments = ["embed", folder / "x.csv", tmp_path / "z.parquet", "--model", folder / "vae.pt"]
     assert run(*arguments) == 1
     assert "pip install pandas pyarrow" in capsys.readouterr().err
+
+
+def test_a_cell_without_a_number_is_named_by_its_line_and_each_remedy_works(folder, tmp_path, capsys):
+    lines = [",".join(map(str, row)) for row in (NAMES, *values().tolist())]
+    cells = lines[5].split(",")
+    lines[5] = ",".join([*cells[:2], "oops", *cells[3:]])
+    bad, empty = tmp_path / "bad.csv", tmp_path / "empty.csv"
+    bad.write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
+    empty.write_text(bad.read_text().replace("oops", ""))
+    model, holes = ["--model", folder / "vae.pt"], ["--model", folder / "holes.pt"]
+    out, drop = tmp_path / "out.csv", "or leave the column out, by --drop 'age'"
+    train = ["--out", tmp_path / "vae.pt", *QUICK]
+    cases = {
+        f"leave the cell empty and add --missing nan, {drop}": [
+            ["train", bad, *train], ["evaluate", bad, *model],
+        ],
+        f"write numbers, leave the cell empty, {drop}": [
+            ["train", bad, *train, "--missing", "nan"], ["evaluate", bad, *holes],
+            ["impute", bad, out, *model],
+        ],
+        f"write numbers, {drop}": [["anomalies", bad, out, *model, "--reference", bad]],
+    }  # fmt: skip
+    for message, commands in cases.items():
+        for arguments in commands:
+            assert run(*arguments) == 1
+            start = f"pyro-vae: line 7, column 'age' of {bad} is 'oops', which is not a number: "
+            error = capsys.readouterr().err
+            assert error.startswith(start), error
+            assert message in error
+    assert run("train", bad, *train, "--drop", "age") == 0
+    assert run("train", empty, *train, "--missing", "nan") == 0
+    assert run("evaluate", empty, *model, "--missing", "nan", "--num-particles", 5, "--quiet") == 0
+    assert run("evaluate", empty, *holes, "--num-particles", 5, "--quiet") == 0
+    assert run("impute", empty, out, *model) == 0
 
 
 def test_invalid_data_are_one_sentence_and_leave_no_file(folder, tmp_path, capsys):
@@ -313,10 +352,10 @@ def test_invalid_data_are_one_sentence_and_leave_no_file(folder, tmp_path, capsy
         "column 'kind' of": ["train", folder / "x.csv", *train],
         "has no column 'size'; it has height": ["train", folder / "x.csv", "--drop", "size", *train],
         "is missing: pass --missing nan": ["train", folder / "holes.csv", *train],
-        "row 2 of": ["train", tmp_path / "ragged.csv", *train],
+        "line 3 of": ["train", tmp_path / "ragged.csv", *train],
         "is empty": ["train", tmp_path / "empty.csv", *train],
         "two columns 'a'": ["train", tmp_path / "twice.csv", *train],
-        "column 'b' of": ["train", tmp_path / "infinite.csv", *train],
+        "line 2, column 'b' of": ["train", tmp_path / "infinite.csv", *train],
         "--array NAME": ["train", tmp_path / "two.npz", *train],
         "cut.npz is not a .npz file of numbers": ["train", tmp_path / "cut.npz", *train],
         "objects.npy is not a .npy file of numbers": ["train", tmp_path / "objects.npy", *train],

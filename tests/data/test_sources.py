@@ -163,11 +163,18 @@ def test_a_wrong_value_is_named_by_its_row_in_all_the_data(monkeypatch):
     for row in (2, 22):
         spoilt = X.clone()
         spoilt[row, 1] = torch.nan
-        place = "" if row == 2 else r".*\(in a part; it is row 22 of the data\)"
-        with pytest.raises(ValueError, match=rf"x\[2, 1\] = nan{place}"):
+        where = f"{'the first ' * (row == 2)}4 of the {len(X)} rows"
+        message = rf"^x\[{row}, 1\] = nan .*; 1 of {4 * X.shape[1]} values do in {where}"
+        with pytest.raises(ValueError, match=message):
             pv.fit(make(), spoilt, epochs=1, batch_size=8, progress=False)
-        with pytest.raises(ValueError, match=f"the validation data.*it is row {row + 31}"):
+        with pytest.raises(ValueError, match=rf"the validation data: x\[{row + 31}, 1\] = nan"):
             pv.fit(make(), X, validation=torch.cat([X[:31], spoilt[: row + 1]]), epochs=1, progress=False)
+        message = rf"x\[{row}, 1\] = nan .*values do in \d of the {len(X)} rows"
+        with pytest.raises(ValueError, match=message):  # of a part in random order
+            pv.fit(make(), spoilt, validation=0.3, epochs=1, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=rf"x\[22, 1\] = nan .*; 1 of {X.numel()} values do; if"):
+        pv.fit(make(), spoilt, epochs=1, progress=False)
 
 
 @pytest.mark.usefixtures("_all_are_large")
@@ -175,7 +182,7 @@ def test_large_data_are_checked_when_they_are_first_read(monkeypatch):
     monkeypatch.setattr(batches_module, "_CHUNK", 4)
     spoilt = X.clone()
     spoilt[20, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"x\[\d, 1\] = nan .*it is row 20 of the data"):
+    with pytest.raises(ValueError, match=rf"x\[20, 1\] = nan .*values do in 8 of the {len(X)} rows"):
         pv.fit(make(), spoilt, epochs=1, batch_size=8, progress=False)
 
 

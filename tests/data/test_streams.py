@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -261,18 +262,74 @@ def test_what_gives_no_batches_is_refused():
         fit(Numbers(), steps_per_epoch=3, validation=iter(DATA.split(9)))
     with pytest.raises(ValueError, match="steps_per_epoch must be at least 1"):
         fit(Numbers(), steps_per_epoch=0)
-    with pytest.raises(TypeError, match="convert with torch.as_tensor"):
-        fit(iter([DATA.numpy()]), steps_per_epoch=1)
     with pytest.raises(ValueError, match="gives no batch"):
         fit(Numbers(0), steps_per_epoch=3)
-    with pytest.raises(TypeError, match="a batch must be a tensor"):
-        fit(iter(["a"]), steps_per_epoch=1)
     with pytest.raises(ValueError, match="steps_per_epoch is for an iterable"):
         fit(DATA, steps_per_epoch=3)
     wrong = DATA.clone()
     wrong[41, 2] = torch.inf
-    with pytest.raises(ValueError, match=r"x\[5, 2\] = inf lies .* \(in batch 4 of the epoch\)"):
+    with pytest.raises(
+        ValueError, match=r"x\[5, 2\] = inf lies .* \(in batch 4 of the epoch; it is row 41 of the epoch, "
+    ):
         fit(DataLoader(wrong, batch_size=9), epochs=1)
+    wrong[3, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"x\[3, 1\] = inf .* \(in batch 0 of the epoch; it is row 3 of"):
+        fit(DataLoader(wrong, batch_size=9), epochs=1)
+
+
+def test_the_row_of_a_wrong_value_counts_the_batches_before_it():
+    wrong = DATA.clone()
+    wrong[41, 2] = torch.inf
+
+    def noting(batch):
+        if batch.isinf().any():
+            raise ValueError(f"x[{int(batch.isinf().nonzero()[0, 0])}] is wrong")
+
+    for start, place in (
+        (0, "batch 4 of the epoch; it is row 41 of"),
+        (3, "batch 4 of the epoch; it is row 41"),
+    ):
+        stream = Stream(DataLoader(wrong, batch_size=9), None, seed=0)
+        stream.check(noting)
+        with pytest.raises(ValueError, match=rf"x\[5\] is wrong \(in {place}"):
+            list(stream.epoch(0, batch_size=9, start=start))
+        with pytest.raises(ValueError, match=rf"x\[5\] is wrong \(in {place}"):
+            list(stream.in_order(9, first=1, every=3))
+    endless = Stream(iter(wrong.split(9)), 9, seed=0)
+    endless.check(noting)
+    with pytest.raises(ValueError, match=r"x\[5\] is wrong \(in batch 6 of the epoch, counted from 0\)"):
+        list(endless.epoch(0, batch_size=9, start=2))  # resumed, so that batches before it are not known
+
+
+def test_batches_may_be_arrays_and_data_frames():
+    class Converted(Numbers):
+        def __init__(self, convert):
+            super().__init__(9)
+            self.convert = convert
+
+        def __len__(self):
+            return 9
+
+        def __iter__(self):
+            return map(self.convert, super().__iter__())
+
+    def frame(x):
+        return pd.DataFrame(x.numpy().astype(np.float64))
+
+    expected, history = fit(Converted(lambda x: x), validation=Converted(lambda x: x))
+    for convert in (lambda x: x.numpy(), lambda x: x.double().numpy(), frame, lambda x: [frame(x)]):
+        found, same = fit(Converted(convert), validation=Converted(convert))
+        assert torch.equal(found, expected)
+        assert same.column("validation_elbo") == history.column("validation_elbo")
+    stream = Stream(iter([(DATA.numpy(), np.array(["a"] * 45), None)]), 1, seed=0)
+    assert [type(part) for part in next(stream.epoch(0, batch_size=1))] == [
+        torch.Tensor,
+        np.ndarray,
+        type(None),
+    ]
+    for text in ("a", np.array(["a"])):
+        with pytest.raises(TypeError, match="a batch must be a tensor, array or data frame of numbers"):
+            fit(iter([text]), steps_per_epoch=1)
 
 
 class Two(Processes):

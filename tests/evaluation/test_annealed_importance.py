@@ -167,11 +167,11 @@ def test_weights_that_are_not_finite_name_the_examples(monkeypatch):
     x = data(exact, 5)
     x[3] = 1e200
     with pytest.raises(
-        pv.NonFiniteError, match=rf"of the examples 0 to 4: index 3; .* {C} such weights of {C}"
+        pv.NonFiniteError, match=rf"examples 0 to 4, counted from 0: index 3; .* {C} such weights of {C}"
     ):
         anneal(vae, x, num_temperatures=2)
     monkeypatch.setattr(draws, "_ROWS", 2 * C)  # two examples at a time
-    with pytest.raises(pv.NonFiniteError, match="of the examples 2 to 3: index 3; "):
+    with pytest.raises(pv.NonFiniteError, match="of the examples 2 to 3, counted from 0: index 3; "):
         anneal(vae, x, num_temperatures=2)
 
 

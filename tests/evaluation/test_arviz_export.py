@@ -347,7 +347,9 @@ def test_weights_that_are_not_finite_name_the_examples():
     pair = two_layers_with_rows()
     x = torch.randn(N, 3)
     x[5] = 1e30
-    with pytest.raises(pv.NonFiniteError, match="infinite or NaN for 1 of the examples 0 to 6: index 5; "):
+    with pytest.raises(
+        pv.NonFiniteError, match="infinite or NaN for 1 of the examples 0 to 6, counted from 0: index 5; "
+    ):
         convert(pair, x, max_plate_nesting=2)
 
 

@@ -40,7 +40,7 @@ def test_five_examples_are_named_and_more_are_marked(count, shown):
     log_weight = torch.zeros(3, 8)
     log_weight[0, 1 : 1 + count] = torch.nan
     log_weight[2, 1] = -torch.inf
-    message = f"for {count} of the examples 11 to 18: index {shown}; example 12 has 2 such weights of 3"
+    message = f"for {count} of the examples 11 to 18, counted from 0: index {shown}; example 12 has 2 such"
     with pytest.raises(pv.NonFiniteError, match=message):
         draws.require_finite(log_weight, first_index=11)
 

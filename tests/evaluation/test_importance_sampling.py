@@ -495,11 +495,11 @@ def test_weights_that_are_not_finite_name_the_examples(monkeypatch):
     x = torch.linspace(-1, 1, N)
     x[4], x[6] = 100.0, 200.0
     pair = SimpleNamespace(model=model, guide=guide)
-    message = "for 2 of the examples 0 to 6: index 4, 6; example 4 has 30 such weights of 30"
+    message = "for 2 of the examples 0 to 6, counted from 0: index 4, 6; example 4 has 30 such weights of 30"
     with pytest.raises(pv.NonFiniteError, match=message):
         evaluate(pair, x, num_particles=30)
     monkeypatch.setattr(draws, "_ROWS", 60)  # two examples at a time
-    with pytest.raises(pv.NonFiniteError, match="for 1 of the examples 4 to 5: index 4; "):
+    with pytest.raises(pv.NonFiniteError, match="for 1 of the examples 4 to 5, counted from 0: index 4; "):
         evaluate(pair, x, num_particles=30)
 
 

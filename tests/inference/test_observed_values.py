@@ -106,5 +106,5 @@ def test_the_row_of_a_wrong_value_in_data_that_are_read_late():
 
     batches = Batches((X, changed(9, 7)))
     batches.unchecked = pv.inference.observed_values.check_of(pair(), batches)
-    with pytest.raises(ValueError, match=r"x\[1\]\[1\] = 7 .*it is row 9 of the data"):
+    with pytest.raises(ValueError, match=r"x\[1\]\[9\] = 7 .*; 1 of 4 values do in 4 of the \d+ rows"):
         list(batches.in_order(4))

@@ -25,6 +25,7 @@ from training_run import make_data, make_vae, normal_vae, train
 
 import pyro_vae as pv
 from pyro_vae import training
+from pyro_vae.data.batches import Batches
 from pyro_vae.utils import serialization
 
 SCRIPT = Path(__file__).parent.parent / "helpers" / "training_run.py"
@@ -501,6 +502,29 @@ def test_a_loss_that_is_not_finite_names_the_place_and_keeps_the_checkpoint(tmp_
     assert_same_state(state_of(vae), good[1])
 
 
+def test_a_validation_example_without_a_finite_elbo_is_named_by_its_row_in_the_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    x = torch.linspace(-1, 1, 31)
+    _, held_out = Batches(x, seed=7).split(0.3)
+    row = int(held_out.rows_of(torch.tensor([4])))
+    assert row != 4
+    spoilt = x.clone()
+    spoilt[row] = 1e30  # whose square is infinite
+    for data, validation in ((spoilt, 0.3), (x, spoilt)):
+        message = rf"example in row {row} of the data \(counted from 0\) is -inf after epoch 1\."
+        with pytest.raises(pv.NonFiniteError, match=message):
+            pv.fit(pv.Pair(model, guide), data, validation=validation, seed=7, epochs=1, progress=False)
+
+
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     vae, x = normal_vae(), torch.randn(30, 4)
     step = pv.SVI.step
@@ -950,7 +974,6 @@ def test_another_number_of_shards_is_another_run(tmp_path):
 
 
 def test_a_run_that_is_replaced_is_named(tmp_path, caplog):
-    caplog.set_level("INFO", "pyro_vae")
     options = {"epochs": 1, "progress": False, "checkpoint_dir": tmp_path / "run"}
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(2),
@@ -964,4 +987,6 @@ def test_a_run_that_is_replaced_is_named(tmp_path, caplog):
     pv.fit(vae, torch.zeros(5, 3), **options)
     assert "is replaced by a new one; resume=True would go on with it" in caplog.text
     pv.fit(vae, torch.zeros(5, 3), resume=True, **(options | {"checkpoint_dir": tmp_path / "rnu"}))
-    assert "rnu yet: one starts there" in caplog.text
+    assert caplog.messages[1:] == [
+        f"there is no run in {tmp_path / 'rnu'} to resume: one starts there from the beginning"
+    ]

@@ -64,7 +64,7 @@ class Data:
         """Return how messages call a value."""
         if self.table is not None:
             return self.table.place(index[0], self.positions[index[1]])
-        return f"the value at {list(index)} of {self.name}"
+        return f"the value at {list(index)} of {self.name} (counted from 0)"
 
 
 def read_data(
@@ -85,7 +85,9 @@ def read_data(
     suffix = Path(name).suffix.lower()
     if suffix in TABLES:
         known = columns if model is None else model.kind.columns
-        return _of_table(read_table(Path(name)), name, known, args.drop)
+        table = read_table(Path(name))
+        positions = table.select(None if table.names is None else known, args.drop)
+        return _of_table(table, name, positions, empty=_empty_cells(args, model))
     if args.drop:
         raise ValueError(f"--drop is for tables with named columns; {name} is not one")
     if suffix in ARRAYS:
@@ -101,20 +103,28 @@ def _are_counts(args: argparse.Namespace, model: Model | None) -> bool:
     return getattr(args, "likelihood", None) in ("poisson", "negative-binomial")
 
 
-def _of_table(table: Table, name: str, columns: list[str] | None, drop: list[str]) -> Data:
-    positions = table.select(None if table.names is None else columns, drop)
+def _empty_cells(args: argparse.Namespace, model: Model | None) -> str:
+    """Return how a cell may be left empty, for messages: "" under a command that takes complete rows."""
+    if hasattr(args, "reference"):
+        return ""
+    known = getattr(args, "missing", "nan") or (model is not None and model.kind.missing)
+    return "leave the cell empty" + ("" if known else " and add --missing nan")
+
+
+def _of_table(table: Table, name: str, positions: list[int], *, empty: str) -> Data:
     if not positions:
         raise ValueError(f"{name} has no columns left")
-    values = np.stack([table.numbers(column) for column in positions], 1)
+    values = np.stack([table.numbers(column, empty=empty) for column in positions], 1)
     data = Data(name, values, table=table, positions=positions)
-    _require_not_infinite(data)
+    _require_not_infinite(data, empty)
     return data
 
 
-def _require_not_infinite(data: Data) -> None:
+def _require_not_infinite(data: Data, empty: str = "") -> None:
     infinite = np.argwhere(np.isinf(np.asarray(data.values)))
     if len(infinite):
-        raise ValueError(f"{data.place(tuple(infinite[0]))} is infinite: correct it, or leave it empty")
+        remedy = "correct it" + f", or {empty}" * bool(empty)
+        raise ValueError(f"{data.place(tuple(infinite[0]))} is infinite: {remedy}")
 
 
 def load_array(path: Path, wanted: str = "") -> tuple[str, NDArray[Any]]:

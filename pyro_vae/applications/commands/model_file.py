@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from pyro_vae import likelihoods
-from pyro_vae.data.frames import note_columns
 from pyro_vae.utils import serialization
+from pyro_vae.utils.frames import note_columns
 from pyro_vae.utils.isolation import evaluating
 from pyro_vae.vae import VAE, file_content, require_vae
 

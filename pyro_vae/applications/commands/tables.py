@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_vae.data.frames import filled, has_numbers, series_values
-from pyro_vae.data.tables import MISSING, delimiter_of, is_header
+from pyro_vae.data.table_rows import MISSING, delimiter_of, is_header, records
+from pyro_vae.utils.frames import filled, has_numbers, series_values
 from pyro_vae.utils.serialization import replacing
 
 __all__ = ["ARRAYS", "TABLES", "Table", "read_table", "require_writable", "write_columns"]
@@ -26,10 +26,12 @@ class Table(ABC):
     Attributes:
         path: The file.
         names: Of all columns, or None for a file without a header.
+        lines: In which the rows begin, as an editor counts them, or None for a file without lines.
     """
 
     path: Path
     names: list[str] | None
+    lines: list[int] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -41,8 +43,12 @@ class Table(ABC):
         """Number of columns."""
 
     @abstractmethod
-    def numbers(self, column: int) -> NDArray[Any]:
+    def numbers(self, column: int, *, empty: str = "") -> NDArray[Any]:
         """Return a column, float64 (N,), NaN where missing.
+
+        Args:
+            column: Its position.
+            empty: What to do about a cell, for messages: leave it empty; "" where the command takes no holes.
 
         Raises:
             ValueError: If a value is not a number; the message names the place.
@@ -58,7 +64,8 @@ class Table(ABC):
 
     def place(self, row: int, column: int) -> str:
         """Return how messages call a value."""
-        return f"row {row + 1}, {self.label(column)} of {self.path}"
+        where = f"row {row} (counted from 0)" if self.lines is None else f"line {self.lines[row]}"
+        return f"{where}, {self.label(column)} of {self.path}"
 
     def select(self, wanted: Sequence[str] | None, drop: Sequence[str]) -> list[int]:
         """Return the positions of columns by name, or of all but some; an unnamed first one is an index.
@@ -91,20 +98,26 @@ class _Csv(Table):
                 self.line_end = "\r\n" if first.endswith("\r\n") else "\n"
                 self.delimiter = delimiter_of(first)
                 file.seek(0)
-                lines = [row for row in csv.reader(file, delimiter=self.delimiter) if row]
+                found = list(records(file, self.delimiter))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a text table in UTF-8: {error}") from error
-        if not lines:
+        if not found:
             raise ValueError(f"{path} is empty")
-        self.names = [name.strip() for name in lines[0]] if is_header(lines[0]) else None
-        self.first_line = lines[:1] if self.names is not None else []
-        self.rows = lines[len(self.first_line) :]
+        width = len(found[0][1])
+        for line, row in found:
+            if len(row) != width:
+                raise ValueError(
+                    f"line {line} of {path} has {len(row)} values; line {found[0][0]} has {width}"
+                )
+        has_header = is_header(found[0][1])
+        self.first_line = [row for _, row in found[:has_header]]
+        self.names = [name.strip() for name in found[0][1]] if has_header else None
+        self.lines, self.rows = (
+            [line for line, _ in found[has_header:]],
+            [row for _, row in found[has_header:]],
+        )
         if not self.rows:
             raise ValueError(f"{path} has a header and no rows")
-        width = len(lines[0])
-        for number, row in enumerate(self.rows, 1):
-            if len(row) != width:
-                raise ValueError(f"row {number} of {path} has {len(row)} values; the first line has {width}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,7 +126,7 @@ class _Csv(Table):
     def num_columns(self) -> int:
         return len(self.rows[0])
 
-    def numbers(self, column: int) -> NDArray[Any]:
+    def numbers(self, column: int, *, empty: str = "") -> NDArray[Any]:
         found = np.empty(len(self.rows))
         for number, row in enumerate(self.rows):
             text = row[column].strip()
@@ -121,13 +134,14 @@ class _Csv(Table):
                 found[number] = np.nan if text.lower() in MISSING else float(text)
             except ValueError:
                 raise ValueError(
-                    f"{self.place(number, column)} is {text!r}, which is not a number: leave the column out, "
-                    f"or write its values as numbers{self._remedy(column)}"
+                    f"{self.place(number, column)} is {text!r}, which is not a number: "
+                    f"{self._remedy(column, empty)}"
                 ) from None
         return found
 
-    def _remedy(self, column: int) -> str:
-        return "" if self.names is None else f" (--drop {self.names[column]!r} leaves it out)"
+    def _remedy(self, column: int, empty: str) -> str:
+        drop = "leave the column out" + (f", by --drop {self.names[column]!r}" if self.names else "")
+        return ", ".join(filter(None, ["write numbers", empty, f"or {drop}"]))
 
     def write_filled(self, path: Path, columns: Sequence[int], values: NDArray[Any]) -> None:
         rows = [list(row) for row in self.rows]
@@ -162,7 +176,7 @@ class _Parquet(Table):
     def num_columns(self) -> int:
         return self.frame.shape[1]
 
-    def numbers(self, column: int) -> NDArray[Any]:
+    def numbers(self, column: int, *, empty: str = "") -> NDArray[Any]:
         series = self.frame.iloc[:, column]
         assert self.names is not None
         if not has_numbers(series):

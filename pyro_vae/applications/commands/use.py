@@ -99,7 +99,7 @@ def _means(model: Model, x: Tensor, *, missing: bool) -> Tensor:
 
 
 def find_anomalies(args: argparse.Namespace) -> None:
-    """Write score, p-value and flag of each example.
+    """Write score, p-value and flag of each example: its row, from 0, and in a text table its line.
 
     Raises:
         ValueError: If the data do not go with the model, or the reference is too small.
@@ -116,8 +116,9 @@ def find_anomalies(args: argparse.Namespace) -> None:
     detector.fit(_scored(reference, model))
     score, p_value = detector.score_samples(x).numpy(), detector.p_value(x).numpy()
     flag = (score < detector.offset_).astype(np.int64)
-    columns = {"row": np.arange(1, len(score) + 1), "score": score, "p_value": p_value, "anomaly": flag}
-    write_columns(args.out, columns)
+    lines = {} if data.table is None or data.table.lines is None else {"line": np.array(data.table.lines)}
+    scored = {"row": np.arange(len(score)), **lines, "score": score, "p_value": p_value, "anomaly": flag}
+    write_columns(args.out, scored)
     found = {"rows": len(flag), "anomalies": int(flag.sum()), "threshold": detector.offset_}
     note(
         f"wrote {args.out}: {found['anomalies']:,} of {len(flag):,} rows score below {detector.offset_:.4g}"

@@ -8,9 +8,9 @@ import torch
 
 import pyro_vae as pv
 from pyro_vae.applications import AnomalyDetector, anomaly_scores, impute
-from pyro_vae.data.frames import filled, frame_like, numbers, series_values
 from pyro_vae.data.sources import as_source
 from pyro_vae.utils import serialization
+from pyro_vae.utils.frames import filled, frame_like, numbers, series_values
 
 N, D, K = 7, 4, 2
 ROWS = [f"row {number}" for number in range(N)]
@@ -212,7 +212,7 @@ def test_columns_that_are_not_numbers_are_named_and_the_remedy_works():
 def test_what_takes_tensors_alone_says_how_to_make_one():
     frame = mixed()
     with pytest.raises(TypeError, match=r"torch.as_tensor\(numpy.asarray\(frame, dtype='float32'\)\)"):
-        pv.terms(make().model, make().guide, frame)
+        make().posterior(frame)
     assert torch.as_tensor(np.asarray(frame, dtype="float32")).shape == (N, D)
 
 
