@@ -12,8 +12,10 @@ from pyro_vae.engine.products import with_kernel
 
 __all__ = ["NotCompiled", "calls_to_pay", "compile_graph", "outputs_of"]
 
-# Rough costs in seconds, the same on every machine, so that a resumed run starts to compile at the same step
+# Rough costs, of which only the ratios count: the same on every machine, so that a resumed run starts to compile
+# at the same step. Measured: 8 s for 240 operations, 55 s for 5,800, of which one saves about a microsecond
 _COMPILE_TIME = 20.0
+_COMPILE_TIME_PER_OPERATION = 0.03
 _SAVED_PER_OPERATION = 4e-6
 _SAVED_PER_VALUE = 1e-9  # per element of an operation's output
 
@@ -89,7 +91,8 @@ def calls_to_pay(outputs: Sequence[Tensor], rows: int = 1) -> float:
         rows: How many times as many values the operations will have.
     """
     values = rows * sum(output.numel() for output in outputs)
-    return _COMPILE_TIME / (_SAVED_PER_OPERATION * len(outputs) + _SAVED_PER_VALUE * values)
+    compile_time = _COMPILE_TIME + _COMPILE_TIME_PER_OPERATION * len(outputs)
+    return compile_time / (_SAVED_PER_OPERATION * len(outputs) + _SAVED_PER_VALUE * values)
 
 
 def outputs_of(module: fx.GraphModule) -> list[Tensor]:
