@@ -33,7 +33,7 @@ def main() -> None:
     add("--output", type=Path, metavar="DIR", help="(default: judge_NAME beside the checkpoint NAME.pt)")
     args = parser.parse_args()
     vae = pv.VAE.load(args.checkpoint, device=args.device)
-    images, seed = test_images(args)
+    images, seed = images_of_run(args)
     folder = args.output or args.checkpoint.with_name(f"judge_{args.checkpoint.stem}")
     folder.mkdir(parents=True, exist_ok=True)  # fail before the evaluation if it cannot be created
     if isinstance(vae.likelihood, pv.likelihoods.Bernoulli):
@@ -56,18 +56,18 @@ def main() -> None:
     print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def test_images(args: argparse.Namespace) -> tuple[pv.data.Images, int]:
+def images_of_run(args: argparse.Namespace) -> tuple[pv.data.Images, int]:
     """Return the test images of the run that wrote the checkpoint, and the seed of their bits."""
     file = args.checkpoint.with_name("metrics.json")
-    run = json.loads(file.read_text()) if file.exists() else {"settings": {}}
-    used = run["settings"] | {name: value for name, value in vars(args).items() if value is not None}
+    run = json.loads(file.read_text()) if file.exists() else {}
+    used = run.get("settings", {}) | {name: value for name, value in vars(args).items() if value is not None}
     if "dataset" not in used:
         raise ValueError(f"there is no {file}, which would say what was trained on: give --dataset")
     _, images = load_data(used["dataset"], used.get("data_root"))
     expected = run.get("data", "MNIST test" if used["dataset"] == "mnist" else images.name)
     if images.name != expected:  # without MNIST, load takes some of its training images
-        what = f"the test images here are {images.name}, those of the run {expected}"
-        raise ValueError(f"{what}: give --data-root, a folder with MNIST/raw, or --dataset digits")
+        what = f"expected the test images {expected!r}, found {images.name!r}"
+        raise ValueError(f"{what}: give --data-root with MNIST/raw, or --dataset digits if trained on them")
     return images, used.get("seed", 0)
 
 

@@ -126,7 +126,7 @@ def test_judge_takes_no_other_images_than_those_of_training(monkeypatch, tmp_pat
     save_vae(tmp_path / "vae.pt")
     assert "there is no" in seen(tmp_path / "vae.pt")
     assert "give --dataset" in seen(tmp_path / "vae.pt")
-    refused = f"error: the test images here are {found}, those of the run MNIST test: give --data-root"
+    refused = f"error: expected the test images 'MNIST test', found {found!r}: give --data-root"
     assert seen(tmp_path / "vae.pt", "--dataset", "mnist").startswith(refused)
     metrics = {"data": "MNIST test", "settings": {"dataset": "mnist", "data_root": None, "seed": 5}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
