@@ -8,6 +8,7 @@ shows where images with a white patch are odd.
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 import torch
@@ -66,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing is saved before the end
     main()

@@ -11,6 +11,7 @@ its size is printed apart. `benchmarks/uses/compression.py` measures more format
 import argparse
 import gzip
 import lzma
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -60,4 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing is saved before the end
     main()

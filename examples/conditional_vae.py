@@ -8,6 +8,7 @@ at the error rate of the classifier p(y|x) ∝ p(x|y), and at samples.png, a row
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 import torch
@@ -66,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing is saved before the end
     main()

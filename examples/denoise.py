@@ -7,6 +7,7 @@ Look at the errors, E[x|y] by `denoise` against decoding the code of y by `recon
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 import torch
@@ -37,15 +38,12 @@ def main() -> None:
     for name, image in [("corrupted", y), ("reconstruct", vae.reconstruct(y)), ("denoise", clean.mean)]:
         print(f"{name:12} mean squared error {(image - x).square().mean():.4f}")
     args.output.mkdir(parents=True, exist_ok=True)
-    axes = pv.plots.reconstructions(
-        y,
-        clean.mean.clamp(0, 1),
-        title="Digits with one bit in ten flipped, and E[x|y]",
-        names=("corrupted", "E[x|y]"),
-    )
+    rows = torch.cat([x, y, clean.mean.clamp(0, 1)])
+    axes = pv.plots.image_grid(rows, columns=10, title="Digits x; y, one bit in ten flipped; E[x|y]")
     pv.plots.save(axes, args.output / "restored.png")
     print(f"figure in {args.output / 'restored.png'}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing is saved before the end
     main()

@@ -11,6 +11,8 @@ line, and never above it.
 """
 
 import argparse
+import signal
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,15 +33,12 @@ def train(exact: LinearGaussian, x: torch.Tensor, guide: nn.Module, epochs: int,
     vae = pv.VAE(prior=prior, likelihood=likelihood.requires_grad_(False), guide=guide).double()
     gaps = []
 
-    @torch.no_grad()
     def record(vae: pv.VAE, _: pv.Epoch) -> None:
         q = vae.encode(x)
         covariance = getattr(q, "covariance_matrix", q.variance.diag_embed())
         gaps.append(exact.gap(x, q.mean, covariance).mean().item())
 
-    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-
+    schedule = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
     options = {"batch_size": 100, "learning_rate": 0.03, "schedule": schedule, "seed": seed}
     pv.fit(vae, x, epochs=epochs, callbacks=[record], **options)
     return gaps
@@ -58,20 +57,17 @@ def main() -> None:
     exact = LinearGaussian(W.double(), b=torch.randn(D).double(), noise_variance=1.0)
     x = exact.sample(N)
     evidence = exact.log_evidence(x).mean().item()
-    options = {"event_shape": (D,), "latent_dim": K}
-    guides = {  # the posterior mean is linear in x, so their networks are linear too
-        "diagonal": (pv.guides.DiagonalNormal(**options, hidden_features=()), exact.diagonal_gap().item()),
-        "full_covariance": (pv.guides.FullCovarianceNormal(**options, hidden_features=()), 0.0),
-    }
-    print(f"log p(x) = {evidence:.4f} nats per datum, exactly")
-    print(f"{'guide':16}{'gap':>9}{'theory':>9}")
-    curves = {}
-    for name, (guide, theory) in guides.items():
+    theory = {"diagonal": exact.diagonal_gap().item(), "full_covariance": 0.0}
+    guides = {"diagonal": pv.guides.DiagonalNormal, "full_covariance": pv.guides.FullCovarianceNormal}
+    print(f"log p(x) = {evidence:.4f} nats per datum, exactly\n{'guide':16}{'gap':>9}{'theory':>9}")
+    curves = {"epoch": range(1, args.epochs + 1)}
+    for name, make in guides.items():
+        guide = make((D,), K, hidden_features=())  # a linear network, as the posterior mean is linear in x
         gaps = train(exact, x, guide, args.epochs, args.seed)
-        curves |= {"epoch": range(1, len(gaps) + 1), f"{name}_elbo": [evidence - gap for gap in gaps]}
-        print(f"{name:16}{gaps[-1]:9.4f}{theory:9.4f}")
+        curves[f"{name}_elbo"] = [evidence - gap for gap in gaps]
+        print(f"{name:16}{gaps[-1]:9.4f}{theory[name]:9.4f}")
 
-    lines = {"log p(x)": evidence, "best diagonal guide, theory": evidence - guides["diagonal"][1]}
+    lines = {"log p(x)": evidence, "best diagonal guide, theory": evidence - theory["diagonal"]}
     late = {name: column[args.epochs // 10 :] for name, column in curves.items()}  # the first are far below
     axes = pv.plots.training_curves(late, references=lines, title="ELBO of two guides, exact log p(x)")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -80,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing is saved before the end
     main()

@@ -55,6 +55,9 @@ def main() -> None:
     print("ELBO in nats per image, higher is better, ± one standard error")
 
     def report(_: pv.VAE, now: pv.Epoch) -> None:
+        metrics = {"data": bits.name, "settings": vars(args), "epochs": now.epoch}  # judge.py reads the data
+        metrics |= {"test_elbo": now.validation_elbo, "test_elbo_se": now.validation_elbo_se}
+        (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
         if now.epoch % max(1, epochs // 10) == 0:
             elbo = f"test ELBO {now.validation_elbo:8.2f} ± {now.validation_elbo_se:.2f}"
             tqdm.write(f"epoch {now.epoch:>3}  train {now.train_bound:8.2f}  {elbo}  {now.seconds:5.1f} s")
@@ -75,16 +78,12 @@ def main() -> None:
     vae.save(args.output / "vae.pt")
     history.write_csv(args.output / "history.csv")
     last = history[-1]
-    metrics = {"data": bits.name, "test_elbo": last.validation_elbo, "test_elbo_se": last.validation_elbo_se}
-    metrics |= {"epochs": len(history), "seconds": sum(history.column("seconds")), "settings": vars(args)}
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n")
     late = pv.History(history[len(history) // 20 :])  # of many epochs, the first would dominate the scale
     pv.plots.save(late.plot(), args.output / "elbo.png")
     draw(vae, test, bits, args.output)
     print(f"test ELBO {last.validation_elbo:.2f} ± {last.validation_elbo_se:.2f} nats ({bits.name})")
     print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
-    data = ["--dataset", args.dataset, *(["--data-root", str(args.data_root)] if args.data_root else [])]
-    print("to evaluate it: uv run examples/judge.py", shlex.join([f"{args.output / 'vae.pt'}", *data]))
+    print("to evaluate it: uv run examples/judge.py", shlex.quote(str(args.output / "vae.pt")))
 
 
 @torch.no_grad()
@@ -145,6 +144,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt as interrupt:
         again = shlex.join(["uv", "run", *(word for word in sys.argv if word != "--resume"), "--resume"])
-        sys.exit(f"\n{interrupt}\nto continue: {again}" if str(interrupt) else "\ninterrupted")
+        print("\ninterrupted" + (f"; to continue: {again}" if str(interrupt) else ""), file=sys.stderr)
+        sys.exit(130)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")

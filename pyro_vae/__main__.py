@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.command(args)
-    except KeyboardInterrupt:
-        _say("interrupted" + _how_to_go_on(args))
+    except KeyboardInterrupt as interrupt:
+        _say("interrupted" + _how_to_go_on(args, interrupt))
         return 130
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         _say(" ".join(str(error).split()) or type(error).__name__)
@@ -53,9 +53,11 @@ def _show_warning(message: Warning | str, *place: Any, **details: Any) -> None:
     _say(" ".join(f"warning: {message}".split()))
 
 
-def _how_to_go_on(args: Any) -> str:
+def _how_to_go_on(args: Any, interrupt: KeyboardInterrupt) -> str:
     directory = getattr(args, "checkpoint_dir", None)
-    return "" if directory is None else f"; the run is saved in {directory}: --resume continues it"
+    if directory is None or not str(interrupt):  # `fit` says so once it has saved; before, there is nothing
+        return ""
+    return f"; the run is saved in {directory}: --resume continues it"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 
@@ -434,12 +435,15 @@ def test_version_names_what_a_report_of_a_fault_needs(capsys):
     assert f"torch {torch.__version__}" in capsys.readouterr().out
 
 
-def test_interruption_is_130_and_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pyro_vae.applications.commands.train.fit", interrupted)
+@pytest.mark.parametrize(
+    "place", ["pyro_vae.applications.commands.train.fit", "pyro_vae.training.run.Run.finish_epoch"]
+)
+def test_interruption_is_130_and_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch, place):
+    monkeypatch.setattr(place, lambda *args, **options: signal.raise_signal(signal.SIGINT))
     options = ["--drop", "kind", "--out", tmp_path / "vae.pt", "--checkpoint-dir", tmp_path / "run", *QUICK]
     assert run("train", folder / "x.csv", *options) == 130
-    assert "--resume continues it" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    saved = (tmp_path / "run" / "last.pt").exists()
+    how = f"; the run is saved in {tmp_path / 'run'}: --resume continues it" if saved else ""
+    assert capsys.readouterr().err.endswith(f"pyro-vae: interrupted{how}\n")
+    assert saved == place.endswith("finish_epoch")
+    assert not (tmp_path / "vae.pt").exists()
