@@ -4,7 +4,7 @@
     uv run examples/sequences.py --epochs 200
 
 A digit is strips of two rows of pixels, up to the last with ink; the rest is masked. The guide reads from the
-end up to x_t, then draws z_t. Look at log p(x) and samples.png. To compile 14 steps would take two minutes.
+end up to x_t, then draws z_t. Look at log p(x) and samples.png.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     dmm, (x, length) = DeepMarkovModel(), load("test")
-    pv.fit(dmm, load("train"), epochs=args.epochs, learning_rate=3e-3, seed=args.seed, engine="traced")
+    pv.fit(dmm, load("train"), epochs=args.epochs, learning_rate=3e-3, seed=args.seed)
     print("log p(x)", pv.evaluate(dmm, (x, length), num_particles=50, aggregate_size=0).mean("log_evidence"))
     free = pyro.poutine.trace(pyro.poutine.uncondition(dmm.model)).get_trace(x, length).nodes
     images = torch.stack([free[f"x_{t}"]["value"] * (t < length)[:, None] for t in range(STEPS)], 1)

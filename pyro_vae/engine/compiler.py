@@ -12,8 +12,8 @@ from pyro_vae.engine.products import with_kernel
 
 __all__ = ["NotCompiled", "calls_to_pay", "compile_graph", "outputs_of"]
 
-# Rough costs, of which only the ratios count: the same on every machine, so that a resumed run starts to compile
-# at the same step. Measured: 8 s for 240 operations, 55 s for 5,800, of which one saves about a microsecond
+# Rough costs, of which only the ratios count: the same on every machine, so that a resumed run starts to
+# compile at the same step. Measured: 8 s for 240 operations, 55 s for 5,800
 _COMPILE_TIME = 20.0
 _COMPILE_TIME_PER_OPERATION = 0.03
 _SAVED_PER_OPERATION = 4e-6
@@ -62,14 +62,14 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callab
     # the number of threads, since graphs on disk are told apart by options
     options = {**_OPTIONS, "cpp.threads": torch.get_num_threads()}
     options = {**options, "triton.cudagraphs": any(a.device.type == "cuda" for a in arguments)}
-    if all(argument.is_cpu for argument in arguments):
-        module = with_kernel(module)
-        # Inductor would give convolutions channels-last operands, whose copies take longer than is gained
+    on_cpu = all(argument.is_cpu for argument in arguments)
+    if on_cpu:  # Inductor would give convolutions channels-last operands: copies take longer than is gained
         options["layout_optimization"] = False
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)  # hides a warning about machines without a GPU
     try:
+        module = with_kernel(module) if on_cpu else module
         # only a graph that was compiled for shapes, not for values, is found on disk by the next process
         fakes = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         shapes: list[Any] = [fakes.from_tensor(argument, static_shapes=True) for argument in arguments]

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -236,7 +237,8 @@ float* pointer(PyObject* tensor) {
   return static_cast<float*>(result);
 }
 
-// product(a, b, [bias,] I, P, J, a's strides, b's strides, out=c); nothing is checked
+// product(a, b, [bias,] rows, terms, columns, a's strides, b's strides, out=c): rows or columns of b are
+// contiguous, and bias and c are; nothing is checked
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count, PyObject*) {
   Int n[7];
   for (int k = 0; k < 7; ++k) n[k] = PyLong_AsLongLong(arguments[count - 7 + k]);
@@ -244,7 +246,11 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count, PyObject
   const float* bias = count > 9 ? pointer(arguments[2]) : nullptr;
   float* c = pointer(arguments[count]);
   if (PyErr_Occurred()) return nullptr;
-  product({n[0], n[1], n[2], {a, n[3], n[4]}, {b, n[5], n[6]}, bias, c});
+  try {
+    product({n[0], n[1], n[2], {a, n[3], n[4]}, {b, n[5], n[6]}, bias, c});
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
   return Py_NewRef(arguments[count]);
 }
 

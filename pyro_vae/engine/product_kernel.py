@@ -24,11 +24,18 @@ _NAME = (
 )
 
 
-@functools.cache
 def is_available() -> bool:
-    """Return whether compiled graphs can call the operator; compile its source, and tell Inductor how."""
+    """Return whether graphs that are compiled now can call the operator; compile its source if need be."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
+    from torch._inductor import config  # noqa: PLC0415 (imports torch's compiler)
+
+    return not config.cpp_wrapper and _is_known_to_inductor()  # generated C++ cannot call it
+
+
+@functools.cache
+def _is_known_to_inductor() -> bool:
+    """Compile the source and tell Inductor how to call it; return whether that worked."""
     try:
         _tell_inductor(_kernel())
     except Exception as error:  # as in `compile_graph`, no error type is documented
@@ -41,7 +48,7 @@ def is_available() -> bool:
 @functools.cache
 def _kernel() -> Callable[..., Tensor]:
     """Return the compiled function, from Inductor's cache on disk if it is there."""
-    from torch._inductor.codecache import CppCodeCache  # noqa: PLC0415 (imports torch's compiler)
+    from torch._inductor.codecache import CppCodeCache  # noqa: PLC0415
 
     path = CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text())._name
     loader = importlib.machinery.ExtensionFileLoader("product_kernel", path)
@@ -54,8 +61,9 @@ def _kernel() -> Callable[..., Tensor]:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, *is_transposed: bool) -> Tensor:
-    a, b = (each.t() if swap else each for each, swap in zip((a, b), is_transposed, strict=True))
-    operands = (a, b) if bias is None else (a, b, bias)
+    rows = [each if each.stride(1) == 1 else each.contiguous() for each in (a, b)]
+    a, b = (each.t() if swap else each for each, swap in zip(rows, is_transposed, strict=True))
+    operands = (a, b) if bias is None else (a, b, bias.contiguous())
     out = a.new_empty(len(a), b.shape[1])
     return _kernel()(*operands, *a.shape, b.shape[1], *a.stride(), *b.stride(), out=out)
 
@@ -64,7 +72,7 @@ def _fake_product(a: Tensor, b: Tensor, _: Tensor | None, *is_transposed: bool) 
     return a.new_empty(a.shape[is_transposed[0]], b.shape[not is_transposed[1]])
 
 
-# a b + bias, of factors with contiguous rows, each of which may stand for its transpose
+# a b + bias, where each factor may stand for its transpose
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
 _library.define(
     "product(Tensor a, Tensor b, Tensor? bias, bool is_a_transposed, bool is_b_transposed) -> Tensor"
@@ -86,6 +94,8 @@ def _tell_inductor(kernel: Callable[..., Tensor]) -> None:
         return found if found.get_stride()[1] == 1 else ir.ExternKernel.copy_input(found)
 
     def lower(a: Any, b: Any, bias: Any, *is_transposed: bool) -> Any:
+        if a.get_device().type != "cpu":
+            raise NotImplementedError("the kernel of matrix products is for CPUs")
         factors = [with_rows(a), with_rows(b)]
         sizes = [[*map(int, each.get_size())] for each in factors]
         strides = [[*map(int, each.get_stride())] for each in factors]

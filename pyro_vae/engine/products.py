@@ -24,7 +24,7 @@ _MIN_SIZE = 4_000_000  # multiplications; below, what oneDNN gains is lost in th
 _REPEATS = 9
 ANY_SHAPE = "any shape"
 _MAX_TIME_RATIO = 0.95  # of oneDNN to MKL, so that timing noise seldom decides
-_LARGEST = 2**22  # values of a factor for the kernel, which may keep a copy of one
+_LARGEST = 2**22  # values of a factor for the kernel, which may keep a copy of one in panels of 64 columns
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,7 +117,8 @@ def with_kernel(module: fx.GraphModule) -> fx.GraphModule:
         bias, *factors = operands
         outputs = [factor.meta["output"] for factor in factors]
         strides = [output.stride() for output in outputs]
-        if not all(1 in each for each in strides) or max(map(torch.numel, outputs)) > _LARGEST:
+        is_large = max(*map(torch.numel, outputs), 64 * len(outputs[1])) > _LARGEST
+        if is_large or not all(1 in each for each in strides):
             continue
         is_transposed = [each[1] != 1 for each in strides]
         with module.graph.inserting_before(node):

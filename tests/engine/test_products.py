@@ -1,7 +1,9 @@
 """The kernel of matrix products: agrees with torch's in float64, for all shapes and strides."""
 
+import ctypes
 import itertools
 import math
+import mmap
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, fx
 import pyro_vae as pv
 from pyro_vae.engine import product_kernel, products
 from pyro_vae.engine.compiler import compile_graph
-from pyro_vae.engine.products import with_kernel
+from pyro_vae.engine.products import ANY_SHAPE, choose_matmul_libraries, with_kernel
 from pyro_vae.engine.recorder import record
 
 aten = torch.ops.aten
@@ -105,21 +107,42 @@ def test_values_that_are_not_finite_reach_their_row_alone(value: float, layout: 
 
 
 @needs_kernel
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_reads_nothing_behind_the_last_value(rows: int, layout: str) -> None:
+    """By memory whose next page may not be read."""
+    terms, columns = 37, 21
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    libc = ctypes.CDLL(None, use_errno=True)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+    end = torch.frombuffer(memory, dtype=torch.float32, count=page // 4)
+    flat = end[-terms * columns :]
+    b = flat.view(terms, columns) if layout == "rows" else flat.view(columns, terms).t()
+    b.copy_(matrix(terms, columns, "rows", seed=1))
+    a = matrix(rows, terms, "rows")
+    torch.testing.assert_close(product(a, b), a @ b.contiguous(), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
 def test_inductor_calls_it_for_parts_and_transposes_of_values_of_its_own() -> None:
     generator = torch.Generator().manual_seed(3)
     x, w, v = (torch.randn(shape, generator=generator) for shape in ((11, 37), (37, 24), (9, 70)))
     w.requires_grad_(), v.requires_grad_()
 
     def loss_and_gradients(x: Tensor) -> Any:
-        hidden = (x @ w).tanh()
+        hidden = torch.addmm(v[0, ::3], x, w).tanh()  # a bias with gaps
         left, right = hidden[:, 2:11], hidden[:, 11:]
         loss = (left @ v).square().mean() + (right.t() @ left).sin().sum() + (left[:1].expand(5, 9) @ v).sum()
+            loss = loss + torch.addmm(right[:9, :9], v[:, :7], v[:, 7:14].t()).sin().mean()  # adds a matrix
         return loss, torch.autograd.grad(loss, [w, v])
 
     graph = record(loss_and_gradients, [x])
     module = with_kernel(graph.module)
     number = str(graph.module.code).count("aten.mm")
     assert str(module.code).count("pyro_vae.product") == number - 2  # a sum's gradient expands a number
+    assert str(module.code).count("aten.addmm") == 1
     arguments = [x, *graph.captured]
     with torch.no_grad():
         loss, invalid, *gradients = compile_graph(graph.module, arguments)(*arguments)
@@ -153,6 +176,21 @@ def test_a_compiled_step_multiplies_by_the_kernel(monkeypatch: Any) -> None:
     forward = {(11, 29, 17), (11, 17, 6), (11, 3, 17), (11, 17, 29)}
     backward = {(11, 29, 17), (29, 11, 17), (11, 17, 3), (17, 11, 3), (11, 6, 17), (6, 11, 17), (17, 11, 29)}
     assert {*called} == forward | backward
+
+
+@needs_kernel
+def test_takes_over_from_another_library() -> None:
+    graph = fx.Graph()
+    bias, a, b = (graph.placeholder(name) for name in ("bias", "a", "b"))
+    for node, shape in ((bias, (70,)), (a, (300, 200)), (b, (200, 70))):
+        node.meta["output"] = torch.empty(shape, device="meta")
+    graph.output(graph.call_function(aten.addmm.default, (bias, a, b)))
+    chosen = choose_matmul_libraries(fx.GraphModule({}, graph), {ANY_SHAPE: "onednn"})
+    assert "onednn" in chosen.code
+    module = with_kernel(chosen)
+    assert "onednn" not in module.code
+    x, y, z = matrix(300, 200, "rows"), matrix(200, 70, "rows", seed=1), matrix(70, 1, "rows", seed=2)[:, 0]
+    torch.testing.assert_close(module(z, x, y), torch.addmm(z, x, y), rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_kernel_products_are_torchs(monkeypatch: Any) -> None:
