@@ -43,7 +43,7 @@ def leave_out(remedy: str) -> None:
     elif remedy == "repeated steps":
         pv.SVI.step_again = pv.SVI.step
     elif remedy == "oneDNN":
-        replay.choose_matmul_libraries = lambda *arguments: None
+        replay.choose_matmul_libraries = lambda module, fastest: module
     elif remedy == "its threshold":
         compiler._MIN_SIZE = 1_000_000
 

@@ -188,6 +188,10 @@ _WRAPPED = (
 def _require_unwrapped(parameters: Iterable[Tensor]) -> None:
     """Raise if a parameter belongs to a module that is wrapped elsewhere."""
     own = {id(parameter) for parameter in parameters}
+    kinds: list[type] = [DistributedDataParallel]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    wrappers = {*map(id, kinds)}  # issubclass would take a microsecond for each of half a million objects
     for held in gc.get_objects():
-        if issubclass(type(held), DistributedDataParallel) and own & {id(p) for p in held.parameters()}:
+        if id(type(held)) in wrappers and own & {id(p) for p in held.parameters()}:
             raise ValueError(_WRAPPED)
