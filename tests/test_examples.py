@@ -97,14 +97,16 @@ def test_judge_writes_report_figures_and_draws(monkeypatch, tmp_path, capsys):
     parts = {"guide": pv.guides.Flow((1, 28, 28), 2, hidden_features=(3,))}
     likelihood = pv.likelihoods.Bernoulli(2, (1, 28, 28), hidden_features=(3,))
     pv.VAE(prior=pv.priors.StandardNormal(2), likelihood=likelihood, **parts).save(tmp_path / "flow.pt")
-    data = ("--dataset", "digits", "--images", "20", "--annealed", "2")
-    run(monkeypatch, tmp_path / "few", str(tmp_path / "flow.pt"), *data, "--particles", "3", file="judge.py")
+    data = ("--dataset", "digits", "--images", "20", "--annealed")
+    few = (*data, "2", "--particles", "3")
+    run(monkeypatch, tmp_path / "few", str(tmp_path / "flow.pt"), *few, file="judge.py")
     written = {path.name for path in (tmp_path / "few").iterdir()}
     assert written == {"report.json", "draws.nc", "latent.png"}  # neither k̂ nor a KL by dimension
     assert "annealed" in capsys.readouterr().out
 
     train(monkeypatch, tmp_path)
-    run(monkeypatch, tmp_path / "out", str(tmp_path / "vae.pt"), *data, "--particles", "40", file="judge.py")
+    many = (*data, "0", "--particles", "40")
+    run(monkeypatch, tmp_path / "out", str(tmp_path / "vae.pt"), *many, file="judge.py")
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"report.json", "draws.nc", "latent.png", "pareto_k.png", "kl_per_dimension.png"}
 
