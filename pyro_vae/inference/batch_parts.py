@@ -191,7 +191,6 @@ def _require_unwrapped(parameters: Iterable[Tensor]) -> None:
     kinds: list[type] = [DistributedDataParallel]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    wrappers = {*map(id, kinds)}  # issubclass would take a microsecond for each of half a million objects
-    for held in gc.get_objects():
-        if id(type(held)) in wrappers and own & {id(p) for p in held.parameters()}:
+    for held in gc.get_referrers(*kinds):  # their instances are among them
+        if type(held) in kinds and own & {id(p) for p in held.parameters()}:
             raise ValueError(_WRAPPED)
