@@ -1,5 +1,6 @@
 """What every test runs under: random numbers of its own, and a guard on process-wide state."""
 
+import gc
 from collections.abc import Iterator
 
 import pyro
@@ -7,8 +8,15 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.engine.adam_kernel import AdamKernel
 
 collect_ignore = ["mutate.py"]  # a program, of packages that the tests do not need
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of garbage collections, which else take half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +46,13 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def compiler() -> None:
+    """Skip a test where there is no C++ compiler; not asked before it runs, which would import torch's."""
+    if not AdamKernel.is_available():
+        pytest.skip("there is no C++ compiler")
 
 
 @pytest.fixture

@@ -149,7 +149,9 @@ def test_judge_writes_report_figures_and_draws_beside_the_checkpoint(monkeypatch
     assert "annealed" in capsys.readouterr().out
 
     train(monkeypatch, tmp_path)
-    monkeypatch.setattr("sys.argv", ["judge.py", str(tmp_path / "vae.pt"), *data, "--particles", "40"])
+    monkeypatch.setattr(
+        "sys.argv", ["judge.py", str(tmp_path / "vae.pt"), *data[:3], "0", "--particles", "40"]
+    )
     runpy.run_path(str(EXAMPLES / "judge.py"), run_name="__main__")
     written = {path.name for path in (tmp_path / "judge_vae").iterdir()}
     assert written == {"report.json", "draws.nc", "pareto_k.png", "kl_per_dimension.png"}

@@ -90,15 +90,19 @@ def test_wrong_arguments_raise(arguments, message):
         )
 
 
-@pytest.mark.parametrize("validate", [True, False])
-def test_zuko_is_imported_late_and_leaves_validation_as_it_was(validate):
-    code = f"""
-import sys, torch, pyro_vae as pv
-torch.distributions.Distribution.set_default_validate_args({validate})
+def test_zuko_is_imported_late_and_leaves_validation_as_it_was():
+    """In copies of a process, as the first flow alone imports it."""
+    code = """
+import os, torch, sys, pyro_vae as pv
 assert "zuko" not in sys.modules
-pv.priors.Flow(2)
-assert "zuko" in sys.modules
-assert torch.distributions.Distribution._validate_args is {validate}
+for validate in (True, False):
+    if os.fork() == 0:
+        torch.distributions.Distribution.set_default_validate_args(validate)
+        pv.priors.Flow(2)
+        assert "zuko" in sys.modules
+        assert torch.distributions.Distribution._validate_args is validate
+        sys.exit()
+    assert os.wait()[1] == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -2,6 +2,7 @@
 
 import base64
 import inspect
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.comparison.experiment import peak_memory
 from pyro_vae.networks import MLP
-from pyro_vae.utils.serialization import rebuild, spec
+from pyro_vae.utils.serialization import _BoundedAllocation, rebuild, spec
 
 SAVED = Path(__file__).parent / "helpers" / "saved_flow_vae.txt"  # base64 of a file of `VAE.save`
 
@@ -171,6 +172,15 @@ def test_a_flow_of_a_billion_transforms_is_refused(tmp_path):
     torch.save(stored, tmp_path / "vae.pt")
     with pytest.raises(pv.CheckpointError, match="larger than its tensors"):
         pv.VAE.load(tmp_path / "vae.pt")
+
+
+def test_a_slice_to_the_end_is_no_large_range():
+    """Its end is 2⁶³ − 1, and torch 2.8 dispatches such slices as a flow is built."""
+    with _BoundedAllocation({"weight": torch.zeros(5)}):
+        rest = torch.ops.aten.slice(torch.arange(7), 0, 4, sys.maxsize)
+        with pytest.raises(ValueError, match="larger than its tensors"):
+            torch.arange(10**9)
+    assert rest.tolist() == [4, 5, 6]
 
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path):

@@ -45,7 +45,7 @@ def leave_out(remedy: str) -> None:
     elif remedy.startswith("the product kernel"):
         product_kernel.is_available = lambda: False
     if remedy.endswith("oneDNN"):
-        replay.choose_matmul_libraries = lambda *arguments: None
+        replay.choose_matmul_libraries = lambda module, fastest: module
 
 
 def measure(case: Case, epochs: int) -> float:

@@ -169,7 +169,7 @@ def html(dataset: "xarray.Dataset") -> str:
     """Return recommendation, tables and findings as HTML."""
     found = [escape(recommendation(dataset))]
     found += [
-        html_table("", *_cells(title, columns, part), left=2) for title, columns, part in _parts(dataset)
+        html_table("", *_cells(title, columns, part), left=(0, 1)) for title, columns, part in _parts(dataset)
     ]
     return "<br>".join([*found, *map(escape, findings(dataset))])
 

@@ -83,9 +83,18 @@ _CALLED = {"forward", "__call__"}
 LIBRARIES = ("torch.", "pyro.", "pyro_vae.", "zuko.")
 _BASE_MODULES = (nn.Module, PyroModule)  # their own code reads `_MODULE_DICTS` only
 _PACKAGE = str(Path(__file__).parent.parent)
-_LIBRARY_FOLDERS = tuple(
-    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-)
+
+
+def _library_folders(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the folders of libraries: of this environment, and those among the paths.
+
+    Such as the packages of the system or of the user, which an environment may see, too.
+    """
+    own = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return (*own, *(path for path in paths if Path(path).name in ("site-packages", "dist-packages")))
+
+
+_LIBRARY_FOLDERS = _library_folders(sys.path)
 
 
 class Guards:

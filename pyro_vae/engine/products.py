@@ -42,13 +42,16 @@ _library.impl("onednn_linear", _onednn_linear, "CPU")
 torch.library.register_fake("pyro_vae::onednn_linear", _fake_linear, lib=_library)
 
 
-def choose_matmul_libraries(module: fx.GraphModule, fastest: MutableMapping[str, str]) -> None:
-    """Rewrite each large float32 matrix product of a graph to call the fastest library for its shapes.
+def choose_matmul_libraries(module: fx.GraphModule, fastest: MutableMapping[str, str]) -> fx.GraphModule:
+    """Return a graph in which each large float32 matrix product calls the fastest library for its shapes.
 
     Args:
-        module: A graph of operations on CPU tensors; changed in place. For each node, `meta["output"]` is a
+        module: A graph of operations on CPU tensors; not changed. For each node, `meta["output"]` is a
             meta tensor with the shape, strides and dtype of its output.
         fastest: From shapes to "mkl" or "onednn". Missing shapes are added: that for `ANY_SHAPE`, or timed.
+
+    Returns:
+        A copy; the graph itself if it has no large product.
 
     Example:
         >>> graph = fx.Graph()
@@ -57,17 +60,18 @@ def choose_matmul_libraries(module: fx.GraphModule, fastest: MutableMapping[str,
         >>> b.meta["output"] = torch.empty(784, 400, device="meta")
         >>> _ = graph.output(graph.call_function(aten.mm.default, (a, b)))
         >>> module, fastest = fx.GraphModule({}, graph), {}
-        >>> choose_matmul_libraries(module, fastest)
+        >>> chosen = choose_matmul_libraries(module, fastest)
         >>> fastest  # doctest: +SKIP
         {'mm (256, 784)/(784, 1) (784, 400)/(400, 1), 2 threads': 'onednn'}
         >>> x, y = torch.randn(256, 784), torch.randn(784, 400)
-        >>> torch.testing.assert_close(module(x, y), x @ y, rtol=1e-4, atol=1e-4)
+        >>> torch.testing.assert_close(chosen(x, y), x @ y, rtol=1e-4, atol=1e-4)
     """
-    if not torch.backends.mkldnn.is_available():
-        return
+    if not torch.backends.mkldnn.is_available() or not any(map(_is_large, module.graph.nodes)):
+        return module
+    module = copy.deepcopy(module)
     for node in list(module.graph.nodes):
         operands = _operands(node)
-        if operands is None or _size(*operands[1:]) < _MIN_SIZE:
+        if operands is None or not _is_large(node):
             continue
         bias, a, b = operands
         outputs = [operand.meta["output"] for operand in (a, b)]
@@ -81,6 +85,7 @@ def choose_matmul_libraries(module: fx.GraphModule, fastest: MutableMapping[str,
                 transposed = module.graph.call_function(aten.t.default, (b,))
             node.target, node.args = torch.ops.pyro_vae.onednn_linear.default, (a, transposed, bias)
     module.recompile()
+    return module
 
 
 def usually_fastest() -> str:
@@ -160,9 +165,12 @@ def _transposed(node: fx.Node) -> fx.Node:
     return node.graph.call_function(aten.t.default, (node,))
 
 
-def _size(a: fx.Node, b: fx.Node) -> int:
-    """Return the number of multiplications."""
-    return int(a.meta["output"].numel() * b.meta["output"].shape[1])
+def _is_large(node: fx.Node) -> bool:
+    """Return whether a node is a product of many multiplications."""
+    if (operands := _operands(node)) is None:
+        return False
+    _, a, b = operands
+    return bool(a.meta["output"].numel() * b.meta["output"].shape[1] >= _MIN_SIZE)
 
 
 def _measure(a: Tensor, b: Tensor, *, with_bias: bool) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -299,7 +300,8 @@ class _Recorder(TorchDispatchMode):
         for index, tensor in enumerate([*arguments, *self.captured]):
             define(tensor, graph.placeholder(f"input_{index}"))
         for func, args, kwargs, out in self.tape:
-            call = graph.call_function(_COMPILABLE.get(func, func), *pytree.tree_map(node, (args, kwargs)))
+            given = map_aggregate((args, kwargs), node)
+            call = graph.call_function(_COMPILABLE.get(func, func), *given)
             if isinstance(out, Tensor):
                 define(out, call)
             elif isinstance(out, tuple | list):

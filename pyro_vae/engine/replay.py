@@ -16,7 +16,6 @@ A step of `Replay`:
 6. otherwise restore what the graph changed, and take the step eagerly.
 """
 
-import copy
 import logging
 import math
 import operator
@@ -431,11 +430,11 @@ class _Recording:
             self.graph, self.guards = record_with_guards(
                 loss_and_gradients, tensors, readers, objects, ignored
             )
-            self.reference = copy.deepcopy(self.graph.module).forward  # matrix products of eager torch
+            self.reference = self.graph.module.forward  # matrix products of eager torch
             if fastest is not None and all(
                 tensor.device.type == "cpu" for tensor in [*tensors, *self.graph.captured]
             ):
-                choose_matmul_libraries(self.graph.module, fastest)
+                self.graph.module = choose_matmul_libraries(self.graph.module, fastest)
         except Untraceable:
             raise
         except Exception as error:

@@ -242,7 +242,7 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
         rows = [(name, str(value), note) for name, value, note in _table(self)]
-        return html_table(_caption(self), ["", "value", ""], rows)
+        return html_table(_caption(self), ["", "value", ""], rows, left=(0, 2))
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Return the estimates of each example as a data frame, a row for each, indexed by its number."""

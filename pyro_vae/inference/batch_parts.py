@@ -188,6 +188,9 @@ _WRAPPED = (
 def _require_unwrapped(parameters: Iterable[Tensor]) -> None:
     """Raise if a parameter belongs to a module that is wrapped elsewhere."""
     own = {id(parameter) for parameter in parameters}
-    for held in gc.get_objects():
-        if issubclass(type(held), DistributedDataParallel) and own & {id(p) for p in held.parameters()}:
+    kinds: list[type] = [DistributedDataParallel]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    for held in gc.get_referrers(*kinds):  # their instances are among them
+        if type(held) in kinds and own & {id(p) for p in held.parameters()}:
             raise ValueError(_WRAPPED)

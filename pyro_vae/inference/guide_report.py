@@ -48,9 +48,9 @@ class SiteReport:
     analytic_kl: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GuideReport:
-    """Result of `check_guide`, printed as a table.
+    """Result of `check_guide`, shown as a table.
 
     Args:
         sites: The latent sites of both.
@@ -72,7 +72,7 @@ class GuideReport:
         """Whether the KL is the sum of the KLs of the sites, as `TraceMeanField_ELBO` assumes."""
         return self.estimators.get("TraceMeanField_ELBO", "not tried") is None
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = ["the guide does not fit the model" if self.problems else "the guide fits the model"]
         lines += [f"  {problem}" for problem in self.problems]
         lines += _table(self.sites)

@@ -3,8 +3,8 @@
 Every function draws in one matplotlib `Axes`, grids of images included, and returns it. Without `ax=` that is
 the Axes of a new figure, `axes.figure`. Pyplot, its open figures and its settings are never touched, no
 display is needed, and matplotlib is imported at the first figure. `save(axes, path)` writes the figure to a
-file. To show it in a notebook or a window, or to arrange several, pass an Axes: with pyplot as plt,
-`plots.image_grid(x, ax=plt.subplots(layout="constrained")[1])`.
+file. A notebook shows it where the Axes is the last value of a cell. For a window, or to arrange several,
+pass an Axes: with pyplot as plt, `plots.image_grid(x, ax=plt.subplots(layout="constrained")[1])`.
 
 Arrays are anything that NumPy or PyTorch reads as numbers, on any device. Images have values in [0, 1], from
 black to full intensity, and shape (..., H, W) or (..., C, H, W) with C = 1 (grey) or 3 (RGB). Latent

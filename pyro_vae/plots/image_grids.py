@@ -3,8 +3,10 @@
 Notation: C channels, H and W pixels; a tile is an RGB image with opacity, (4, H, W).
 """
 
+import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -54,10 +56,17 @@ def axes_of(ax: "Axes | None", width: float, height: float) -> "Axes":
 
     if ax is None:
         ax = Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
+        ax._repr_png_ = partial(_png, ax)  # type: ignore[attr-defined] # what a notebook shows
     if not isinstance(ax, Axes):
         raise TypeError(f"ax must be a matplotlib Axes; got {type(ax).__name__}")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _png(ax: "Axes") -> bytes:
+    file = io.BytesIO()
+    ax.get_figure(root=True).savefig(file, format="png", dpi=80)  # type: ignore[union-attr]
+    return file.getvalue()
 
 
 def real_array(name: str, value: Numbers) -> Array:

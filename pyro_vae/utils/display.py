@@ -3,7 +3,7 @@
 import html
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
@@ -52,8 +52,10 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
         yield "  ".join(cells).rstrip()
 
 
-def html_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    r"""Return the table of `aligned` as HTML, which a notebook shows.
+def html_table(
+    caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Container[int] = (0,)
+) -> str:
+    r"""Return a table as HTML, which a notebook shows: text in the columns `left`, numbers in the others.
 
     Example:
         >>> html_table("a run", ["epoch", "ELBO"], [["9", "-99.5"]])
@@ -61,10 +63,12 @@ def html_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]
     """
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} style="text-align:{"left" if number < left else "right"}">{html.escape(cell)}</{tag}>'
-            for number, cell in enumerate(row)
-        )
+        styles = [
+            "text-align:left" if column in left else "text-align:right; white-space:nowrap"
+            for column in range(len(row))
+        ]
+        styled = zip(styles, row, strict=True)
+        return "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for style, cell in styled)
 
     lines = [cells("th", header), *(cells("td", row) for row in rows)]
     body = "".join(f"<tr>{line}</tr>" for line in lines)

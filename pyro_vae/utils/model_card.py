@@ -56,7 +56,7 @@ class ModelCard:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        return html_table(self.title, ["", ""], self.rows, left=2)
+        return html_table(self.title, ["", ""], self.rows, left=(0, 1))
 
     def to_markdown(self) -> str:
         """Return the card as Markdown, for a README or a page of a model."""

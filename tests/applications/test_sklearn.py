@@ -4,8 +4,6 @@ import io
 import math
 import pickle
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import joblib
@@ -506,9 +504,3 @@ def test_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(path), *options])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.count("VAE − PCA, paired") == 3
-
-
-def test_importing_the_package_does_not_import_scikit_learn():
-    code = "import sys, pyro_vae; pyro_vae.applications; print('sklearn' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["False"]

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
 from pyro_vae.engine import optimizer_step
-from pyro_vae.engine.adam_kernel import AdamKernel
 from pyro_vae.engine.optimizer_step import OptimizerStep
 
-pytestmark = pytest.mark.skipif(not AdamKernel.is_available(), reason="there is no C++ compiler")
+pytestmark = pytest.mark.usefixtures("compiler")
 
 SHAPES = ((37, 11), (5,), (3, 2, 19), (1, 1))
 

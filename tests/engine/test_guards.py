@@ -1,6 +1,7 @@
 """Guards fail when a Python value that the model reads changes, and hold when another one changes."""
 
 import functools
+import sysconfig
 from types import SimpleNamespace
 
 import pyro
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.engine import guards
 from pyro_vae.engine.guards import Guards
 
 SCALE = 2.0
@@ -236,3 +238,12 @@ def test_a_changed_global_variable_takes_effect_at_the_next_step(monkeypatch, ca
     assert svi._replay.num_recordings == 4
     assert losses["traced"] == pytest.approx(losses["eager"], rel=1e-5)
     assert not caplog.records
+
+
+def test_packages_of_the_system_and_of_the_user_are_libraries():
+    """Else what torch keeps for itself would be compared at each step."""
+    system, user = "/usr/lib/python3/dist-packages", "/home/me/.local/lib/python3.11/site-packages"
+    found = guards._library_folders(["/home/me/project", system, "", user])
+    assert {system, user, sysconfig.get_path("purelib")} <= set(found)
+    assert "/home/me/project" not in found
+    assert "" not in found

@@ -135,7 +135,7 @@ def test_inductor_calls_it_for_parts_and_transposes_of_values_of_its_own() -> No
         hidden = torch.addmm(v[0, ::3], x, w).tanh()  # a bias with gaps
         left, right = hidden[:, 2:11], hidden[:, 11:]
         loss = (left @ v).square().mean() + (right.t() @ left).sin().sum() + (left[:1].expand(5, 9) @ v).sum()
-            loss = loss + torch.addmm(right[:9, :9], v[:, :7], v[:, 7:14].t()).sin().mean()  # adds a matrix
+        loss = loss + torch.addmm(right[:9, :9], v[:, :7], v[:, 7:14].t()).sin().mean()  # adds a matrix
         return loss, torch.autograd.grad(loss, [w, v])
 
     graph = record(loss_and_gradients, [x])

@@ -8,11 +8,10 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.engine import repeated
-from pyro_vae.engine.adam_kernel import AdamKernel
 from pyro_vae.engine.compiler import NotCompiled
 from pyro_vae.engine.repeated import Repeated
 
-needs_compiler = pytest.mark.skipif(not AdamKernel.is_available(), reason="there is no C++ compiler")
+needs_compiler = pytest.mark.usefixtures("compiler")
 
 
 @pytest.fixture(autouse=True)

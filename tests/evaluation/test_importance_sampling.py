@@ -160,7 +160,8 @@ def test_a_notebook_and_a_data_frame_show_what_the_text_does():
     html = report._repr_html_().replace("  ", "")
     for line in str(report).splitlines()[1:]:
         assert f">{re.split('  +', line.strip())[0]}</td>" in html
-    assert str(report.mean("elbo")) in html
+    assert f'<td style="text-align:right; white-space:nowrap">{report.mean("elbo")}</td>' in html
+    assert '<td style="text-align:left">E[log p(x|z)]' in html  # a note
     frame = report.to_dataframe()
     assert list(frame.index) == list(range(N))
     assert frame["elbo"].mean() == pytest.approx(report.elbo)

@@ -1,11 +1,13 @@
-"""What the tests of several processes run in each of them: python process_run.py FOLDER.
+"""What the tests of several processes run in each of them: torchrun process_run.py FOLDER COMMAND.
 
+python process_run.py FOLDER SIZE ... runs everything that is compared, once by each number of processes.
 Results go to FOLDER/rank-of-size.pt. With one process it gives what the others are compared with.
 """
 
 import itertools
 import os
 import signal
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -497,11 +499,46 @@ def stuck(folder: Path) -> None:
             return
 
 
+def become(size: int) -> bool:
+    """Return True in each of so many new processes, in an environment as torchrun's, and False in this one.
+
+    This one waits for them. They are copies of it, so that torch is imported once.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            if size > 1:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            return True
+        children.append(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"one of {size} processes has failed")
+    return False
+
+
 def main() -> None:
     """Run all, and write what was found."""
+    folder, command = Path(sys.argv[1]), sys.argv[2:]
+    if command[0].isdigit():
+        torch.optim.Adam([torch.zeros(1)])  # imports for seconds, as the next line does
+        import xarray  # noqa: F401
+
+        if any(become(int(size)) for size in command):
+            torch.set_num_threads(1)
+            results(join(), folder)
+        return
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    match sys.argv[2:]:
+    match command:
         case ["stuck"]:
             stuck(folder)
         case ["killed", rank, when, every]:
@@ -518,8 +555,6 @@ def main() -> None:
                 vae, make_data(), epochs=int(epochs), checkpoint_dir=folder / "run", resume=True, **options
             )
             torch.save(parameters(vae), folder / f"{join().rank}.pt")
-        case _:
-            results(join(), folder)
 
 
 def results(processes: Processes, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""One small run of `fit`, for tests that kill it: python training_run.py FOLDER."""
+"""One small run of `fit`, and a function for processes that tests kill."""
 
-import sys
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -36,15 +36,22 @@ def normal_vae() -> pv.VAE:
 
 
 def make_data() -> torch.Tensor:
-    """Grey levels (103, 1, 6, 5); the last batch of an epoch is a smaller one."""
-    return torch.rand(103, 1, 6, 5, generator=torch.Generator().manual_seed(9))
+    """Grey levels (103, 1, 6, 5), in two kinds of images; the last batch of an epoch is a smaller one."""
+    generator = torch.Generator().manual_seed(9)
+    levels = torch.tensor([[0.1, 0.9], [0.9, 0.1]])[torch.randint(2, (103,), generator=generator)]
+    noise = 0.2 * torch.rand(103, 1, 6, 5, generator=generator) - 0.1
+    return levels.repeat_interleave(15, 1).reshape(103, 1, 6, 5) + noise
 
 
 def train(vae: pv.VAE, folder: Path | None, *, epochs: int = 12, **options) -> pv.History:
-    """Fit with everything that has state: a schedule, KL warm-up, dynamic binarisation, patience."""
+    """Fit with everything that has state: a schedule, KL warm-up, dynamic binarisation, patience.
+
+    The last epoch is the best, so that what is compared at the end depends on all of them.
+    """
     defaults = {
         "batch_size": 16,
         "seed": 3,
+        "learning_rate": 0.01,
         "validation": 0.2,
         "binarize": "dynamic",
         "kl_warmup": 2.5,
@@ -56,10 +63,11 @@ def train(vae: pv.VAE, folder: Path | None, *, epochs: int = 12, **options) -> p
     return pv.fit(vae, make_data(), epochs=epochs, checkpoint_dir=folder, **(defaults | options))
 
 
-if __name__ == "__main__":
+def run_and_save(folder: Path, ready: Event) -> None:
+    """Begin or resume a run, from when an event is set, and save the model at its end."""
     torch.set_num_threads(1)
     vae = make_vae()
     torch.optim.Adam(vae.parameters())  # imports, for seconds in which a kill would show nothing
-    print("ready", flush=True)
-    train(vae, Path(sys.argv[1]), resume=True)
-    vae.save(Path(sys.argv[1]) / "final.pt")
+    ready.set()
+    train(vae, folder, resume=True)
+    vae.save(folder / "final.pt")

@@ -1,6 +1,7 @@
 """Rules for all figures: one Axes, no overlapping text, no side effects, a colour-blind safe palette."""
 
 import itertools
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -106,6 +107,17 @@ def test_text_is_neither_clipped_nor_overlapping(draw):
         assert -1 <= box.y0 <= box.y1 <= ax.figure.bbox.y1 + 1
     for one, other in itertools.combinations(boxes, 2):
         assert not one.padded(-1).overlaps(other.padded(-1))
+
+
+def test_a_notebook_shows_the_figure_as_it_is_then():
+    ax = plots.latent_scatter([[0.0, 1.0], [2.0, 3.0]], [4, 5])
+    first = ax._repr_png_()
+    assert first.startswith(b"\x89PNG")
+    ax.set_title("Another title")
+    assert ax._repr_png_() != first
+    copy = pickle.loads(pickle.dumps(ax))
+    assert copy._repr_png_() == ax._repr_png_()
+    assert not hasattr(plots.latent_scatter([[0.0, 1.0]], ax=Figure().add_subplot()), "_repr_png_")
 
 
 def test_import_is_light_and_drawing_needs_neither_pyplot_nor_a_display(tmp_path):

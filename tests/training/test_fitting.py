@@ -1,16 +1,14 @@
 import contextlib
 import copy
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,14 +19,17 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from training_run import make_data, make_vae, normal_vae, train
+from training_run import make_data, make_vae, normal_vae, run_and_save, train
 
 import pyro_vae as pv
 from pyro_vae import training
 from pyro_vae.data.batches import Batches
+from pyro_vae.engine import replay
 from pyro_vae.utils import serialization
 
-SCRIPT = Path(__file__).parent.parent / "helpers" / "training_run.py"
+# a server that has imported what takes seconds, and forks
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pyro_vae", "torch._dynamo"])
 
 
 def state_of(vae):
@@ -44,6 +45,8 @@ def assert_same_state(a, b):
 def uninterrupted():
     vae = make_vae()
     history = train(vae, None)
+    bounds = history.column("validation_elbo")
+    assert max(bounds) == bounds[-1]  # else an earlier state is restored, whatever later epochs do
     return state_of(vae), history
 
 
@@ -117,6 +120,34 @@ def test_under_every_engine_a_run_resumes_to_the_bit(tmp_path, estimator, engine
     for vae, folder, epochs in zip(vaes, (None, tmp_path, tmp_path), (3, 1, 3), strict=True):
         train(vae, folder, epochs=epochs, estimator=estimator(), engine=engine, resume=folder is not None)
     assert_same_state(state_of(vaes[0]), state_of(vaes[2]))
+
+
+def test_graphs_of_a_resumed_run_are_compiled_at_the_same_steps(tmp_path, monkeypatch):
+    """That of the short last batch later than the other; a run that resumes between records both anew."""
+    compiled = []
+
+    def compile_graph(module, arguments):
+        def rounded(*arguments):
+            loss, invalid, *gradients = module(*arguments)
+            return loss, invalid, *[gradient * (1 + 1e-6) for gradient in gradients]
+
+        compiled.append(len(arguments[0]))
+        return rounded
+
+    def calls_to_pay(outputs):
+        return 8 if any(output.shape[:1] == (16,) for output in outputs) else 20
+
+    monkeypatch.setattr(replay, "compile_graph", compile_graph)
+    monkeypatch.setattr(replay, "calls_to_pay", calls_to_pay)
+    states = []
+    for folder, runs in ((None, [5]), (tmp_path, [2, 5])):
+        for epochs in runs:
+            vae = make_vae()
+            train(vae, folder, epochs=epochs, engine="auto", resume=folder is not None)
+            compiled.append(f"{epochs} epochs")
+        states.append(state_of(vae))
+    assert compiled == [16, 2, "5 epochs", 16, "2 epochs", 16, 2, "5 epochs"]
+    assert_same_state(*states)
 
 
 @pytest.fixture
@@ -266,19 +297,27 @@ def test_a_folder_serves_one_run_at_a_time(tmp_path):
 
 
 def run_with_kills(folder, kills, rng):
-    """Run the script to its end, killing it at random moments on the way."""
-    for _ in range(kills):
-        process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder)], stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    """Run to the end in a process that is killed at random moments on the way."""
+    for number in range(kills + 1):
+        ready = PROCESSES.Event()
+        process = PROCESSES.Process(target=run_and_save, args=(folder, ready))
+        process.start()
+        assert ready.wait(60)
+        if number == 0 and kills:  # after an epoch, and before the last of twelve
+            while not (folder / "best.pt").exists():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05))
+        elif number < kills:
+            time.sleep(rng.uniform(0, 0.4))
+        if number < kills:
+            process.kill()
+        process.join()
+        assert number > 0 or not kills or not (folder / "final.pt").exists()
+        assert number < kills or process.exitcode == 0
         if (folder / "last.pt").exists():
             serialization.read(folder / "last.pt", "run")
         if (folder / "best.pt").exists():
             pv.VAE.load(folder / "best.pt", into=make_vae())
-    subprocess.run([sys.executable, str(SCRIPT), str(folder)], check=True, stdout=subprocess.PIPE)
     return pv.VAE.load(folder / "final.pt", into=make_vae()).state_dict()
 
 

@@ -19,19 +19,25 @@ def launch(size, folder, *command, restarts=0, check=True):
     return done
 
 
-def results(size, folder, *command):
-    launch(size, folder, *command)
+def results(size, folder):
     return [torch.load(folder / f"{rank}-of-{size}.pt", weights_only=False) for rank in range(size)]
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return results(1, tmp_path_factory.mktemp("one"))[0]
-
-
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def several(request, tmp_path_factory):
-    return results(request.param, tmp_path_factory.mktemp("several"))
+def runs(request, tmp_path_factory):
+    folder, sizes = tmp_path_factory.mktemp("runs"), (1, request.param)
+    launch(1, folder, *sizes)
+    return [results(size, folder) for size in sizes]
+
+
+@pytest.fixture
+def one(runs):
+    return runs[0][0]
+
+
+@pytest.fixture
+def several(runs):
+    return runs[1]
 
 
 def same(a, b):
@@ -66,7 +72,9 @@ def test_a_step_on_parts_is_that_of_the_whole_batch(one, several):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_compiled_steps_on_parts_are_those_of_the_whole_batch(tmp_path, size):
-    one, several = results(1, tmp_path, "compiled")[0], results(size, tmp_path, "compiled")
+    for processes in (1, size):
+        launch(processes, tmp_path, "compiled")
+    [one], several = results(1, tmp_path), results(size, tmp_path)
     test_a_step_on_parts_is_that_of_the_whole_batch(one, several)
     for rank in several:
         assert all(map(same, rank["fit"], one["fit"]))
