@@ -19,6 +19,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter's end collect it, of which compiled libraries complain otherwise."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def isolation() -> Iterator[None]:
     """Seed torch's generator, and fail a test that leaves anything process-wide changed."""

@@ -17,9 +17,15 @@ from pyro_vae.engine.products import ANY_SHAPE, choose_matmul_libraries, with_ke
 from pyro_vae.engine.recorder import record
 
 aten = torch.ops.aten
-needs_kernel = pytest.mark.skipif(
-    not product_kernel.is_available(), reason="the CPU has no AVX-512, or there is no C++ compiler"
-)
+needs_kernel = pytest.mark.usefixtures("kernel")
+
+
+@pytest.fixture
+def kernel() -> None:
+    """Skip a test where the kernel does not run; not asked before, which would import torch's compiler."""
+    if not product_kernel.is_available():
+        pytest.skip("the CPU has no AVX-512, or there is no C++ compiler")
+
 
 # rows, terms, columns: around tiles of 5 x 64, sums of 4 x 4, blocks of 128 terms, and 16 terms for each row
 SHAPES = [
@@ -159,11 +165,11 @@ def test_a_compiled_step_multiplies_by_the_kernel(monkeypatch: Any) -> None:
     from torch._inductor.select_algorithm import extern_kernels
 
     called = []
-    kernel = product_kernel._kernel()
+    function = product_kernel._kernel()
     monkeypatch.setattr(
         extern_kernels,
         product_kernel._NAME,
-        lambda *args, out: (called.append(args[-7:-4]), kernel(*args, out=out)),
+        lambda *args, out: (called.append(args[-7:-4]), function(*args, out=out)),
     )
     vae = pv.VAE(
         prior=pv.priors.StandardNormal(3),
