@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_available"]
+__all__ = ["OPERATOR", "is_available"]
 
 logger = logging.getLogger("pyro_vae")
 
-_NAME = (
-    "pyro_vae_product_1"  # in graphs on disk: to be counted up with changes of what the source's `call` takes
-)
+# by which graphs on disk are told apart: counted up with changes of `lower` or of what the source's `call` takes
+_NAME = "product_1"
 
 
 def is_available() -> bool:
@@ -75,10 +74,11 @@ def _fake_product(a: Tensor, b: Tensor, _: Tensor | None, *is_transposed: bool) 
 # a b + bias, where each factor may stand for its transpose
 _library = torch.library.Library("pyro_vae", "FRAGMENT")
 _library.define(
-    "product(Tensor a, Tensor b, Tensor? bias, bool is_a_transposed, bool is_b_transposed) -> Tensor"
+    f"{_NAME}(Tensor a, Tensor b, Tensor? bias, bool is_a_transposed, bool is_b_transposed) -> Tensor"
 )
-_library.impl("product", _product, "CPU")
-torch.library.register_fake("pyro_vae::product", _fake_product, lib=_library)
+_library.impl(_NAME, _product, "CPU")
+torch.library.register_fake(f"pyro_vae::{_NAME}", _fake_product, lib=_library)
+OPERATOR = getattr(torch.ops.pyro_vae, _NAME).default
 
 
 def _tell_inductor(kernel: Callable[..., Tensor]) -> None:
@@ -87,7 +87,7 @@ def _tell_inductor(kernel: Callable[..., Tensor]) -> None:
     from torch._inductor.lowering import register_lowering  # noqa: PLC0415
     from torch._inductor.select_algorithm import extern_kernels  # noqa: PLC0415
 
-    setattr(extern_kernels, _NAME, kernel)
+    setattr(extern_kernels, f"pyro_vae_{_NAME}", kernel)
 
     def with_rows(tensor: Any) -> Any:
         found = ir.ExternKernel.require_stride_order(tensor, [1, 0])
@@ -108,8 +108,8 @@ def _tell_inductor(kernel: Callable[..., Tensor]) -> None:
                 ir.FixedLayout(a.get_device(), a.get_dtype(), [rows, columns]),
                 [*factors, *map(ir.ExternKernel.realize_input, biases)],
                 constant_args=[rows, terms, columns, *strides[0], *strides[1]],
-                python_kernel_name=f"extern_kernels.{_NAME}",
+                python_kernel_name=f"extern_kernels.pyro_vae_{_NAME}",
             )
         )
 
-    register_lowering(torch.ops.pyro_vae.product.default, type_promotion_kind=None)(lower)
+    register_lowering(OPERATOR, type_promotion_kind=None)(lower)

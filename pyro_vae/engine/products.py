@@ -131,7 +131,7 @@ def with_kernel(module: fx.GraphModule) -> fx.GraphModule:
                 _transposed(factor) if swap else factor
                 for factor, swap in zip(factors, is_transposed, strict=True)
             ]
-        node.target, node.kwargs = torch.ops.pyro_vae.product.default, {}
+        node.target, node.kwargs = product_kernel.OPERATOR, {}
         node.args = (*rows, bias, *is_transposed)
     module.graph.eliminate_dead_code()
     module.recompile()

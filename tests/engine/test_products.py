@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import math
 import mmap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,7 +133,10 @@ def test_reads_nothing_behind_the_last_value(rows: int, layout: str) -> None:
 
 
 @needs_kernel
-def test_inductor_calls_it_for_parts_and_transposes_of_values_of_its_own() -> None:
+def test_inductor_calls_it_for_parts_and_transposes_of_values_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # no graph of an earlier lowering
     generator = torch.Generator().manual_seed(3)
     x, w, v = (torch.randn(shape, generator=generator) for shape in ((11, 37), (37, 24), (9, 70)))
     w.requires_grad_(), v.requires_grad_()
@@ -168,7 +172,7 @@ def test_a_compiled_step_multiplies_by_the_kernel(monkeypatch: Any) -> None:
     function = product_kernel._kernel()
     monkeypatch.setattr(
         extern_kernels,
-        product_kernel._NAME,
+        f"pyro_vae_{product_kernel._NAME}",
         lambda *args, out: (called.append(args[-7:-4]), function(*args, out=out)),
     )
     vae = pv.VAE(
@@ -198,6 +202,18 @@ def test_takes_over_from_another_library() -> None:
     assert "onednn" not in module.code
     x, y, z = matrix(300, 200, "rows"), matrix(200, 70, "rows", seed=1), matrix(70, 1, "rows", seed=2)[:, 0]
     torch.testing.assert_close(module(z, x, y), torch.addmm(z, x, y), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+def test_a_scaled_product_is_torchs() -> None:
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("bias", "a", "b")]
+    for node, shape in zip(nodes, ((5,), (4, 3), (3, 5)), strict=True):
+        node.meta["output"] = torch.empty(shape, device="meta")
+    graph.output(graph.call_function(aten.addmm.default, tuple(nodes), {"alpha": 0.5}))
+    module = with_kernel(fx.GraphModule({}, graph))
+    x, y, z = matrix(4, 3, "rows"), matrix(3, 5, "rows", seed=1), torch.ones(5)
+    torch.testing.assert_close(module(z, x, y), 1 + 0.5 * x @ y)
 
 
 def test_without_the_kernel_products_are_torchs(monkeypatch: Any) -> None:
