@@ -105,7 +105,7 @@ def _bound(case: dict, peer: str) -> str:
 
 def fastest(times: dict[str, list[float]], name: str) -> str | None:
     """Return the fastest of the peers whose names start with `name`."""
-    found = [peer for peer in times if peer == name or (name in (OURS, FLOOR) and peer.startswith(name))]
+    found = [peer for peer in times if peer == name or (name in (OURS, FIT, FLOOR) and peer.startswith(name))]
     return min(found, key=lambda peer: statistics.median(times[peer]), default=None)
 
 

@@ -33,6 +33,7 @@ TIMES = {
 
 def test_ratios_are_within_rounds_and_to_the_fastest_engine(table):
     assert table.fastest(TIMES, table.OURS) == "pyro_vae.SVI, traced"
+    assert table.fastest(TIMES, table.FIT) == "pyro_vae.fit, traced"
     assert table.ratios(TIMES, table.PYRO, table.OURS) == [2.8, 4.0, 3.5]
     assert table.ratios(TIMES, "NumPyro, jitted loop", table.OURS) == []
 
