@@ -19,7 +19,7 @@ __all__ = ["OPERATOR", "is_available"]
 
 logger = logging.getLogger("pyro_vae")
 
-# by which graphs on disk are told apart: counted up with changes of `lower` or of what the source's `call` takes
+# tells graphs on disk apart: counted up with changes of `lower`, or of what the source's `call` takes
 _NAME = "product_1"
 
 
