@@ -37,6 +37,7 @@ from pyro_vae.utils.model_card import (
 from pyro_vae.utils.serialization import rebuild, rebuildable, spec
 from pyro_vae.utils.validation import (
     known_support,
+    nan_message,
     outside_support,
     require_count,
     require_floating,
@@ -161,7 +162,7 @@ class VAE(OwnParameters):
             *context: y, of a `ConditionalVAE`.
             observed: Where x is observed, bool (N, *event_shape); by default everywhere.
         """
-        x, observed = self._as_tensor(x), self._as_tensor(observed)
+        x, observed = self._as_tensor(x), self._as_mask(observed)
         context = tuple(map(self._as_tensor, context))
         # not around the call, as Pyro would add its table of shapes to an error
         with explaining_nan(x), poutine.block(), self._own_store(), poutine.trace() as tracer:
@@ -174,7 +175,7 @@ class VAE(OwnParameters):
 
     def log_joint(self, x: Any, z: Any, *context: Any, observed: Any = None) -> Tensor:
         """Return log p(x, z) = log p(x|z) + log p(z), (*, N), for x (N, *event_shape) and z (*, N, K)."""
-        x, z, observed = map(self._as_tensor, (x, z, observed))
+        x, z, observed = self._as_tensor(x), self._as_tensor(z), self._as_mask(observed)
         context = tuple(map(self._as_tensor, context))
         p, x = self._observable(z, x, *context, observed=observed)
         return p.log_prob(x) + self.p_z(*context).log_prob(z)
@@ -314,7 +315,7 @@ class VAE(OwnParameters):
                 f"a {type(self).__name__} takes {takes}; got {len(given)} arguments, a "
                 f"{type(batch).__name__}: {remedy}"
             )
-        return tuple(map(self._as_tensor, given)), self._as_tensor(observed)
+        return tuple(map(self._as_tensor, given)), self._as_mask(observed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters and constructor arguments of the VAE to a file.
@@ -385,10 +386,7 @@ def explaining_nan(x: Any) -> Iterator[None]:
 def require_no_nan(x: Tensor) -> None:
     """Raise ValueError, with its index, for a value of x that is NaN."""
     if x.isnan().any():
-        raise ValueError(
-            f"x{x.isnan().nonzero()[0].tolist()} is nan: where NaN means missing, pass observed=~x.isnan(), "
-            "or missing='nan' to fit, evaluate and their like"
-        )
+        raise ValueError(nan_message(x))
 
 
 def file_content(vae: VAE) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def test_a_prior_of_classes_may_be_a_list_or_an_array():
     assert (cvae.class_probabilities(x, C, class_log_prior=[0.0, -torch.inf, 0.0])[:, 1] == 0).all()
 
 
-NAN = r"x\[2, 4\] is nan: where NaN means missing, pass observed=~x.isnan\(\)"
+NAN = r"x\[2, 4\] is nan: where NaN means missing, pass observed=~x.isnan\(\) of a tensor"
 
 
 def with_nan():

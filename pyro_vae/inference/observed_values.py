@@ -1,5 +1,6 @@
 """Check data against the supports of the sites at which a pair observes them, before the first step."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,7 +16,13 @@ from pyro_vae.data.streams import Stream
 from pyro_vae.objectives.guide_problems import validated_support
 from pyro_vae.objectives.sites import Program, outer_family, sample_sites
 from pyro_vae.utils.isolation import isolated
-from pyro_vae.utils.validation import NonFiniteError, elementwise_support, outside_support, same_support
+from pyro_vae.utils.validation import (
+    WHERE_MISSING,
+    NonFiniteError,
+    elementwise_support,
+    outside_support,
+    same_support,
+)
 
 __all__ = ["ObservedValues", "check_of", "require_observable"]
 
@@ -34,6 +41,7 @@ class ObservedValues:
     def __init__(self, model: Program, batch: tuple[tuple[Any, ...], dict[str, Any]]):
         args, kwargs = batch
         found, again = (_supports(model, args, kwargs, seed=seed) for seed in range(2))
+        self.takes_observed = "observed" in inspect.signature(model).parameters
         self.supports = {
             name: entry
             for name, entry in found.items()
@@ -50,6 +58,8 @@ class ObservedValues:
             message = outside_support(name, leaves[name], f"{family} at the site {site!r}", support)
             if message:
                 finite = torch.isfinite(leaves[name]).all()
+                if self.takes_observed and leaves[name].isnan().any():
+                    message += f"; {WHERE_MISSING}"
                 raise ValueError(message) if finite else NonFiniteError(message)
 
 

@@ -146,7 +146,8 @@ class SVI:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer, such as torch.optim.Adam(vae.parameters()); "
-                f"got {type(optimizer).__name__}. Pyro's optimisers go with pyro.infer.SVI"
+                f"got {type(optimizer).__name__}. Pyro's optimisers go with pyro.infer.SVI. "
+                "A Pair of functions has parameters after pair.make_parameters(x)"
             )
         if clip_norm is not None:
             require_number("clip_norm", clip_norm)

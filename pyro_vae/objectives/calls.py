@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_vae.utils.validation import nan_message
 
 __all__ = ["as_arguments", "explaining_calls", "left_out", "require_arguments"]
 
@@ -60,7 +63,7 @@ def explaining_calls(model: Any, guide: Any, data: tuple[Any, ...], kwargs: dict
     try:
         yield
     except ValueError as error:
-        explanation = _explanation(str(error))
+        explanation = _explanation(str(error)) or _of_missing(str(error), data)
         if explanation is None:
             raise
         raise ValueError(explanation) from error
@@ -73,6 +76,13 @@ def explaining_calls(model: Any, guide: Any, data: tuple[Any, ...], kwargs: dict
                     f"the {name} takes {signature}; got {_shown(data, kwargs)}: {problem}{_remedy(data)}"
                 ) from error
         raise
+
+
+def _of_missing(message: str, data: tuple[Any, ...]) -> str | None:
+    """Return what an error about parameters of a distribution means where data hold NaN."""
+    tensors = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor)]
+    found = [leaf for leaf in tensors if "invalid values" in message and leaf.isnan().any()]
+    return nan_message(found[0]) if found else None
 
 
 def left_out(model: Any, data: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from torch.distributions import transform_to
 from pyro_vae.objectives.sites import Program, guide_messenger, require_programs, run_pair
 from pyro_vae.utils import serialization
 from pyro_vae.utils.arrays import as_tensor
-from pyro_vae.utils.frames import columns_trained_on, require_columns
+from pyro_vae.utils.frames import columns_trained_on, is_frame, require_columns
 from pyro_vae.utils.isolation import ModuleStates, before_change, evaluation_mode
 
 __all__ = [
@@ -197,6 +197,11 @@ class OwnParameters(nn.Module):
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters to a file."""
+
+    def _as_mask(self, observed: Any) -> Any:
+        """Return where data are observed as `_as_tensor`, of booleans if it is a data frame of booleans."""
+        found = self._as_tensor(observed)
+        return found.bool() if is_frame(observed) else found
 
     def _as_tensor(self, value: Any) -> Any:
         """Return data as the tensor that `fit` makes of them, of the parameters' type and device.
@@ -453,9 +458,12 @@ def as_tensors(
     owner = getattr(program, "__self__", None)
     if not isinstance(owner, OwnParameters):
         return args, kwargs
-    return tuple(map(owner._as_tensor, args)), {
-        name: owner._as_tensor(value) for name, value in kwargs.items()
+    convert = owner._as_tensor
+    masked = {
+        name: owner._as_mask(value) if name == "observed" else convert(value)
+        for name, value in kwargs.items()
     }
+    return tuple(map(convert, args)), masked
 
 
 def make_parameters(pair: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -196,6 +196,17 @@ def _same(value: Any, other: Any) -> bool:
     return value is other or bool(value == other)
 
 
+WHERE_MISSING = (
+    "where NaN means missing, pass observed=~x.isnan() of a tensor, ~np.isnan(x) of an array or ~x.isna() "
+    "of a data frame, or missing='nan' to fit, evaluate and their like"
+)
+
+
+def nan_message(x: Tensor) -> str:
+    """Return the message on the first value of x that is NaN, of which there is one."""
+    return f"x{x.isnan().nonzero()[0].tolist()} is nan: {WHERE_MISSING}"
+
+
 def outside_support(name: str, x: Tensor, family: str, support: constraints.Constraint) -> str | None:
     """Return the message of `first_outside` on data, with advice for grey levels."""
     message = first_outside(name, x, family, support)
